@@ -1,0 +1,52 @@
+# `make report` and `make test` need only Python 3.11-3.13: they set up .venv themselves, once.
+PYTHON ?= python3
+MODEL  ?= tiny-turbo
+SCALE  ?= demo
+
+# More threads than this buy nothing for matrices of the tiny model and fight each other in the notebooks' kernels.
+export OMP_NUM_THREADS ?= 2
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+BIN   := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help env report test test-all lint format notebooks-clean clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
+
+env: $(READY)  ## set up .venv
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(f"Python {v[0]}.{v[1]} found, 3.11 to 3.13 needed: make PYTHON=python3.12 env")'
+	@echo "Setting up .venv (a few minutes the first time)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+report: $(READY)  ## run every notebook, write one offline HTML file, print its path (SCALE=smoke|demo, MODEL=tiny-turbo)
+	$(BIN)/python -m sdxl_sae_kit report --scale $(SCALE) --model $(MODEL)
+
+test: $(READY)  ## run the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(READY)  ## run all tests
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## check style, types, import contracts and that notebooks carry no outputs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+format: $(READY)  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+notebooks-clean: $(READY)  ## strip the outputs of the notebooks
+	$(BIN)/nbstripout notebooks/*.ipynb
+
+clean:  ## remove .venv and tool caches; artifacts stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,115 @@
+"""The command line: `sdxl-sae-kit report`, `sdxl-sae-kit artifacts list|verify`, `sdxl-sae-kit tiny train`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdxl_sae_kit.errors import ArtifactError, KitError
+
+# Every command imports what it needs when it runs, so that --help does not wait for torch.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 1 after a mistake, which one line on stderr explains."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KitError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sdxl-sae-kit", description="Sparse autoencoders on the block updates of SDXL's U-Net."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    report = commands.add_parser(
+        "report", help="run the notebooks and merge them into one offline HTML file; prints its path"
+    )
+    report.add_argument(
+        "notebooks", nargs="*", type=Path, help="a folder, or files in order (default: notebooks/ of the checkout)"
+    )
+    report.add_argument(
+        "--scale", default="demo", help="what the notebooks call SCALE: smoke or demo (default: %(default)s)"
+    )
+    report.add_argument("--model", default="tiny-turbo", help="what the notebooks call MODEL (default: %(default)s)")
+    report.add_argument("--out", type=Path, help="the HTML file to write (default: a new artifact in the store)")
+    _add_store(report)
+    report.set_defaults(run=_report)
+
+    artifacts = commands.add_parser("artifacts", help="what the store holds").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    for name, run, text in (
+        ("list", _list, "every artifact, finished or not"),
+        ("verify", _verify, "hash every finished artifact again"),
+    ):
+        command = artifacts.add_parser(name, help=text)
+        _add_store(command)
+        command.set_defaults(run=run)
+
+    tiny = commands.add_parser("tiny", help="the embedded model").add_subparsers(required=True, metavar="COMMAND")
+    train = tiny.add_parser(
+        "train", help="train it again, going on from what the folder holds", argument_default=argparse.SUPPRESS
+    )
+    train.add_argument("folder", type=Path, help="where checkpoints, log and sample grids go")
+    train.add_argument("--samples", type=int, help="pictures that the U-Net sees in all")
+    train.add_argument("--vae-samples", type=int, help="pictures that the VAE sees in all")
+    train.add_argument("--processes", type=int, help="how many train side by side")
+    train.add_argument("--seed", type=int, help="of weights, scenes, captions and noise")
+    train.add_argument("--stage", choices=("all", "vae", "unet"))
+    train.set_defaults(run=_train)
+    return parser
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store", type=Path, help="folder of artifacts (default: $SDXL_SAE_KIT_STORE, else artifacts/ of the checkout)"
+    )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from sdxl_sae_kit.reports import report
+
+    given = options.notebooks
+    notebooks = given[0] if len(given) == 1 else given or None
+    print(report(notebooks, scale=options.scale, model=options.model, out=options.out, store=options.store))
+
+
+def _list(options: argparse.Namespace) -> None:
+    from sdxl_sae_kit.artifacts import Store
+
+    print(Store.at(options.store))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from sdxl_sae_kit.artifacts import Store
+
+    store, faulty = Store.at(options.store), 0
+    finished = [artifact for artifact in store.artifacts() if artifact.finished]
+    for artifact in finished:
+        try:
+            artifact.verify()
+            print(f"intact  {artifact.kind}/{artifact.name}")
+        except ArtifactError as error:
+            faulty += 1
+            print(f"FAULTY  {artifact.kind}/{artifact.name}: {error}")
+    if faulty:
+        raise ArtifactError(f"{faulty} of {len(finished)} finished artifacts in {store.root} are not what they were.")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from sdxl_sae_kit.tiny.train import train
+
+    settings = {name: value for name, value in vars(options).items() if name not in ("run", "folder")}
+    print(train(options.folder, **settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

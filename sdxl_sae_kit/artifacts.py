@@ -1,0 +1,232 @@
+"""The artifact store: every result is a folder named by the recipe that made it, computed once.
+
+`<store>/<kind>/<readable>-<hash8>/` is finished when it holds `stamp.json`, which is written last and in one step. A folder
+without it is work in progress that its writer can resume. The formats are described in `artifacts/README.md`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from sdxl_sae_kit.errors import ArtifactError
+
+FORMATS = {"activations": 1, "saes": 1, "features": 1, "studies": 1, "reports": 1}
+"""Kinds of artifacts and the version of each one's format; raised whenever the format changes."""
+
+STORE_VARIABLE = "SDXL_SAE_KIT_STORE"
+_STAMP, _LOCK = "stamp.json", ".lock"
+
+
+class Store:
+    """A folder of artifacts."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    def at(cls, store: Store | Path | str | None = None) -> Store:
+        """The store in this folder; by default `$SDXL_SAE_KIT_STORE`, else `artifacts/` of the checkout or of this folder."""
+        if isinstance(store, Store):
+            return store
+        checkout = Path(__file__).parent.parent
+        beside = checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
+        return cls(Path(store or os.environ.get(STORE_VARIABLE) or beside / "artifacts").expanduser().resolve())
+
+    def artifact(self, kind: str, readable: str, recipe: Mapping[str, Any]) -> Artifact:
+        """The artifact that this recipe (JSON values only) makes, whether or not it exists yet."""
+        recipe = {"format": kind, "version": FORMATS[kind], **json.loads(canonical_json(recipe))}
+        name = f"{slug(readable)}-{sha256(canonical_json(recipe).encode())[:8]}"
+        return Artifact(self.root / kind / name, recipe)
+
+    def artifacts(self) -> list[Artifact]:
+        """Every artifact in the store, finished or not, by kind and name."""
+        folders = (path for kind in FORMATS for path in sorted((self.root / kind).glob("*-????????")) if path.is_dir())
+        return [Artifact(folder) for folder in folders]
+
+    def __repr__(self) -> str:
+        rows = [
+            f"{a.kind:12} {'finished' if a.finished else 'unfinished':10} {human_bytes(a.nbytes):>9}  {a.name}"
+            for a in self.artifacts()
+        ]
+        return "\n".join([f"Artifacts in {self.root}: {len(rows)}", *rows])
+
+
+class Artifact:
+    """One result: a folder, the recipe that names it, and, once finished, a stamp that says what it holds."""
+
+    def __init__(self, folder: Path, recipe: Mapping[str, Any] | None = None) -> None:
+        self.folder, self.kind, self.name = folder, folder.parent.name, folder.name
+        self._recipe = recipe
+
+    @classmethod
+    def open(cls, folder: Path | str, kind: str) -> Artifact:
+        """The finished artifact of this kind in a folder.
+
+        Raises:
+            ArtifactError: there is none, it is unfinished, or of another kind or format version.
+        """
+        artifact = cls(Path(folder))
+        if not artifact.finished:
+            raise ArtifactError(f"No finished artifact in {folder}. Make it again with the call that makes its kind ({kind}).")
+        made, known = (artifact.stamp["recipe"][key] for key in ("format", "version"))
+        if (made, known) != (kind, FORMATS[kind]):
+            raise ArtifactError(f"{folder} holds {made} version {known}; this kit reads {kind} version {FORMATS[kind]}.")
+        return artifact
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """All settings and inputs this was made from."""
+        return self._recipe if self._recipe is not None else self.stamp["recipe"]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stamp is there."""
+        return (self.folder / _STAMP).exists()
+
+    @cached_property
+    def stamp(self) -> dict[str, Any]:
+        """What the finished artifact says of itself: recipe, kit version, time, facts, and each file's size and sha256."""
+        try:
+            stamp: dict[str, Any] = json.loads((self.folder / _STAMP).read_text())
+        except (OSError, ValueError) as cause:
+            raise ArtifactError(f"The stamp of {self.folder} cannot be read ({cause}). Delete the folder and make it again.") from None
+        if missing := {"recipe", "files", "facts", "digest"} - stamp.keys():
+            raise ArtifactError(f"The stamp of {self.folder} lacks {', '.join(sorted(missing))}. Delete the folder and make it again.")
+        return stamp
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the recipe and every file: what the recipes of later artifacts name as their input."""
+        return str(self.stamp["digest"])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
+
+    def file(self, name: str) -> Path:
+        """Path of one of its files."""
+        return self.folder / name
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder (made if need be) for writing; freed when the process ends, however it ends.
+
+        Raises:
+            ArtifactError: another process is writing it; the message names that process.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / _LOCK, "a+") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                holder = handle.read().strip() or "another process"
+                raise ArtifactError(f"{self.name} is being written by {holder}. Wait for it, or stop it and call again.") from None
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {os.uname().nodename}")
+            handle.flush()
+            yield
+
+    def seal(self, *, known: Mapping[str, str] | None = None, facts: Mapping[str, Any] | None = None) -> Artifact:
+        """Finish: hash every file (those whose sha256 is `known` are not read again), then write the stamp in one step."""
+        known = known or {}
+        names = sorted(path.name for path in self.folder.iterdir() if path.name not in (_STAMP, _LOCK))
+        files = {name: {"bytes": self.file(name).stat().st_size, "sha256": known.get(name) or hash_file(self.file(name))} for name in names}
+        stamp = {
+            "recipe": self.recipe,
+            "kit": kit_version(),
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "facts": facts or {},
+            "files": files,
+            "digest": sha256(canonical_json({"recipe": self.recipe, "files": files}).encode()),
+        }
+        write_atomically(self.file(_STAMP), json.dumps(stamp, indent=1).encode())
+        return Artifact(self.folder, self.recipe)
+
+    def verify(self) -> None:
+        """Hash everything again.
+
+        Raises:
+            ArtifactError: naming each file that is missing, changed or foreign, or saying that the recipe is not the folder's.
+        """
+        stamp = self.stamp
+        faults = [] if self.name.endswith(sha256(canonical_json(stamp["recipe"]).encode())[:8]) else ["the recipe is not the one that named it"]
+        for name, entry in stamp["files"].items():
+            if Path(name).name != name or not self.file(name).is_file():
+                faults.append(f"{name} is missing")
+            elif hash_file(self.file(name)) != entry["sha256"]:
+                faults.append(f"{name} has changed")
+        present = {path.name for path in self.folder.iterdir()} - {_STAMP, _LOCK}
+        faults += [f"{name} does not belong to it" for name in sorted(present - stamp["files"].keys())]
+        if faults:
+            raise ArtifactError(f"{self.folder}: {'; '.join(faults)}. Delete the folder and make it again.")
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces, so that equal values have equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """Hex sha256 of a file's content."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves either the old content or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def slug(text: str) -> str:
+    """The text with everything but letters, digits, `.`, `_` and `-` turned into `-`."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
+
+
+def human_bytes(n: float) -> str:
+    """A size a person reads: 12.6 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
+def kit_version() -> str:
+    """Version of the installed kit."""
+    try:
+        return version("sdxl-sae-kit")
+    except PackageNotFoundError:
+        return "unknown"

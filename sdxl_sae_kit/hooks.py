@@ -1,0 +1,181 @@
+"""Read and rewrite the updates of transformer blocks while an ordinary diffusers pipeline runs.
+
+diffusers adds a block's input back as the very last thing (`proj_out(h) + residual`), so the update is exactly what the
+block's own `proj_out` returns. Reading it there needs no subtraction and loses nothing in half precision; changing it there
+changes the block's output by the same amount. Nothing here knows what an SAE is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sdxl_sae_kit.errors import HookpointError
+from sdxl_sae_kit.hookpoints import list_hookpoints, resolve
+
+Half = Literal["uncond", "cond"]
+Update = Float[Tensor, "batch height width d_in"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Where in the making of an image a hook was called."""
+
+    hookpoint: str
+    step: int
+    """Denoising step, from 0."""
+    n_steps: int
+    guided: bool
+    """With guidance the batch is [uncond ; cond], each half of the images; without it every row is cond."""
+
+
+@dataclass
+class Recording:
+    """Updates read by `record`, by hookpoint, step and guidance half; further calls of the pipeline add to the batch."""
+
+    _parts: dict[tuple[str, int, Half], list[Tensor]] = field(default_factory=dict)
+
+    def update(self, hookpoint: str, step: int = 0, half: Half = "cond") -> Update:
+        """The update of every image made, (batch, height, width, d_in).
+
+        Raises:
+            HookpointError: nothing was recorded there; the message says what was.
+        """
+        if (hookpoint, step, half) not in self._parts:
+            known = ", ".join(f"{h} step {s} {half}" for h, s, half in self._parts) or "nothing: call the pipeline inside the with block"
+            raise HookpointError(f"Nothing recorded at {hookpoint} step {step} {half}; recorded: {known}.")
+        return torch.cat(self._parts[hookpoint, step, half])
+
+    @property
+    def steps(self) -> list[int]:
+        """The denoising steps recorded."""
+        return sorted({step for _, step, _ in self._parts})
+
+    @property
+    def halves(self) -> list[Half]:
+        """`["cond"]`, or both halves when guidance was on."""
+        present = {half for _, _, half in self._parts}
+        return [half for half in ("uncond", "cond") if half in present]
+
+    def _add(self, update: Tensor, call: Call) -> None:
+        halves: list[tuple[Half, Tensor]] = [("cond", update)]
+        if call.guided:
+            uncond, cond = update.chunk(2)
+            halves = [("uncond", uncond), ("cond", cond)]
+        for half, part in halves:
+            self._parts.setdefault((call.hookpoint, call.step, half), []).append(part)
+
+
+class _Stopped(Exception):
+    """Raised inside the U-Net once everything wanted was read; never leaves `record`."""
+
+
+@contextmanager
+def record(
+    pipe: Any, hookpoints: Iterable[str], *, dtype: torch.dtype | None = None, stop_early: bool = False
+) -> Iterator[Recording]:
+    """Record the updates of these hookpoints for every image made inside the with block.
+
+    Each block's own update is read, before any `rewrite` of the same hookpoint. With `stop_early` the pipeline call is broken off
+    after the last hookpoint of the last step, and the with block ends there: for when only updates are wanted.
+
+    Args:
+        pipe: an SDXL pipeline of diffusers.
+        hookpoints: short names or module paths.
+        dtype: what to keep them in; by default what the model computes in.
+        stop_early: skip the rest of the U-Net and the VAE.
+
+    Raises:
+        HookpointError: the U-Net has no such hookpoint.
+
+    Example:
+        >>> with record(pipe, ["down.2.1"]) as recording:                      # doctest: +SKIP
+        ...     pipe("a red circle", num_inference_steps=1, guidance_scale=0.0)
+        >>> recording.update("down.2.1").shape                                 # doctest: +SKIP
+        torch.Size([1, 8, 8, 96])
+    """
+    recording = Recording()
+    order = list(list_hookpoints(pipe.unet))
+    names = [resolve(pipe.unet, name).name for name in hookpoints]
+    last = max(names, key=order.index) if names else None
+
+    def read(update: Tensor, call: Call) -> None:
+        recording._add(update.detach().to(dtype=dtype or update.dtype, copy=True), call)
+        if stop_early and call.hookpoint == last and call.step == call.n_steps - 1:
+            raise _Stopped
+
+    try:
+        with _hooked(pipe, dict.fromkeys(names, read), first=True):
+            yield recording
+    except _Stopped:
+        pass
+
+
+@contextmanager
+def rewrite(pipe: Any, edits: Mapping[str, Callable[[Update, Call], Tensor | None]]) -> Iterator[None]:
+    """Let functions change the updates of hookpoints while images are made inside the with block.
+
+    Each function gets the update (batch, height, width, d_in) and the `Call`; it returns the new update, or None to leave it as it is.
+    It must not change the update in place.
+
+    Raises:
+        HookpointError: the U-Net has no such hookpoint.
+    """
+    with _hooked(pipe, {resolve(pipe.unet, name).name: edit for name, edit in edits.items()}, first=False):
+        yield
+
+
+@contextmanager
+def _hooked(pipe: Any, functions: Mapping[str, Callable[[Tensor, Call], Tensor | None]], *, first: bool) -> Iterator[None]:
+    """Hold the hooks for as long as the with block lasts, and remove them however it ends."""
+    clock = _Clock(pipe)
+    handles = [pipe.unet.register_forward_pre_hook(clock, with_kwargs=True)]
+    try:
+        for name, function in functions.items():
+            block = pipe.unet.get_submodule(resolve(pipe.unet, name).path)
+            tap = _Tap(name, function, clock)
+            handles.append(block.register_forward_pre_hook(tap.see_input, with_kwargs=True))
+            handles.append(block.proj_out.register_forward_hook(tap.see_update, prepend=first))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Clock:
+    """Knows the denoising step from the timestep the U-Net was called with, so that it can never drift."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.step, self.n_steps, self.guided = pipe, 0, 1, False
+
+    def __call__(self, _unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).flatten()[0]
+        timesteps = self.pipe.scheduler.timesteps
+        (found,) = (timesteps.cpu() == timestep.cpu()).nonzero(as_tuple=True)
+        if not len(found):
+            raise HookpointError(f"The U-Net ran at timestep {timestep.item():g}, which the pipeline's scheduler does not visit. Call the pipeline, not its U-Net.")
+        self.step, self.n_steps = int(found[0]), len(timesteps)
+        self.guided = bool(getattr(self.pipe, "do_classifier_free_guidance", False))
+
+
+class _Tap:
+    """One hookpoint's pair of hooks: the block's input gives the grid, its proj_out gives the update."""
+
+    def __init__(self, name: str, function: Callable[[Tensor, Call], Tensor | None], clock: _Clock) -> None:
+        self.name, self.function, self.clock = name, function, clock
+        self.grid = (0, 0)
+
+    def see_input(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        height, width = (args[0] if args else kwargs["hidden_states"]).shape[-2:]
+        self.grid = (height, width)
+
+    def see_update(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        call = Call(self.name, self.clock.step, self.clock.n_steps, self.clock.guided)
+        changed = self.function(output.unflatten(1, self.grid), call)
+        return None if changed is None else changed.to(output.dtype).flatten(1, 2)

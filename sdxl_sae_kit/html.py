@@ -1,0 +1,232 @@
+"""Pure functions that turn pictures, numbers and strangers' text into small pieces of safe, self-contained HTML.
+
+Nothing here loads anything from outside, runs a script or uses an `id`, so any number of pieces fit into one document.
+Colours are JupyterLab's own CSS variables and, where there are none (a plain file), the reader's system colours: both
+follow a dark theme.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+# The brighter six eighths of matplotlib's "inferno" (CC0): lightness only rises, so it reads with any colour blindness.
+HEAT = np.array(
+    [(85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51), (249, 140, 10), (249, 201, 50), (252, 255, 164)],
+    dtype=np.float32,
+)
+
+GAP = 3
+"""Pixels between the tiles of a strip; they are transparent."""
+
+STYLE = """<style>
+.sae-kit { --sae-ink: var(--jp-content-font-color1, CanvasText);
+  --sae-quiet: var(--jp-content-font-color2, color-mix(in srgb, CanvasText 66%, Canvas));
+  --sae-line: var(--jp-border-color2, color-mix(in srgb, CanvasText 18%, Canvas));
+  color: var(--sae-ink); background: var(--jp-layout-color1, Canvas);
+  font: 13px/1.45 var(--jp-ui-font-family, system-ui, sans-serif); }
+.sae-fact { white-space: nowrap; }
+.sae-kit p, .sae-kit h3, .sae-kit h4, .sae-kit figure { margin: 0; }
+.sae-kit h3 { font-size: 15px; font-weight: 600; margin: 0 0 8px; }
+.sae-kit h3 .sae-quiet { font-weight: 400; font-size: 13px; }
+.sae-kit h4 { font-size: 13px; font-weight: 600; margin: 16px 0 6px; }
+.sae-kit h3 + p { margin: -4px 0 10px; }
+.sae-kit img { display: block; height: auto; border-radius: 3px; }
+.sae-quiet { color: var(--sae-quiet); }
+.sae-grid { display: grid; gap: 10px; grid-template-columns: repeat(auto-fill, minmax(274px, 1fr)); padding: 2px 0; }
+.sae-card { border: 1px solid var(--sae-line); border-radius: 5px; padding: 7px 8px 8px; min-width: 0;
+  break-inside: avoid; }
+.sae-card img { width: 100%; }
+.sae-card header { display: flex; gap: 8px; align-items: baseline; margin-bottom: 5px; }
+.sae-card header * { white-space: nowrap; }
+.sae-card header b, .sae-kit td, .sae-fact { font-variant-numeric: tabular-nums; }
+.sae-card .sae-name { flex: 1; overflow: hidden; text-overflow: ellipsis; }
+.sae-card .sae-fact { color: var(--sae-quiet); font-size: 12px; }
+.sae-examples { display: grid; gap: 12px 10px; grid-template-columns: repeat(auto-fill, minmax(212px, 1fr)); }
+.sae-examples figure { max-width: 260px; min-width: 0; break-inside: avoid; }
+.sae-examples img { width: 100%; }
+.sae-examples figcaption { display: flex; gap: 8px; font-size: 12px; line-height: 1.35; margin-top: 4px;
+  overflow-wrap: anywhere; }
+.sae-kit table { border-collapse: collapse; font-size: 13px; margin: 0; }
+.sae-kit caption { text-align: left; color: var(--sae-quiet); padding: 0 0 4px; }
+.sae-kit th, .sae-kit td { text-align: left; vertical-align: baseline; padding: 3px 18px 3px 0; max-width: 46em;
+  border-bottom: 1px solid var(--sae-line); background: none; color: inherit; white-space: normal; }
+.sae-kit tbody tr:nth-child(n) { background: none; }
+.sae-kit th { color: var(--sae-quiet); font-weight: 600; }
+.sae-kit td.sae-number { text-align: right; }
+.sae-key { font-weight: 400; font-size: 12px; margin-left: 12px; }
+.sae-scale { display: inline-block; width: 96px; height: 9px; border-radius: 2px;
+  background: linear-gradient(to right, HEAT); }
+</style>""".replace("HEAT", ", ".join(f"rgb({red:.0f} {green:.0f} {blue:.0f})" for red, green, blue in HEAT))
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+
+
+def escape(text: object) -> str:
+    """The text for an element or quoted attribute, where HTML shows it literally; what HTML cannot hold becomes U+FFFD.
+
+    >>> escape('<b onclick="x">')
+    '&lt;b onclick=&quot;x&quot;&gt;'
+    """
+    return html.escape(UNPRINTABLE.sub("\ufffd", str(text)), quote=True)
+
+
+def words(text: object) -> str:
+    """A stranger's text, escaped, in an element that keeps right-to-left writing from reordering what is around it."""
+    return f"<bdi>{escape(text)}</bdi>"
+
+
+def data_uri(webp: bytes) -> str:
+    """WebP bytes as the address of a picture that travels with its page."""
+    return "data:image/webp;base64," + base64.b64encode(webp).decode("ascii")
+
+
+def picture(webp: bytes, alt: str) -> str:
+    """One `<img>` of WebP bytes, with its size, so that the page does not jump, and `alt` for who cannot see it."""
+    width, height = Image.open(io.BytesIO(webp), formats=("WEBP",)).size
+    return f'<img src="{data_uri(webp)}" alt="{escape(alt)}" width="{width}" height="{height}">'
+
+
+def heat_colours(heat: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape 3"]:
+    """Colours 0..255 of heats 0..1, from purple over orange to pale yellow."""
+    steps = np.linspace(0, 1, len(HEAT))
+    return np.stack([np.interp(heat, steps, HEAT[:, channel]) for channel in range(3)], axis=-1).astype(np.float32)
+
+
+def overlay(
+    thumbnail: Image.Image, heat_map: Float[np.ndarray, "height width"], peak: float, opacity: float = 0.8
+) -> Image.Image:
+    """The thumbnail in dark grey with the heat map over it: colour and light mean activation and nothing else.
+
+    `heat_map` (H, W) is drawn bilinearly over the whole picture, `peak` being the activation shown brightest. Where it
+    is 0 only the picture shows; from there the layer grows to `opacity` (0..1) quickly, because weak activations must
+    be seen too. Values that are not finite count as 0.
+    """
+    heat = np.clip(np.nan_to_num(heat_map, posinf=0, neginf=0) / peak, 0, 1) if peak > 0 else np.zeros_like(heat_map)
+    scaled = Image.fromarray(heat.astype(np.float32)).resize(thumbnail.size, Image.Resampling.BILINEAR)
+    heat = np.asarray(scaled)  # (height, width)
+    dark_grey = 20 + 0.38 * np.asarray(thumbnail.convert("L"), dtype=np.float32)[..., None]
+    cover = opacity * np.sqrt(heat)[..., None]
+    mixed: UInt8[np.ndarray, "height width 3"] = (
+        ((1 - cover) * dark_grey + cover * heat_colours(heat)).round().astype(np.uint8)
+    )
+    return Image.fromarray(mixed)
+
+
+def strip(
+    examples: Sequence[tuple[bytes, Float[np.ndarray, "height width"]]], peak: float, tile: int, below: bool = True
+) -> bytes:
+    """One WebP picture of several examples (WebP thumbnail, heat map), each thumbnail with its overlay below or beside.
+
+    A tile is `tile` pixels wide and high; an empty thumbnail is drawn black. One picture for a whole card takes far
+    fewer bytes than one per example, and a browser shows it at once.
+    """
+    step = tile + GAP
+    columns, rows = (len(examples), 2) if below else (2 * len(examples), 1)
+    sheet = Image.new("RGBA", (columns * step - GAP, rows * step - GAP))
+    for place, (thumbnail, heat_map) in enumerate(examples):
+        plain = _opened(thumbnail).resize((tile, tile), Image.Resampling.BICUBIC)
+        left = place * step if below else 2 * place * step
+        sheet.paste(plain, (left, 0))
+        sheet.paste(overlay(plain, heat_map, peak), (left, step) if below else (left + step, 0))
+    return to_webp(sheet)
+
+
+def _opened(thumbnail: bytes) -> Image.Image:
+    if not thumbnail:
+        return Image.new("RGB", (1, 1))
+    return Image.open(io.BytesIO(thumbnail), formats=("WEBP",)).convert("RGB")
+
+
+def to_webp(image: Image.Image) -> bytes:
+    """The picture as WebP bytes; the same picture always gives the same bytes."""
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=75, alpha_quality=50, method=2)
+    return file.getvalue()
+
+
+def heading(title: str, body: str) -> str:
+    """A title, which may be a stranger's words, over a quiet line of HTML."""
+    return f'<h3>{words(title)}</h3><p class="sae-quiet">{body}</p>'
+
+
+def card(title: str, name: str | None, fact: str, body: str) -> str:
+    """A gallery card: title, name (None shows "no label"), one short fact, and `body`, which is HTML already."""
+    named = words(name) if name is not None else '<span class="sae-quiet">no label</span>'
+    middle = f'<span class="sae-name" title="{escape(name or "")}">{named}</span>'
+    header = f'<header><b>{escape(title)}</b>{middle}<span class="sae-fact">{escape(fact)}</span></header>'
+    return f'<article class="sae-card">{header}{body}</article>'
+
+
+def grid(cards: Iterable[str]) -> str:
+    """Cards side by side, as many in a row as there is room for."""
+    return f'<div class="sae-grid">{"".join(cards)}</div>'
+
+
+def figures(pictures: Iterable[tuple[str, str, str]]) -> str:
+    """Pictures side by side, each (HTML of the picture, a number to show, a caption in a stranger's words)."""
+    drawn = (
+        f'<figure>{image}<figcaption><b class="sae-fact">{escape(number)}</b>{words(caption)}</figcaption></figure>'
+        for image, number, caption in pictures
+    )
+    return f'<div class="sae-examples">{"".join(drawn)}</div>'
+
+
+def table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> str:
+    """A small table with the keys of the first row as its head; numbers stand right, texts left.
+
+    >>> table([{"hookpoint": "mid.0", "L0": 10}]).count("<td")
+    2
+    """
+    columns = list(rows[0]) if rows else []
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    body = "".join("<tr>" + "".join(_cell(row[column]) for column in columns) + "</tr>" for row in rows)
+    titled = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return f"<table>{titled}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        return f"<td>{words(value)}</td>"
+    return (
+        f'<td class="sae-number">{short(float(value)) if isinstance(value, float | np.floating) else f"{value:,}"}</td>'
+    )
+
+
+def short(value: float) -> str:
+    """A number in three figures.
+
+    >>> short(0.012), short(1234.5), short(100.0)
+    ('0.0120', '1,234', '100')
+    """
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".removesuffix(".")
+
+
+def scale(peak: float) -> str:
+    """The key to every heat map: the colours from 0 to `peak`."""
+    bar = '<span class="sae-scale" role="img" aria-label="colours from purple over orange to pale yellow"></span>'
+    return f'<span class="sae-quiet sae-key">0 {bar} {short(peak)}</span>'
+
+
+def fragment(*parts: str) -> str:
+    """Pieces of HTML with the style they need: what a notebook's output or another page takes in."""
+    return f'<div class="sae-kit">{STYLE}{"".join(parts)}</div>'
+
+
+def page(title: str, *parts: str) -> str:
+    """A whole document that may load and run nothing, in the reader's light or dark colours."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
+        f"<title>{escape(title)}</title></head><body>{fragment(*parts)}</body></html>\n"
+    )

@@ -1,0 +1,119 @@
+"""Measures of how well an SAE explains updates: pure functions, one formula each, summed in float64.
+
+`ReconstructionMetrics` streams the same formulas over batches; the functions here are its oracle and its building blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def explained_variance(x: Float[Tensor, "token d_in"], x_hat: Float[Tensor, "token d_in"]) -> float:
+    """1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖², over all tokens and channels: 1 is perfect, 0 is no better than the mean.
+
+    The only number that carries this name in the kit (it is 1 − FVU). NaN when x does not vary.
+    """
+    return ReconstructionMetrics().update(x, x_hat).explained_variance
+
+
+def explained_variance_per_channel(x: Float[Tensor, "token d_in"], x_hat: Float[Tensor, "token d_in"]) -> float:
+    """Mean over channels of 1 − Var(x_c − x̂_c) / Var(x_c): the number the paper's released code prints, for comparison only."""
+    return ReconstructionMetrics().update(x, x_hat).explained_variance_per_channel
+
+
+def bootstrap_interval(
+    values: NDArray[np.floating],
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]] | None = None,
+    *,
+    level: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval, resampling the rows of `values`; NaN for fewer than two rows.
+
+    A row must be one independent cluster (a prompt, an image): average or sum within it first. The estimate is the mean of the
+    rows, or a function of the column means when `statistic` is given, such as `lambda m: 1 - m[..., 0] / m[..., 1]` for a ratio.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    rng = np.random.default_rng(seed)
+    means = np.stack([values[rng.integers(len(values), size=len(values))].mean(axis=0) for _ in range(samples)])
+    low, high = np.quantile(statistic(means) if statistic else means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+@dataclass
+class ReconstructionMetrics:
+    """Streamed sums of x, x̂ and their codes from which every reconstruction metric is read.
+
+    Feed it batches with `update`; sums are float64 and shifted by the first token seen, so that a large common offset costs
+    no precision.
+    """
+
+    n_tokens: int = 0
+    _shift: Tensor = field(default_factory=lambda: torch.zeros(0))
+    _sums: dict[str, Tensor] = field(default_factory=dict)
+    _norm_ratio: float = 0.0
+    _active: float = 0.0
+
+    def update(
+        self,
+        x: Float[Tensor, "token d_in"],
+        x_hat: Float[Tensor, "token d_in"],
+        active: Tensor | None = None,
+    ) -> ReconstructionMetrics:
+        """Add a batch; `active` holds each token's count of active latents when L0 is wanted. Returns itself."""
+        x, x_hat = x.detach().double(), x_hat.detach().double()
+        if not self.n_tokens:
+            self._shift = x[0].clone()
+        error, centred = x - x_hat, x - self._shift
+        batch = {"x": centred.sum(0), "x²": centred.square().sum(0), "e": error.sum(0), "e²": error.square().sum(0)}
+        for name, value in batch.items():
+            self._sums[name] = self._sums[name] + value if self.n_tokens else value
+        self._norm_ratio += float((x_hat.norm(dim=1) / x.norm(dim=1).clamp_min(1e-30)).sum())
+        self._active += float(active.double().sum()) if active is not None else float("nan")
+        self.n_tokens += len(x)
+        return self
+
+    @property
+    def explained_variance(self) -> float:
+        """See `metrics.explained_variance`."""
+        total = self._sums["x²"] - self._sums["x"].square() / self.n_tokens
+        return 1 - _ratio(self._sums["e²"].sum(), total.sum())
+
+    @property
+    def explained_variance_per_channel(self) -> float:
+        """See `metrics.explained_variance_per_channel`."""
+        error = self._sums["e²"] - self._sums["e"].square() / self.n_tokens
+        total = self._sums["x²"] - self._sums["x"].square() / self.n_tokens
+        return float((1 - error / total).mean())
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active latents per token; NaN when codes were not given."""
+        return self._active / self.n_tokens
+
+    @property
+    def relative_norm(self) -> float:
+        """Mean over tokens of ‖x̂‖ / ‖x‖."""
+        return self._norm_ratio / self.n_tokens
+
+    @property
+    def gamma(self) -> float:
+        """‖mean(x)‖ / ‖std(x)‖: how much of the data is one constant vector."""
+        mean = self._shift + self._sums["x"] / self.n_tokens
+        variance = self._sums["x²"] / self.n_tokens - (self._sums["x"] / self.n_tokens).square()
+        return _ratio(mean.norm(), variance.clamp_min(0).sum().sqrt())
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> float:
+    return cast(float, (numerator / denominator).item())

@@ -1,0 +1,295 @@
+"""Models by name: ordinary diffusers SDXL pipelines from this package, from a folder or from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sdxl_sae_kit.errors import ModelError, PromptError, did_you_mean
+from sdxl_sae_kit.tiny import NAMES as TINY_NAMES
+from sdxl_sae_kit.tiny import weights_folder
+from sdxl_sae_kit.tiny.quiet import quiet
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+else:
+    StableDiffusionXLPipeline = Any  # importing diffusers takes seconds, which only those who load a model should pay
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPE_SHORTHANDS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How a model is meant to be used."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    variant: str | None = None
+    """File name suffix of its half-precision weights on the hub, where it has them apart."""
+
+
+TURBO, BASE = Preset(1, 0.0), Preset(20, 7.5)
+PRESETS = {
+    "tiny-turbo": TURBO,
+    "tiny-base": Preset(10, 3.0),  # more steps draw the same
+    "stabilityai/sdxl-turbo": Preset(1, 0.0, variant="fp16"),
+    "stabilityai/stable-diffusion-xl-base-1.0": Preset(20, 7.5, variant="fp16"),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which weights a pipeline holds and how it draws unless told otherwise."""
+
+    name: str
+    revision: str
+    """The hub's commit, or the beginning of the sha256 of the folder's weights and configurations."""
+    num_inference_steps: int
+    guidance_scale: float
+    height: int
+    width: int
+
+
+def load_pipeline(
+    name: str | Path,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+) -> StableDiffusionXLPipeline:
+    """Load an SDXL pipeline, ready to draw, with its progress bar off.
+
+    Args:
+        name: "tiny-turbo" or "tiny-base" (in this package, never on the network), a diffusers folder, or a hub id.
+        device: "cuda", "cuda:1", "mps" or "cpu"; the first of them that is there if left out.
+        dtype: "float16", "bfloat16" or "float32"; float16 if left out, but float32 on the CPU.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ModelError: nothing is found under that name, it is no SDXL pipeline, or device or dtype cannot be had.
+
+    >>> pipe = load_pipeline("tiny-turbo")
+    >>> pipe("a large red circle", num_inference_steps=1, guidance_scale=0.0).images[0].size
+    (64, 64)
+    """
+    device = _device(device)
+    numbers = _dtype(dtype, device)
+    local = _local_folder(name)
+    if local is not None and revision is not None:
+        raise ModelError(f"revision={revision!r} is for models on the hub; {name} is local. Leave revision out.")
+    folder = local or _look_up(str(name), revision)
+    _check_sdxl(str(name), folder)
+    pipe = _load(str(name), folder, numbers, on_hub=local is None)
+    if name == "tiny-base":
+        from diffusers import EulerDiscreteScheduler
+
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.sdxl_sae_kit_model = _model(pipe, str(name), _revision(folder))
+    return pipe if device == "cpu" else pipe.to(device)
+
+
+def describe(pipe: StableDiffusionXLPipeline) -> Model:
+    """Return which model this is, as `load_pipeline` noted it or, for a pipeline made elsewhere, as it is configured.
+
+    Weights that were changed after loading (LoRA, fine-tuning) are not noticed.
+    """
+    noted: Model | None = getattr(pipe, "sdxl_sae_kit_model", None)
+    if noted is not None:
+        return noted
+    source = str(pipe.config.get("_name_or_path") or "unnamed")
+    folder = Path(source)
+    return _model(pipe, source, _revision(folder) if folder.is_dir() else "unknown")
+
+
+def generate(
+    pipe: StableDiffusionXLPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    output_type: str = "pil",
+) -> Any:
+    """Draw one image per prompt and seed in one batch; what is left out is as the model is meant to be used.
+
+    Each image has its own CPU generator, so it depends on its prompt and seed and not on what it is drawn with.
+
+    Returns:
+        A list of PIL images; with `output_type` "np" or "pt" an array (B, H, W, 3) or tensor (B, 3, H, W) from 0 to 1,
+        with "latent" the VAE latents.
+
+    Raises:
+        PromptError: there are no prompts, or not as many seeds as prompts.
+    """
+    if not prompts or len(prompts) != len(seeds):
+        raise PromptError(f"generate needs one seed per prompt; it got {len(prompts)} prompts and {len(seeds)} seeds.")
+    model = describe(pipe)
+    return pipe(
+        list(prompts),
+        generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
+        num_inference_steps=model.num_inference_steps if num_inference_steps is None else num_inference_steps,
+        guidance_scale=model.guidance_scale if guidance_scale is None else guidance_scale,
+        height=height or model.height,
+        width=width or model.width,
+        output_type=output_type,
+    ).images
+
+
+# Where a model is ---------------------------------------------------------------------------------------------------
+
+
+def _local_folder(name: str | Path) -> Path | None:
+    """The folder that holds the model, or None where only the hub can tell."""
+    folder, text = Path(name).expanduser(), str(name)
+    if name in TINY_NAMES:
+        return weights_folder(text)
+    if text and folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise ModelError(f"{text} is a file; load_pipeline takes a diffusers folder, such as save_pretrained writes.")
+    if isinstance(name, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise ModelError(f"There is no folder {text}. Check the path, or pass a hub id or one of {_known()}.")
+    if "/" not in text:
+        raise ModelError(f"No model {text!r}; there are {_known()}, folders and hub ids.{did_you_mean(text, PRESETS)}")
+    return None
+
+
+def _look_up(name: str, revision: str | None) -> Path:
+    """The folder of a hub model, so far only with what tells whether it is SDXL: the weights are gigabytes."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(hf_hub_download(name, "model_index.json", revision=revision)).parent
+        hf_hub_download(name, "unet/config.json", revision=folder.name)
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"There is no folder {name}, and the hub's {name!r} is not on this computer and cannot be reached. "
+            f"Connect to the network, pass a folder, or use one of {_known(TINY_NAMES)}, which need none."
+        ) from error
+    except (OSError, HFValidationError) as error:
+        at = f" at revision {revision!r}" if revision else ""
+        raise ModelError(
+            f"There is no folder {name}, and the hub has no diffusers pipeline {name!r}{at} that you may read "
+            f"({type(error).__name__}).{did_you_mean(name, PRESETS)}"
+        ) from error
+    return folder
+
+
+def _known(names: Sequence[str] = tuple(PRESETS)) -> str:
+    return ", ".join(map(repr, names))
+
+
+# Whether it will do -------------------------------------------------------------------------------------------------
+
+COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae", "scheduler")
+BLOCKS = {
+    "addition_embed_type": "text_time",
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+}
+
+
+def _check_sdxl(name: str, folder: Path) -> None:
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(
+            f"{name} is no diffusers pipeline: it has no model_index.json. Pass a folder that save_pretrained wrote."
+        )
+    index, unet = _read(folder / "model_index.json"), _read(folder / "unet" / "config.json")
+    missing = [part for part in COMPONENTS if not (index.get(part) or [None])[0]]
+    different = [f"{key}={unet.get(key)!r}, not {value!r}" for key, value in BLOCKS.items() if unet.get(key) != value]
+    if missing or different:
+        lacks = [f"it has no {', '.join(missing)}"] if missing else []
+        differs = [f"its U-Net has {'; '.join(different)}"] if different else []
+        raise ModelError(
+            f"{name} is a {index.get('_class_name')}, not SDXL-shaped: {' and '.join(lacks + differs)}. "
+            f"Pass SDXL, one of its fine-tunes, or one of {_known()}."
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read ({error}). Save or download the pipeline again.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _device(device: str | None) -> str:
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if device is None:
+        return next(kind for kind, count in counts.items() if count)
+    kind, _, index = str(device).partition(":")
+    if kind not in counts or not (index or "0").isdecimal():
+        raise ModelError(f"No device {device!r}; it can be {', '.join(counts)}, cuda:1, ….{did_you_mean(kind, counts)}")
+    if int(index or 0) >= counts[kind]:
+        there = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        raise ModelError(f"Device {device!r} is not there; torch finds {there}. Leave device out to take the best.")
+    return str(device)
+
+
+def _dtype(dtype: torch.dtype | str | None, device: str) -> torch.dtype:
+    if dtype is None:
+        return torch.float32 if device == "cpu" else torch.float16
+    name = str(dtype).removeprefix("torch.")
+    name = DTYPE_SHORTHANDS.get(name, name)
+    if name not in DTYPES:
+        raise ModelError(f"No dtype {str(dtype)!r}; weights can be {', '.join(DTYPES)}.{did_you_mean(name, DTYPES)}")
+    return DTYPES[name]
+
+
+# Loading and describing it ------------------------------------------------------------------------------------------
+
+
+def _load(name: str, folder: Path, dtype: torch.dtype, on_hub: bool) -> Any:
+    half = PRESETS[name].variant if name in PRESETS and dtype != torch.float32 else _only_variant(folder)
+    settings = {"variant": half, "use_safetensors": True}  # never a pickle, which runs code on loading
+    with quiet():
+        from diffusers import StableDiffusionXLPipeline
+    try:
+        if on_hub:
+            StableDiffusionXLPipeline.download(name, revision=folder.name, **settings)
+        with quiet():
+            return StableDiffusionXLPipeline.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, add_watermarker=False, **settings
+            )
+    except Exception as error:  # diffusers has no error of its own: a damaged folder raises whatever it trips over
+        raise ModelError(f"{name} could not be loaded from {folder}: {error} Save or download it again.") from error
+
+
+def _only_variant(folder: Path) -> str | None:
+    """The file name suffix of a folder that holds nothing but half-precision weights."""
+    names = [path.name for path in folder.glob("unet/*.safetensors")]
+    return "fp16" if names and all(".fp16." in name for name in names) else None
+
+
+def _model(pipe: Any, name: str, revision: str) -> Model:
+    scheduler = pipe.scheduler.config
+    few_steps = type(pipe.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
+    turbo_like = "turbo" in name.lower() or (few_steps and scheduler.get("timestep_spacing") == "trailing")
+    preset = PRESETS.get(name, TURBO if turbo_like else BASE)
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor  # what it was trained for
+    return Model(name, revision, preset.num_inference_steps, preset.guidance_scale, size, size)
+
+
+def _revision(folder: Path) -> str:
+    """The commit that a folder of the hub's cache is named after, or a digest of weights and configurations."""
+    if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name):
+        return folder.name
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*/*.json"), *folder.glob("*/*.safetensors")]):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return digest.hexdigest()[:12]

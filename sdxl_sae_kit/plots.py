@@ -1,0 +1,156 @@
+"""Plotly figures from plain numbers; every figure carries its alt text in `layout.meta["alt"]`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float, Int
+from plotly.colors import qualitative
+
+COLOURS = qualitative.Safe
+"""Colour-blind-safe."""
+
+
+class LiveFigure:
+    """A figure in a notebook that is redrawn every few seconds while something runs, and cleared at the end.
+
+    Outside a notebook it does nothing.
+    """
+
+    def __init__(self, every: float = 3.0) -> None:
+        self.every, self.drawn, self.handle = every, time.monotonic(), None
+
+    def __enter__(self) -> LiveFigure:
+        ipython = sys.modules.get("IPython")
+        shell = ipython.get_ipython() if ipython else None
+        if shell is not None and hasattr(shell, "kernel"):
+            from IPython.display import display
+
+            self.handle = display({"text/plain": ""}, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+        return self
+
+    def show(self, figure: Callable[[], go.Figure]) -> None:
+        """Draw the figure that this function makes, unless the last drawing is too recent."""
+        if self.handle is not None and time.monotonic() - self.drawn > self.every:
+            self.handle.update(figure())
+            self.drawn = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        if self.handle is not None:
+            self.handle.update({"text/plain": ""}, raw=True)
+
+
+def figure(alt: str, *, title: str, x: str = "", y: str = "", height: int = 420) -> go.Figure:
+    """An empty figure in the kit's style with its alt text."""
+    made = go.Figure()
+    made.update_layout(
+        meta={"alt": alt}, title=title, xaxis_title=x, yaxis_title=y, height=height,
+        template="plotly_white", colorway=COLOURS, margin={"l": 60, "r": 20, "t": 60, "b": 60},
+    )  # fmt: skip
+    return made
+
+
+def training_curves(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> go.Figure:
+    """Unexplained share of each logged batch's variance over steps, one line per SAE, on a log axis."""
+    last = {name: log[-1]["unexplained"] for name, log in logs.items() if log}
+    ends = ", ".join(f"{name} {value:.2f}" for name, value in last.items())
+    made = figure(
+        f"Training curves of {len(logs)} SAEs, the unexplained share of variance over the steps; last values: {ends}.",
+        title="Training: unexplained share of variance (1 − explained variance, per batch)", x="step",
+        y="unexplained share",
+    )  # fmt: skip
+    for name, log in logs.items():
+        steps, unexplained = ([line[key] for line in log] for key in ("step", "unexplained"))
+        made.add_scatter(x=steps, y=unexplained, name=name, mode="lines")
+    made.update_yaxes(type="log")
+    return made
+
+
+def effects_by_group(
+    groups: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float]]], *, title: str, y: str
+) -> go.Figure:
+    """Points (value, low, high) with their intervals on a log axis, the series side by side in every group."""
+    made = figure(f"{title}: {y}, with 95 % intervals. {_last_group(groups, series)}", title=title, y=y)
+    for at, (name, points) in enumerate(series.items()):
+        values, low, high = np.array(points, dtype=float).reshape(-1, 3).T
+        made.add_scatter(
+            x=[place + 0.16 * (at - (len(series) - 1) / 2) for place in range(len(points))], y=values, name=name,
+            error_y={"type": "data", "symmetric": False, "array": high - values, "arrayminus": values - low},
+            mode="markers", marker={"symbol": at, "size": 8}, hovertext=list(groups), hoverinfo="text+y+name",
+        )  # fmt: skip
+    made.update_xaxes(tickvals=list(range(len(groups))), ticktext=list(groups))
+    made.update_yaxes(type="log", exponentformat="power")
+    return made
+
+
+def _last_group(groups: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
+    """The last group in numbers, and in how many groups the first series is the highest."""
+    if not groups:
+        return "There is nothing to show."
+    last = {name: points[-1] for name, points in series.items()}
+    ends = "; ".join(f"{name} {value:.3g} [{low:.3g}, {high:.3g}]" for name, (value, low, high) in last.items())
+    first, *others = ([value for value, *_ in points] for points in series.values())
+    highest = sum(value > max(rivals) for value, *rivals in zip(first, *others, strict=True))
+    return f"For {groups[-1]}: {ends}. {next(iter(series))} is the highest in {highest} of {len(groups)} groups."
+
+
+def response_map(rows: Sequence[str], columns: Sequence[str], means: Float[np.ndarray, "row column"]) -> go.Figure:
+    """A heat map of means with their numbers written in, a row per descriptor and a column per group of features."""
+    best = means.argmax(axis=0)
+    peaks = "; ".join(f"{columns[at]}: {rows[row]} {means[row, at]:.3f}" for at, row in enumerate(best))
+    made = figure(
+        f"Heat map of {len(rows)} descriptors in {len(columns)} groups of features. Highest in each: {peaks}.",
+        title="What the features respond to: mean over features", height=140 + 28 * len(rows),
+    )  # fmt: skip
+    texts = [[f"{value:.2f}" for value in row] for row in means]
+    made.add_heatmap(z=means, x=list(columns), y=list(rows), text=texts, texttemplate="%{text}", colorscale="Viridis")
+    made.update_yaxes(autorange="reversed")
+    made.update_layout(margin={"l": 110})
+    return made
+
+
+def cluster_map(
+    position: Float[np.ndarray, "feature 2"],
+    feature: Int[np.ndarray, "feature"],
+    group: Int[np.ndarray, "feature"],
+    groups: Sequence[str],
+    cluster: Int[np.ndarray, "feature"],
+    clusters: Sequence[str],
+) -> go.Figure:
+    """Features in a plane, coloured by group; the symbol is the cluster, and hovering names the feature."""
+    sizes = ", ".join(f"{int((group == at).sum())} of {name}" for at, name in enumerate(groups))
+    made = figure(
+        f"Scatter of {len(feature)} features ({sizes}) on the first two principal components of their descriptors, "
+        f"coloured by hookpoint; symbols are their {len(clusters)} clusters.",
+        title="Features by what they respond to", x="first principal component", y="second principal component",
+        height=520,
+    )  # fmt: skip
+    for at, name in enumerate(groups):
+        chosen = group == at
+        pairs = zip(feature[chosen], cluster[chosen], strict=True)
+        made.add_scatter(
+            x=position[chosen, 0], y=position[chosen, 1], name=name, mode="markers", hoverinfo="text+name",
+            hovertext=[f"feature {latent}, cluster {clusters[which]}" for latent, which in pairs],
+            marker={"symbol": cluster[chosen], "size": 7, "opacity": 0.7},
+        )  # fmt: skip
+    return made
+
+
+def cluster_shares(
+    groups: Sequence[str], clusters: Sequence[str], shares: Float[np.ndarray, "group cluster"]
+) -> go.Figure:
+    """Stacked bars: the share of each cluster in each group."""
+    best = zip(groups, shares.argmax(axis=1), shares.max(axis=1), strict=True)
+    largest = "; ".join(f"{name}: {clusters[which]} {share:.0%}" for name, which, share in best)
+    made = figure(
+        f"Stacked bars: shares of {len(clusters)} clusters in {len(groups)} hookpoints. Largest in each: {largest}.",
+        title="Clusters of features in each hookpoint", y="share of features",
+    )  # fmt: skip
+    for at, cluster in enumerate(clusters):
+        made.add_bar(x=list(groups), y=shares[:, at], name=cluster)
+    made.update_layout(barmode="stack")
+    return made

@@ -1,0 +1,166 @@
+"""Prompts: where they come from, one seed for each, and which of them are held out.
+
+Sources: `"world"` (captions of the embedded model's world, whose factors are known), `"scenes"` (everyday scenes for real SDXL),
+a text, JSON-lines or CSV file, or a list of strings.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from jaxtyping import Bool
+
+from sdxl_sae_kit.errors import PromptError, did_you_mean
+from sdxl_sae_kit.tiny import world
+
+HELD_OUT_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Prompts(Sequence[str]):
+    """Texts, each with its own seed and, where they are known, the factors of what it describes."""
+
+    texts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    factors: tuple[dict[str, str], ...]
+    """Factor → value, such as {"colour": "red"}; an empty mapping where nothing is known."""
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @overload
+    def __getitem__(self, item: int) -> str: ...
+    @overload
+    def __getitem__(self, item: slice) -> Prompts: ...
+    def __getitem__(self, item: int | slice) -> str | Prompts:
+        if isinstance(item, int):
+            return self.texts[item]
+        return Prompts(self.texts[item], self.seeds[item], self.factors[item])
+
+    @property
+    def held_out(self) -> Bool[np.ndarray, "image"]:
+        """Which are kept from training: decided by a hash of the text, so the same text is never on both sides."""
+        return np.array([is_held_out(text) for text in self.texts], dtype=bool)
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all of it, for recipes."""
+        return hashlib.sha256(self.to_jsonl().encode()).hexdigest()
+
+    def to_jsonl(self) -> str:
+        """One JSON object a line: text, seed, factors."""
+        rows = zip(self.texts, self.seeds, self.factors, strict=True)
+        return "".join(json.dumps({"text": text, "seed": seed, "factors": factors}) + "\n" for text, seed, factors in rows)
+
+    @classmethod
+    def from_jsonl(cls, text: str) -> Prompts:
+        """What `to_jsonl` wrote."""
+        rows = [json.loads(line) for line in text.splitlines()]
+        return cls(tuple(r["text"] for r in rows), tuple(r["seed"] for r in rows), tuple(r["factors"] for r in rows))
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a prompt belongs to the held-out fifth."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < HELD_OUT_SHARE * 2**64
+
+
+def load_prompts(source: str | Path | Iterable[str], n: int | None = None, *, seed: int = 0) -> Prompts:
+    """Prompts from a source, the i-th with seed `seed + i`.
+
+    Args:
+        source: `"world"`, `"scenes"`, a .txt, .jsonl (key `text` or `prompt`) or .csv file (column `text` or `prompt`), or strings.
+        n: how many; needed for `"world"` and `"scenes"`, otherwise the first n.
+        seed: what the generated sources and the images' noise start from.
+
+    Raises:
+        PromptError: unknown source, a missing file or column, an empty prompt, or no prompts at all.
+    """
+    if source in ("world", "scenes"):
+        if n is None:
+            raise PromptError(f"load_prompts({source!r}) makes as many prompts as you want: say n=.")
+        texts, factors = (_world if source == "world" else _scenes)(n, seed)
+    else:
+        texts = list(_read(source))[:n]
+        factors = [{} for _ in texts]
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise PromptError(f"Prompt {i} of {_describe(source)} is {text!r}, not a text. Remove it or write one.")
+    if not texts:
+        raise PromptError(f"No prompts in {_describe(source)}.")
+    return Prompts(tuple(texts), tuple(range(seed, seed + len(texts))), tuple(factors))
+
+
+def _world(n: int, seed: int) -> tuple[list[str], list[dict[str, str]]]:
+    rng = np.random.RandomState(seed)
+    scenes = [world.sample_scene(rng) for _ in range(n)]
+    return [world.caption(scene) for scene in scenes], [world.factors(scene) for scene in scenes]
+
+
+_SUBJECTS = (
+    "a fox", "an old sailor", "a lighthouse", "two children", "a bowl of cherries", "a tabby cat", "a red bicycle", "a grand piano", "an astronaut",
+    "a market stall", "a wooden boat", "a sunflower", "a steam train", "a ballet dancer", "a stack of books", "a mountain hut", "a parrot", "a glass teapot",
+    "a street musician", "a flock of sheep", "a motorcycle", "a marble statue", "a tortoise", "a chess board", "a baker",
+)  # fmt: skip
+_ACTIONS = (
+    "in the rain", "at sunset", "seen from above", "covered in snow", "under a streetlight", "beside a lake", "in a narrow alley", "on a white table",
+    "in front of a brick wall", "in tall grass", "on a cliff by the sea", "in a crowded square", "in thick fog", "against a clear blue sky", "in a desert",
+)  # fmt: skip
+_STYLES = (
+    "photograph", "oil painting", "watercolour", "pencil drawing", "woodcut", "film still", "pixel art", "studio photograph", "children's book illustration",
+)  # fmt: skip
+
+
+def _scenes(n: int, seed: int) -> tuple[list[str], list[dict[str, str]]]:
+    rng = np.random.RandomState(seed)
+    choose = [[words[i] for i in rng.randint(len(words), size=n)] for words in (_STYLES, _SUBJECTS, _ACTIONS)]
+    factors = [{"style": style, "subject": subject, "setting": setting} for style, subject, setting in zip(*choose, strict=True)]
+    return [f"{f['style']} of {f['subject']} {f['setting']}" for f in factors], factors
+
+
+def _read(source: str | Path | Iterable[str]) -> Iterable[Any]:
+    if not isinstance(source, str | Path):
+        return source
+    path = Path(source)
+    readers = {".txt": _from_txt, ".jsonl": _from_jsonl, ".csv": _from_csv}
+    if path.suffix not in readers:
+        raise PromptError(f"Unknown prompt source {str(source)!r}; it is 'world', 'scenes', a .txt, .jsonl or .csv file, or a list of texts.{did_you_mean(str(source), ['world', 'scenes'])}")
+    if not path.is_file():
+        raise PromptError(f"There is no file {path}. Give the path of a .txt, .jsonl or .csv file.")
+    return readers[path.suffix](path.read_text(encoding="utf-8"))
+
+
+def _from_txt(text: str) -> list[str]:
+    return text.rstrip("\n").split("\n")  # not splitlines: a prompt may hold other Unicode line separators
+
+
+def _from_jsonl(text: str) -> list[Any]:
+    rows: list[Any] = []
+    for i, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [_pick(json.loads(line), f"line {i}")] if line.strip() else []
+        except ValueError as cause:
+            raise PromptError(f"Line {i} is not JSON ({cause}). Mend it, or give a .txt file with one prompt a line.") from None
+    return rows
+
+
+def _from_csv(text: str) -> list[Any]:
+    return [_pick(row, f"row {i}") for i, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1)]
+
+
+def _pick(row: dict[str, Any], place: str) -> Any:
+    for key in ("text", "prompt"):
+        if key in row:
+            return row[key]
+    raise PromptError(f"{place} has neither 'text' nor 'prompt', only {', '.join(row)}. Rename the field that holds the prompts.")
+
+
+def _describe(source: str | Path | Iterable[str]) -> str:
+    return str(source) if isinstance(source, str | Path) else "the list given"

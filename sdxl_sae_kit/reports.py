@@ -1,0 +1,330 @@
+"""Runs the notebooks in order and merges them into one self-contained HTML file that loads nothing from anywhere."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import plotly.io
+from bs4 import BeautifulSoup, Tag
+from ipykernel.kernelspec import make_ipkernel_cmd
+from jinja2 import DictLoader, Environment
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbconvert import HTMLExporter
+from nbformat import NotebookNode
+from plotly.offline import get_plotlyjs
+
+from sdxl_sae_kit.artifacts import STORE_VARIABLE, Store, hash_file, kit_version, write_atomically
+from sdxl_sae_kit.errors import KitError
+
+PACKAGES = ("torch", "diffusers", "transformers", "h5py", "numpy", "scikit-learn", "plotly", "nbconvert")
+PLOTLY, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
+PICTURES = ("image/svg+xml", "image/png", "image/jpeg")
+POLICY = (
+    "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; font-src data:; "
+    "base-uri 'none'; form-action 'none'; script-src "
+)
+FRAGMENT = """{%- extends 'lab/base.html.j2' -%}
+{%- block input_group -%}<details class="code"><summary>Code</summary>{{ super() }}</details>{%- endblock -%}"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One executed notebook as a piece of HTML; `scripts` draw its figures."""
+
+    slug: str
+    title: str
+    headings: Sequence[tuple[str, str]]
+    html: str
+    scripts: Sequence[str]
+    seconds: float
+
+
+def report(
+    notebooks: Path | str | Sequence[Path | str] | None = None,
+    *,
+    scale: str = "demo",
+    model: str = "tiny-turbo",
+    out: Path | str | None = None,
+    store: Store | Path | str | None = None,
+) -> Path:
+    """Run notebooks in order, each in a fresh kernel of this Python, and write one offline HTML file; returns its path.
+
+    `notebooks` is a folder or a list of files, by default `notebooks/` of the checkout. The file goes to `out`, by
+    default to a new artifact in the store: a report shows one moment, so its time is part of its recipe.
+
+    Raises:
+        KitError: there are no notebooks, a cell failed, or a picture has no alt text; it names notebook and cell.
+
+    Example:
+        >>> report(scale="smoke")  # doctest: +SKIP
+        PosixPath('artifacts/reports/tiny-turbo_smoke-1a2b3c4d/report.html')
+    """
+    home, paths, now = Store.at(store), find_notebooks(notebooks), datetime.now(UTC)
+    seen = {"contents", *map(_slug, paths)}
+    sections = [_section(path, f"[{i}/{len(paths)}]", model, scale, home, seen) for i, path in enumerate(paths, 1)]
+    page = _page(sections, model, scale, now).encode()
+    if out is not None:
+        target = Path(out).expanduser().resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, page)
+        return target
+    sources = {path.name: hash_file(path) for path in paths}
+    recipe = {"model": model, "scale": scale, "notebooks": sources, "time": now.isoformat()}
+    artifact = home.artifact("reports", f"{Path(model).name}_{scale}", recipe)
+    with artifact.lock():
+        write_atomically(artifact.file("report.html"), page)
+        artifact.seal(facts={"seconds": {section.slug: round(section.seconds, 1) for section in sections}})
+    return artifact.file("report.html")
+
+
+def find_notebooks(notebooks: Path | str | Sequence[Path | str] | None) -> list[Path]:
+    """The notebook files of a folder in the order of their names, or those of a list in its order.
+
+    Raises:
+        KitError: there are none, one of the list is missing, or two have the same name.
+    """
+    if notebooks is None:
+        notebooks = Path(__file__).parent.parent / "notebooks"
+    if not isinstance(notebooks, Path | str):
+        paths = [Path(path).resolve() for path in notebooks]
+    elif Path(notebooks).suffix == ".ipynb":
+        paths = [Path(notebooks).resolve()]
+    else:
+        paths = sorted(Path(notebooks).resolve().glob("*.ipynb"))
+    if not paths:
+        raise KitError(
+            f"No notebooks in {notebooks}. An installed package comes without them: "
+            "pass the folder `notebooks/` of a checkout."
+        )
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise KitError(f"No notebook at {', '.join(missing)}.")
+    if len(set(map(_slug, paths))) < len(paths):
+        raise KitError("Two of the notebooks have the same name. Links in the report need different ones: rename one.")
+    return paths
+
+
+def _section(path: Path, progress: str, model: str, scale: str, store: Store, seen: set[str]) -> Section:
+    """Run one notebook and turn it into HTML, saying so; ids already `seen` in the report are renamed."""
+    started = time.monotonic()
+    sys.stderr.write(f"{progress} {path.name} runs\n")
+    notebook = _execute(path, model, scale, store)
+    seconds = time.monotonic() - started
+    sys.stderr.write(f"{progress} {path.name} took {seconds:.1f} s\n")
+    # What the parameters were is on the front page.
+    notebook.cells = [cell for cell in notebook.cells if not _tagged(cell, "parameters", "injected-parameters")]
+    scripts = [script for cell in notebook.cells for script in _make_static(cell, path)]
+    soup = BeautifulSoup(_export(notebook, path), "html.parser")
+    for pilcrow in soup.select("a.anchor-link"):
+        pilcrow.decompose()
+    _check_pictures(soup, path)
+    _make_ids_unique(soup, seen)
+    title = soup.find("h1")
+    headings = [(str(h2["id"]), h2.get_text()) for h2 in soup.select("h2[id]")]
+    return Section(_slug(path), title.get_text() if title else path.stem, headings, str(soup), scripts, seconds)
+
+
+class _ThisPython(KernelSpecManager):
+    """Starts kernels with the Python that runs this, whatever kernels are installed on the machine."""
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        return KernelSpec(argv=make_ipkernel_cmd(), display_name="Python", language="python")
+
+
+def _execute(path: Path, model: str, scale: str, store: Store) -> NotebookNode:
+    """The executed notebook, its cells named `<slug>-<number>` by their place in the file."""
+    notebook: NotebookNode = nbformat.read(path, as_version=4)
+    notebook.nbformat_minor = 5
+    notebook.metadata.pop("widgets", None)
+    for number, cell in enumerate(notebook.cells, 1):
+        cell.id = f"{_slug(path)}-{number}"
+    _inject_parameters(notebook, path, {"MODEL": model, "SCALE": scale})
+    started: list[str] = []
+    client = NotebookClient(
+        notebook,
+        km=AsyncKernelManager(kernel_spec_manager=_ThisPython()),
+        timeout=None,
+        store_widget_state=False,
+        resources={"metadata": {"path": str(path.parent)}},
+        on_cell_start=lambda cell, cell_index: started.append(cell.id),
+    )
+    # A progress bar is news while it moves and noise in a report.
+    environment = {**os.environ, STORE_VARIABLE: str(store.root), "TQDM_DISABLE": "1"}
+    try:
+        client.execute(env=environment, cleanup_kc=True)
+    except CellExecutionError as failure:
+        raise KitError(f"{_place(started[-1], path)} failed: {failure.ename}: {failure.evalue}") from None
+    except DeadKernelError:
+        raise KitError(f"{_place(started[-1], path)} killed its kernel; often there is too little memory.") from None
+    return notebook
+
+
+def _inject_parameters(notebook: NotebookNode, path: Path, values: dict[str, str]) -> None:
+    """Put a cell that sets the values right behind the one tagged `parameters`."""
+    places = (i for i, cell in enumerate(notebook.cells) if _tagged(cell, "parameters"))
+    if (place := next(places, None)) is None:
+        raise KitError(f"{path.name} has no cell tagged 'parameters'. Tag the one that sets {' and '.join(values)}.")
+    source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    injected = nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-parameters"]})
+    injected.id = f"{_slug(path)}-parameters"
+    notebook.cells.insert(place + 1, injected)
+
+
+def _tagged(cell: NotebookNode, *tags: str) -> bool:
+    return any(tag in cell.metadata.get("tags", []) for tag in tags)
+
+
+def _slug(path: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem)[:48]
+
+
+def _place(cell_id: str, path: Path) -> str:
+    """How a person finds the cell."""
+    return f"{path.name}, cell {cell_id.rsplit('-', 1)[1]}"
+
+
+def _make_static(cell: NotebookNode, path: Path) -> Iterable[str]:
+    """Turn figures, pictures and widgets among a cell's outputs into plain HTML; yields each figure's script."""
+    for number, output in enumerate(cell.get("outputs", [])):
+        data = output.get("data", {})
+        if PLOTLY in data:
+            markup, script = _figure(data[PLOTLY], f"figure-{cell.id}-{number}", _place(cell.id, path))
+            output.data = {"text/html": markup}
+            yield script
+        elif "text/html" in data:
+            data.pop(WIDGET, None)
+        elif WIDGET in data:
+            output.data = {"text/html": "<p>An interactive view: open the notebook to use it.</p>"}
+        elif kind := next((kind for kind in PICTURES if kind in data), None):
+            metadata = output.metadata.get(kind, output.metadata)
+            output.data = {"text/html": _picture(kind, data[kind], metadata.get("alt"), _place(cell.id, path))}
+
+
+def _figure(spec: dict[str, Any], name: str, place: str) -> tuple[str, str]:
+    """A plotly figure as (HTML that stands in its place, script that draws it there)."""
+    layout = spec.get("layout", {})
+    alt = (layout.get("meta") or {}).get("alt")
+    if not alt:
+        raise KitError(f"{place}: a plotly figure has no alt text. Say fig.update_layout(meta={{'alt': '…'}}).")
+    drawn = plotly.io.to_html(
+        {"data": spec.get("data", []), "layout": layout},
+        # By default plotly offers a button that sends the figure's data to its makers' server.
+        config={"responsive": True, "displaylogo": False, "showSendToCloud": False},
+        full_html=False,
+        include_plotlyjs=False,
+        include_mathjax=False,
+        div_id=name,
+        default_height=f"{layout.get('height') or 450}px",
+        validate=False,
+    )
+    before, script, after = re.split(r"<script[^>]*>(.*)</script>", drawn, maxsplit=1, flags=re.DOTALL)
+    text = html.escape(alt, quote=True)
+    unseen = "<noscript><p>A script would draw this figure; its caption says what it shows.</p></noscript>"
+    inside = f"{before}{after}{unseen}<figcaption>{text}</figcaption>"
+    return f'<figure role="img" aria-label="{text}">{inside}</figure>', script
+
+
+def _picture(kind: str, data: str, alt: str | None, place: str) -> str:
+    if alt is None:
+        raise KitError(f"{place}: a picture has no alt text. Show it with IPython.display.Image(data, alt='…').")
+    encoded = base64.b64encode(data.encode()).decode() if kind == "image/svg+xml" else data.replace("\n", "")
+    return f'<img src="data:{kind};base64,{encoded}" alt="{html.escape(alt, quote=True)}">'
+
+
+def _export(notebook: NotebookNode, path: Path) -> str:
+    """The notebook's cells as HTML, pictures of its text embedded."""
+    exporter = HTMLExporter(
+        extra_loaders=[DictLoader({"fragment": FRAGMENT})],
+        template_file="fragment",
+        embed_images=True,
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+    )
+    resources = {"metadata": {"path": str(path.parent), "name": path.stem}}
+    return str(exporter.from_notebook_node(notebook, resources=resources)[0])
+
+
+def _check_pictures(soup: BeautifulSoup, path: Path) -> None:
+    """Refuse pictures that are not in the file, and those whose alt text nbconvert had to make up."""
+    for image in soup.find_all("img"):
+        cell = image.find_parent(id=re.compile("^cell-id="))
+        place = _place(str(cell["id"]), path) if cell else path.name
+        if not str(image.get("src", "")).startswith("data:"):
+            raise KitError(f"{place}: the picture {image.get('src')} lies elsewhere; embed it in the notebook.")
+        if str(image["alt"]).startswith("No description has been provided"):
+            raise KitError(f"{place}: a picture has no alt text. Give its <img> one.")
+
+
+def _make_ids_unique(soup: BeautifulSoup, seen: set[str]) -> None:
+    """Rename ids that the report already has, and what points to them from this notebook."""
+    renamed: dict[str, str] = {}
+    for element in soup.find_all(id=True):
+        name = unique = str(element["id"])
+        copies = 1
+        while unique in seen:
+            copies += 1
+            unique = f"{name}-{copies}"
+        seen.add(unique)
+        renamed.setdefault(name, unique)
+        element["id"] = unique
+    for attribute in ("href", "for", "aria-labelledby", "aria-describedby", "aria-controls"):
+        for element in soup.select(f"[{attribute}]"):
+            _redirect(element, attribute, renamed)
+
+
+def _redirect(element: Tag, attribute: str, renamed: dict[str, str]) -> None:
+    value = str(element[attribute])
+    if attribute != "href":
+        element[attribute] = renamed.get(value, value)
+    elif value.startswith("#"):
+        element[attribute] = "#" + renamed.get(value[1:], value[1:])
+
+
+def _page(sections: Sequence[Section], model: str, scale: str, now: datetime) -> str:
+    """The whole document."""
+    figures = [script for section in sections for script in section.scripts]
+    library = get_plotlyjs() if figures else ""
+    # Only what was generated here is hashed: a script that came in with some output stays forbidden.
+    allowed = " ".join(map(_source_hash, [library, *figures])) if figures else "'none'"
+    source = files("sdxl_sae_kit").joinpath("report.html.j2").read_text("utf-8")
+    return (
+        Environment(autoescape=True)
+        .from_string(source)
+        .render(
+            sections=sections,
+            policy=POLICY + allowed,
+            styles=_styles(),
+            library=library,
+            figures=figures,
+            facts={"Model": model, "Scale": scale, "Made": f"{now:%Y-%m-%d %H:%M} UTC", "sdxl_sae_kit": kit_version()},
+            versions={"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        )
+    )
+
+
+def _source_hash(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _styles() -> dict[str, str]:
+    """JupyterLab's own styles and its two themes."""
+    environment = HTMLExporter().environment
+    names = {"lab": "index.css", "light": "theme-light.css", "dark": "theme-dark.css"}
+    return {name: environment.loader.get_source(environment, f"static/{file}")[0] for name, file in names.items()}

@@ -1,0 +1,1 @@
+"""Studies: experiments with features that have controls, intervals and an artifact each; none imports another."""

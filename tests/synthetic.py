@@ -1,0 +1,124 @@
+"""Feature statistics of a made-up SAE on made-up pictures, for tests of what only shows them.
+
+Each latent answers to one colour, and half as much to one place.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from sdxl_sae_kit.artifacts import Artifact
+from sdxl_sae_kit.features import Example, FeatureStats, Ranking
+from sdxl_sae_kit.prompts import Prompts
+from sdxl_sae_kit.sae import FIRES
+
+COLOURS = {
+    "red": (222, 38, 38),
+    "green": (40, 175, 60),
+    "blue": (45, 95, 235),
+    "yellow": (248, 222, 50),
+    "purple": (150, 60, 195),
+    "orange": (248, 140, 30),
+}
+PLACES = {
+    "on the left": (18, 32),
+    "on the right": (46, 32),
+    "at the top": (32, 18),
+    "at the bottom": (32, 46),
+    "in the center": (32, 32),
+}
+BACKGROUNDS = {
+    "black": (20, 20, 24),
+    "white": (240, 240, 238),
+    "gray": (128, 128, 130),
+    "navy": (25, 34, 100),
+    "teal": (14, 112, 105),
+}
+GRID = (8, 8)
+N_IMAGES = 90
+
+
+@dataclass(frozen=True)
+class SyntheticStats(FeatureStats):
+    """Statistics computed from `codes` (image, latent, height, width), which are small enough to hold."""
+
+    codes: np.ndarray = field(repr=False, compare=False, kw_only=True)
+    texts: tuple[str, ...] = field(repr=False, kw_only=True)
+    thumbnails: tuple[bytes, ...] = field(repr=False, kw_only=True)
+
+    @property
+    def prompts(self) -> Prompts:
+        """One prompt an image."""
+        return Prompts(self.texts, tuple(range(N_IMAGES)), ({},) * N_IMAGES)
+
+    def image_activations(self, by: Ranking = "max") -> np.ndarray:
+        """Maximum or mean over each image, (image, latent)."""
+        return self.codes.max((2, 3)) if by == "max" else self.codes.mean((2, 3))
+
+    def examples(self, feature: int, by: Ranking = "max", n: int | None = None) -> list[Example]:
+        """The images on which the latent is strongest at one token, or on average."""
+        maps = self.codes[:, feature]
+        values = maps.max((1, 2)) if by == "max" else maps.mean((1, 2))
+        strongest = [image for image in np.argsort(-values, kind="stable")[: n or 12].tolist() if values[image] > FIRES]
+        return [Example(i, self.texts[i], i, float(values[i]), maps[i], self.thumbnails[i]) for i in strongest]
+
+
+def synthetic_stats(
+    store: Path | str = "nowhere", *, sae: str = "synthetic_mid.0_k10-0123abcd", d_sae: int = 40, n_dead: int = 5
+) -> SyntheticStats:
+    """Statistics of `d_sae` latents, the last `n_dead` of which never fire, as if kept in `store`."""
+    rng = np.random.default_rng(0)
+    colours, places, backgrounds = (list(names) for names in (COLOURS, PLACES, BACKGROUNDS))
+    scenes = [
+        (rng.choice(colours), rng.choice(places), rng.choice(backgrounds), int(rng.integers(8, 15)))
+        for _ in range(N_IMAGES)
+    ]
+    codes = np.zeros((N_IMAGES, d_sae, *GRID), dtype=np.float32)
+    y, x = np.mgrid[0:8, 0:8] * 8 + 4
+    for image, (colour, place, _, radius) in enumerate(scenes):
+        across, down = PLACES[place]
+        blob = np.exp(-((x - across) ** 2 + (y - down) ** 2) / (2 * radius**2)) * rng.uniform(0.6, 1.4)
+        for latent in range(d_sae - n_dead):
+            match = (latent % 6 == colours.index(colour)) + 0.5 * (latent % 5 == places.index(place))
+            codes[image, latent] = np.maximum(match * blob - 0.3, 0) * (1 + latent / 10)
+    firing = codes > FIRES
+    n_firing = np.maximum(firing.sum((0, 2, 3)), 1)
+    mean = np.where(firing, codes, 0).sum((0, 2, 3)) / n_firing
+    spread = np.where(firing, (codes - mean[:, None, None]) ** 2, 0).sum((0, 2, 3)) / n_firing
+    texts = [
+        f"a {'large' if radius > 11 else 'small'} {colour} ball {place}, {background} background"
+        for colour, place, background, radius in scenes
+    ]
+    return SyntheticStats(
+        artifact=Artifact(Path(store) / "features" / f"{sae}-9876fedc"),
+        step=0,
+        sae=sae,
+        hookpoint="mid.0",
+        grid=GRID,
+        n_tokens=N_IMAGES * 64,
+        n_images=N_IMAGES,
+        density=firing.mean((0, 2, 3)).astype(np.float32),
+        image_density=firing.any((2, 3)).mean(0).astype(np.float32),
+        mean=mean.astype(np.float32),
+        std=np.sqrt(spread).astype(np.float32),
+        max=codes.max((0, 2, 3)),
+        codes=codes,
+        texts=tuple(texts),
+        thumbnails=tuple(_thumbnail(*scene) for scene in scenes),
+    )
+
+
+def _thumbnail(colour: str, place: str, background: str, radius: int) -> bytes:
+    image = Image.new("RGB", (256, 256), BACKGROUNDS[background])
+    across, down = PLACES[place]
+    ImageDraw.Draw(image).ellipse(
+        [4 * (across - radius), 4 * (down - radius), 4 * (across + radius), 4 * (down + radius)], fill=COLOURS[colour]
+    )
+    file = io.BytesIO()
+    image.resize((64, 64), Image.Resampling.LANCZOS).save(file, "WEBP", quality=80)
+    return file.getvalue()

@@ -1,0 +1,122 @@
+"""The store: names from recipes, one writer, finished in one step, verified byte by byte."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdxl_sae_kit.artifacts import Artifact, Store, canonical_json
+from sdxl_sae_kit.errors import ArtifactError
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+
+
+@pytest.fixture
+def made(tmp_path):
+    artifact = Store.at(tmp_path).artifact("studies", "a study: of 'things'", {"n": 3})
+    with artifact.lock():
+        artifact.file("result.json").write_text("[1, 2]")
+        artifact.file("picture.png").write_bytes(b"png")
+        return artifact.seal(facts={"rows": 2})
+
+
+@given(st.dictionaries(st.text(), json_values), st.dictionaries(st.text(), json_values))
+def test_equal_recipes_share_a_folder_and_different_ones_do_not(one, other):
+    store = Store.at("somewhere")
+    same = canonical_json(one) == canonical_json(other)
+    assert (store.artifact("saes", "x", one).folder == store.artifact("saes", "x", other).folder) == same
+    assert store.artifact("saes", "x", dict(reversed(one.items()))).folder == store.artifact("saes", "x", one).folder
+
+
+def test_a_finished_artifact_reads_back_and_verifies(made):
+    again = Artifact.open(made.folder, "studies")
+    assert again.name.startswith("a-study-of-things-")
+    assert again.recipe["n"] == 3
+    assert again.stamp["facts"] == {"rows": 2}
+    assert again.digest == made.digest
+    again.verify()
+
+
+def test_the_default_store_follows_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("SDXL_SAE_KIT_STORE", str(tmp_path / "elsewhere"))
+    assert Store.at().root == tmp_path / "elsewhere"
+    assert Store.at(tmp_path).root == tmp_path
+    monkeypatch.delenv("SDXL_SAE_KIT_STORE")
+    assert Store.at().root.name == "artifacts"
+
+
+@pytest.mark.parametrize(
+    ("harm", "complaint"),
+    [
+        (lambda f: (f / "result.json").write_text("[1, 3]"), "result.json has changed"),
+        (lambda f: (f / "picture.png").unlink(), "picture.png is missing"),
+        (lambda f: (f / "stranger").write_text(""), "stranger does not belong"),
+        (lambda f: edit_stamp(f, lambda s: s["recipe"].update(n=4)), "the recipe is not the one that named it"),
+        (lambda f: edit_stamp(f, lambda s: s["files"].update({"../result.json": {"sha256": ""}})), r"\.\./result.json is missing"),
+    ],
+)
+def test_any_harm_is_found(made, harm, complaint):
+    harm(made.folder)
+    with pytest.raises(ArtifactError, match=complaint):
+        Artifact(made.folder).verify()
+
+
+def edit_stamp(folder, change):
+    stamp = json.loads((folder / "stamp.json").read_text())
+    change(stamp)
+    (folder / "stamp.json").write_text(json.dumps(stamp))
+
+
+def test_an_unfinished_foreign_or_newer_artifact_is_not_opened(made, tmp_path):
+    with pytest.raises(ArtifactError, match="No finished artifact"):
+        Artifact.open(tmp_path / "nothing", "studies")
+    with pytest.raises(ArtifactError, match="holds studies version 1; this kit reads saes"):
+        Artifact.open(made.folder, "saes")
+    edit_stamp(made.folder, lambda s: s["recipe"].update(version=99))
+    with pytest.raises(ArtifactError, match="studies version 99"):
+        Artifact.open(made.folder, "studies")
+    (made.folder / "stamp.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="lacks"):
+        Artifact.open(made.folder, "studies")
+
+
+HOLDER = """
+    import sys, time
+    from sdxl_sae_kit.artifacts import Store
+    with Store.at(sys.argv[1]).artifact("saes", "x", {}).lock():
+        print("held", flush=True)
+        time.sleep(60)
+"""
+
+
+def test_a_second_writer_is_refused_by_the_name_of_the_first_and_a_killed_one_frees_the_lock(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        artifact = Store.at(tmp_path).artifact("saes", "x", {})
+        with pytest.raises(ArtifactError, match=f"is being written by process {holder.pid} on "), artifact.lock():
+            pass
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait(timeout=10)
+        with artifact.lock():
+            pass
+    finally:
+        holder.kill()
+
+
+def test_the_store_lists_what_it_holds(made):
+    store = Store(made.folder.parent.parent)
+    store.artifact("saes", "half", {}).folder.mkdir(parents=True)
+    assert [(a.kind, a.finished) for a in store.artifacts()] == [("saes", False), ("studies", True)]
+    assert "unfinished" in repr(store)
+    assert made.name in repr(store)

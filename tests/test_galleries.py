@@ -1,0 +1,264 @@
+"""galleries: what is shown is what was measured, labels last, and nobody's text becomes HTML.
+
+The widgets are driven without a browser.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from reading_html import Reader, read_safely
+from synthetic import synthetic_stats
+
+from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.galleries import Gallery, gallery
+from sdxl_sae_kit.labels import LabelStore
+from sdxl_sae_kit.sae import FIRES
+
+NASTY = '"><img src=x onerror=alert(1)></bdi><script>alert(2)</script>'
+STATS = synthetic_stats(d_sae=40, n_dead=5)
+FEW = synthetic_stats(d_sae=3, n_dead=0)
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> LabelStore:
+    return LabelStore.of(STATS, tmp_path)
+
+
+@pytest.fixture
+def shown(labels: LabelStore) -> Gallery:
+    return gallery(STATS, labels=labels, page_size=10)
+
+
+def cards(html: str) -> list[int]:
+    return [int(latent) for latent in re.findall(r"<header><b>(\d+)</b>", html)]
+
+
+def all_pages(shown: Gallery) -> list[int]:
+    overview = shown.overview
+    overview.turn_to(0)
+    latents = cards(overview.grid.value)
+    while not overview.next.disabled:
+        overview.next.click()
+        latents += cards(overview.grid.value)
+    return latents
+
+
+@pytest.mark.parametrize("key", ["density", "max", "mean"])
+def test_sorting_puts_the_largest_first_and_misses_nobody(shown: Gallery, key: str) -> None:
+    shown.overview.sort.value = key
+    latents = all_pages(shown)
+    values = getattr(STATS, key)[latents]
+    assert sorted(latents) == list(range(35))
+    assert (np.diff(values) <= 0).all()
+
+
+def test_unlabelled_come_first(shown: Gallery, labels: LabelStore) -> None:
+    labels.set(7, "red")
+    shown.overview.sort.value = "unlabelled"
+    assert all_pages(shown)[-1] == 7
+
+
+def test_pages_are_full_and_end_where_they_should(shown: Gallery) -> None:
+    overview = shown.overview
+    assert len(cards(overview.grid.value)) == 10
+    assert (overview.previous.disabled, overview.next.disabled) == (True, False)
+    assert "1–10 of 35 latents (5 dead hidden)" in overview.position.value
+    overview.turn_to(99)
+    assert len(cards(overview.grid.value)) == 5
+    assert (overview.previous.disabled, overview.next.disabled) == (False, True)
+    overview.previous.click()
+    assert "21–30 of 35" in overview.position.value
+
+
+def test_dead_latents_show_when_asked_for(shown: Gallery) -> None:
+    shown.overview.sort.value = "latent"
+    shown.overview.hide_dead.value = False
+    assert all_pages(shown) == list(range(40))
+    assert shown.overview.grid.value.count("It fired on no token.") == 5
+
+
+def test_the_filter_looks_in_labels_and_in_prompts_of_the_examples(shown: Gallery, labels: LabelStore) -> None:
+    labels.set(11, "Shiny THING")
+    shown.overview.filter.value = "thing shiny"
+    assert all_pages(shown) == [11]
+    shown.overview.filter.value = "red left"
+    expected = {
+        latent
+        for latent in STATS.alive.tolist()
+        if any("red" in example.prompt and "left" in example.prompt for example in STATS.examples(latent))
+    }
+    assert set(all_pages(shown)) == expected
+    assert 0 < len(expected) < 35
+    shown.overview.filter.value = "no such word"
+    assert all_pages(shown) == []
+    assert "nothing found" in shown.overview.position.value
+
+
+def test_the_filter_passes_over_images_on_which_a_latent_does_not_fire(labels: LabelStore) -> None:
+    codes = np.zeros_like(FEW.codes)
+    codes[5, 0] = 1.0
+    texts = tuple(f"scene{image}" for image in range(len(codes)))
+    shown = gallery(dataclasses.replace(FEW, codes=codes, texts=texts), labels=labels)
+    for words, expected in (("scene5", [0]), ("scene3", [])):
+        shown.overview.filter.value = words
+        assert all_pages(shown) == expected
+
+
+def test_labels_are_kept_beside_the_statistics(tmp_path: Path) -> None:
+    detail = gallery(synthetic_stats(tmp_path), 2).detail
+    detail.text.value = "blue"
+    detail.save.click()
+    assert LabelStore.of("synthetic_mid.0_k10-0123abcd", tmp_path).all() == {2: "blue"}
+
+
+def test_a_label_is_saved_confirmed_shown_and_there_again_later(shown: Gallery, labels: LabelStore) -> None:
+    shown.overview.latent.value = 12
+    shown.overview.go.click()
+    assert shown.children == (shown.detail,)
+    shown.detail.text.value = "  red balls "
+    shown.detail.save.click()
+    assert "Saved <bdi>red balls</bdi>" in shown.detail.notice.value
+    shown.detail.back.click()
+    assert shown.children == (shown.overview,)
+    shown.overview.filter.value = "balls"
+    again = gallery(STATS, 12, labels=LabelStore(labels.file))
+    assert again.detail.text.value == "red balls"
+    again.detail.withdraw.click()
+    assert (again.detail.text.value, labels.all()) == ("", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(" ", "needs some text"), ("x" * 501, "at most 500 characters"), ("<b>\ud83d", "half a character")],
+)
+def test_a_bad_label_is_refused_where_it_was_typed(labels: LabelStore, text: str, message: str) -> None:
+    detail = gallery(STATS, 3, labels=labels).detail
+    detail.text.value = text
+    detail.save.click()
+    assert message in read_safely(detail.notice.value).text
+    assert labels.all() == {}
+
+
+def test_previous_and_next_follow_the_chosen_order(shown: Gallery) -> None:
+    shown.overview.sort.value = "max"
+    order = all_pages(shown)
+    shown.show(order[1])
+    shown.detail.next.click()
+    assert shown.detail.feature == order[2]
+    for _ in range(5):
+        shown.detail.previous.click()
+    assert shown.detail.feature == order[0]
+
+
+def test_the_detail_states_what_was_measured_over_how_many(labels: LabelStore) -> None:
+    read = read_safely(gallery(STATS, 4, labels=labels).detail.body.value)
+    codes = STATS.codes[:, 4]
+    firing = codes[codes > FIRES]
+    for fact in (
+        f"{100 * firing.size / codes.size:#.3g} %tokens with z > 0.001 / all tokens{codes.size:,} tokens",
+        f"{firing.mean():#.3g}mean of z over firing tokens{firing.size:,} firing tokens",
+        f"{firing.std():#.3g}standard deviation of z over firing tokens",
+        f"{codes.max():#.3g}largest z",
+    ):
+        assert fact in read.text
+    for by, values in (("max", codes.max((1, 2))), ("mean", codes.mean((1, 2)))):
+        strongest = [example.image for example in STATS.examples(4, by)]
+        assert all(STATS.texts[image] in read.text for image in strongest)
+        assert f"{values.max():#.3g}" in read.text
+    assert len(read.values("src")) == len(STATS.examples(4, "max")) + len(STATS.examples(4, "mean"))
+
+
+def test_a_dead_latent_says_so(labels: LabelStore) -> None:
+    shown = gallery(STATS, 39, labels=labels)
+    assert f"it fired on none of the {STATS.n_tokens:,} tokens" in shown.detail.body.value
+    assert "it fired on none" in shown.static_html()
+
+
+def test_a_latent_there_is_not_is_refused(shown: Gallery, labels: LabelStore) -> None:
+    for feature in (40, -1):
+        with pytest.raises(KitError, match=rf"No latent {feature} in synthetic_mid.0_k10-0123abcd; it has 0 to 39\."):
+            gallery(STATS, feature, labels=labels)
+    shown.overview.latent.value = 40
+    shown.overview.go.click()
+    assert "No latent 40" in shown.overview.position.value
+    assert shown.children == (shown.overview,)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"page_size": 49}, "1 to 48"), ({"page_size": 0}, "1 to 48"), ({"sort": "size"}, "no order 'size'")],
+)
+def test_bad_options_are_refused(labels: LabelStore, options: dict[str, object], message: str) -> None:
+    with pytest.raises(KitError, match=message):
+        gallery(STATS, labels=labels, **options)  # type: ignore[arg-type]
+
+
+def test_the_static_twin_shows_the_features_asked_for_in_the_chosen_order(labels: LabelStore) -> None:
+    shown = gallery(STATS, labels=labels, page_size=5, sort="mean", static=12)
+    bundle = shown._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    read = read_safely(bundle["text/html"])
+    assert cards(bundle["text/html"]) == sorted(range(35), key=lambda latent: (-STATS.mean[latent], latent))[:12]
+    assert "12 of 35 latents (5 dead hidden), order: mean" in read.text
+    assert not {"script", "button", "input", "a"} & set(read.tags)
+    shown.show(4)
+    assert "Latent 4" in shown._repr_mimebundle_()["text/html"]
+
+
+def test_the_default_twin_has_everybody_up_to_a_hundred(labels: LabelStore) -> None:
+    assert len(cards(gallery(STATS, labels=labels).static_html())) == 35
+    many = synthetic_stats(d_sae=120, n_dead=5)
+    assert len(cards(gallery(many, labels=labels).static_html())) == 100
+
+
+def test_a_card_is_small_and_shows_image_above_heat_map(shown: Gallery) -> None:
+    html = shown.static_html()
+    assert len(html) / len(cards(html)) < 6_000
+    source = read_safely(html).values("src")[0]
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGB"), dtype=int)
+    assert sheet.shape == (131, 265, 3)
+    first = STATS.examples(cards(html)[0])[0]
+    hottest = np.unravel_index(first.heat_map.argmax(), first.heat_map.shape)
+    below = sheet[67:131, 0:64].sum(-1)
+    brightest = np.unravel_index(below.argmax(), below.shape)
+    assert np.abs(np.array(brightest) // 8 - hottest).max() <= 1
+
+
+def test_two_galleries_share_no_id(labels: LabelStore) -> None:
+    reader = Reader(gallery(STATS, labels=labels).static_html() + gallery(STATS, 3, labels=labels).static_html())
+    assert not reader.values("id")
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.sampled_from([NASTY, "\0<b\0>", "‮אבג"]) | st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+    st.sampled_from([NASTY, "' onload='x"])
+    | st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(str.strip),
+)
+def test_prompts_and_labels_stay_text_everywhere(
+    tmp_path_factory: pytest.TempPathFactory, prompt: str, label: str
+) -> None:
+    stats = dataclasses.replace(FEW, texts=(prompt,) * len(FEW.texts))
+    labels = LabelStore.of(stats, tmp_path_factory.mktemp("store"))
+    shown = gallery(stats, labels=labels, page_size=2, static=2)
+    shown.overview.filter.value = label
+    shown.show(0)
+    shown.detail.text.value = label
+    shown.detail.save.click()
+    opened = [shown.detail.body.value, shown.detail.notice.value, shown.static_html()]
+    shown.detail.back.click()
+    listed = [shown.overview.grid.value, shown.overview.position.value, shown.static_html()]
+    for html in opened + listed:
+        read = read_safely(html)
+        assert "script" not in read.tags
+    assert labels.get(0) == label.replace("\r\n", "\n").replace("\r", "\n").strip()

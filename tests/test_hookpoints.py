@@ -1,0 +1,67 @@
+"""Hookpoint names, on the embedded model and on the real SDXL U-Net (its configuration, without weights)."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from sdxl_sae_kit.errors import HookpointError
+from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, list_hookpoints, resolve
+
+SDXL = dict(
+    in_channels=4, out_channels=4, sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
+    use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sdxl():
+    with torch.device("meta"):
+        return UNet2DConditionModel(**SDXL)
+
+
+def test_sdxl_has_its_eleven_hookpoints_in_forward_order(sdxl):
+    assert list(list_hookpoints(sdxl)) == [
+        "down.1.0", "down.1.1", "down.2.0", "down.2.1", "mid.0", "up.0.0", "up.0.1", "up.0.2", "up.1.0", "up.1.1", "up.1.2",
+    ]  # fmt: skip
+    assert sum(p.numel() for p in sdxl.parameters()) == pytest.approx(2.57e9, rel=0.005)
+
+
+@pytest.mark.parametrize("name", DEFAULT_HOOKPOINTS)
+def test_the_four_default_hookpoints_of_sdxl_are_1280_wide_and_16_by_16_at_512_px(sdxl, name):
+    hookpoint = resolve(sdxl, name)
+    assert hookpoint.d_in == 1280
+    assert hookpoint.grid(512 // 8, 512 // 8) == (16, 16)
+    assert hookpoint.grid(1024 // 8, 1024 // 8) == (32, 32)
+
+
+def test_the_outer_hookpoints_of_sdxl_are_640_wide_on_a_grid_twice_as_fine(sdxl):
+    for name in ("down.1.0", "up.1.2"):
+        assert (resolve(sdxl, name).d_in, resolve(sdxl, name).grid(64, 64)) == (640, (32, 32))
+
+
+@pytest.mark.parametrize("alias", ["down.2.1", "down_blocks.2.attentions.1", "unet.down_blocks.2.attentions.1"])
+def test_names_and_module_paths_resolve_to_the_same_module(pipe, alias):
+    hookpoint = resolve(pipe.unet, alias)
+    assert pipe.unet.get_submodule(hookpoint.path) is pipe.unet.down_blocks[2].attentions[1]
+
+
+def test_default_hookpoints_exist_in_the_embedded_model(pipe):
+    known = list_hookpoints(pipe.unet)
+    assert set(DEFAULT_HOOKPOINTS) <= set(known)
+    assert {known[name].d_in for name in DEFAULT_HOOKPOINTS} == {96}
+    assert {known[name].grid(32, 32) for name in DEFAULT_HOOKPOINTS} == {(8, 8)}
+
+
+@pytest.mark.parametrize("wrong", ["down.2.l", "mid", "up.9.9", "", "unet.mid_block.attentions.7"])
+def test_an_unknown_name_is_refused_with_those_that_exist(pipe, wrong):
+    with pytest.raises(HookpointError, match=r"No hookpoint .* it has down\.1\.0, .*up\.1\.1"):
+        resolve(pipe.unet, wrong)
+
+
+def test_a_near_miss_is_corrected(pipe):
+    with pytest.raises(HookpointError, match=r"Did you mean 'down\.2\.1'\?"):
+        resolve(pipe.unet, "down.2.l")

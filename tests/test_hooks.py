@@ -1,0 +1,164 @@
+"""Reading and rewriting updates: exact, per step and guidance half, and nothing left behind."""
+
+import numpy as np
+import pytest
+import torch
+
+from sdxl_sae_kit.errors import HookpointError
+from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, list_hookpoints, resolve
+from sdxl_sae_kit.hooks import record, rewrite
+from sdxl_sae_kit.pipelines import generate
+
+PROMPTS, SEEDS = ["a large red circle on a black background", "a small blue star on the left on a gray background"], [3, 8]
+
+
+def n_hooks(pipe):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pipe.unet.modules())
+
+
+def image(pipe, **settings):
+    return np.stack([np.asarray(i) for i in generate(pipe, PROMPTS, SEEDS, **settings)])
+
+
+@pytest.mark.parametrize("name", ["down.1.0", *DEFAULT_HOOKPOINTS, "up.0.2", "up.1.1"])
+def test_the_update_is_the_blocks_output_minus_its_input(pipe, name):
+    seen = []
+    block = pipe.unet.get_submodule(resolve(pipe.unet, name).path)
+    handle = block.register_forward_hook(lambda _m, args, _k, out: seen.append(out[0] - args[0]), with_kwargs=True)
+    try:
+        with record(pipe, [name]) as recording:
+            generate(pipe, PROMPTS, SEEDS)
+    finally:
+        handle.remove()
+    difference = seen[0].permute(0, 2, 3, 1)
+    assert recording.update(name).shape == difference.shape
+    assert torch.allclose(recording.update(name), difference, atol=1e-6 * max(1, difference.abs().max().item()))
+
+
+def test_recording_changes_no_pixel_and_leaves_no_hook(pipe):
+    before, clean = n_hooks(pipe), image(pipe)
+    with record(pipe, list_hookpoints(pipe.unet)):
+        recorded = image(pipe)
+    assert np.array_equal(clean, recorded)
+    assert n_hooks(pipe) == before
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_every_step_and_guidance_half_is_told_apart(pipe, steps):
+    with record(pipe, ["mid.0"]) as plain:
+        generate(pipe, PROMPTS, SEEDS, num_inference_steps=steps, guidance_scale=0.0)
+    with record(pipe, ["mid.0"]) as guided:
+        generate(pipe, PROMPTS, SEEDS, num_inference_steps=steps, guidance_scale=3.0)
+    assert plain.steps == guided.steps == list(range(steps))
+    assert plain.halves == ["cond"]
+    assert guided.halves == ["uncond", "cond"]
+    # at step 0 both runs see the same noise, so the cond half is what the unguided run saw
+    assert torch.allclose(plain.update("mid.0"), guided.update("mid.0"), atol=1e-4)
+    assert not torch.allclose(plain.update("mid.0"), guided.update("mid.0", half="uncond"), atol=1e-2)
+
+
+def test_the_uncond_half_does_not_depend_on_the_prompt(pipe):
+    halves = []
+    for prompts in (PROMPTS, PROMPTS[::-1]):
+        with record(pipe, ["down.2.1"]) as recording:
+            generate(pipe, prompts, SEEDS, num_inference_steps=1, guidance_scale=3.0)
+        halves.append(recording.update("down.2.1", half="uncond"))
+    assert torch.allclose(halves[0], halves[1], atol=1e-5)
+
+
+def test_stopping_early_reads_the_same_updates_and_runs_nothing_after_the_last_hookpoint(pipe):
+    with record(pipe, ["down.2.1", "mid.0"]) as whole:
+        generate(pipe, PROMPTS, SEEDS, num_inference_steps=2)
+    reached = []
+    handles = [block.register_forward_hook(lambda *_: reached.append(1)) for block in (pipe.unet.up_blocks[0], pipe.vae.decoder)]
+    try:
+        with record(pipe, ["mid.0", "down.2.1"], stop_early=True) as stopped:
+            generate(pipe, PROMPTS, SEEDS, num_inference_steps=2)
+            raise AssertionError("the pipeline should have been broken off")
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(reached) == 1  # step 0 runs whole, step 1 stops before the up blocks, nothing is decoded
+    for step in (0, 1):
+        assert torch.equal(whole.update("mid.0", step), stopped.update("mid.0", step))
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_nothing_stays_hooked_after_an_exception(pipe, failure):
+    before, clean = n_hooks(pipe), image(pipe)
+    with pytest.raises(failure), record(pipe, ["mid.0"]), rewrite(pipe, {"mid.0": lambda u, _: u * 0}):
+        generate(pipe, PROMPTS, SEEDS)
+        raise failure
+    assert n_hooks(pipe) == before
+    assert np.array_equal(image(pipe), clean)
+
+
+def test_an_unknown_hookpoint_leaves_nothing_hooked_either(pipe):
+    before = n_hooks(pipe)
+    with pytest.raises(HookpointError), rewrite(pipe, {"mid.0": lambda u, _: None, "up.7.7": lambda u, _: None}):
+        pass
+    assert n_hooks(pipe) == before
+
+
+def test_rewriting_to_zero_ablates_the_block(pipe):
+    block = pipe.unet.mid_block.attentions[0]
+    handle = block.register_forward_hook(lambda _m, args, _k, _out: (args[0],), with_kwargs=True)
+    try:
+        reference = image(pipe)
+    finally:
+        handle.remove()
+    with rewrite(pipe, {"mid.0": lambda update, _: torch.zeros_like(update)}):
+        assert np.abs(image(pipe).astype(int) - reference).max() <= 1
+    assert not np.array_equal(image(pipe), reference)
+
+
+def test_a_rewrite_that_returns_none_or_the_same_changes_nothing(pipe):
+    clean = image(pipe)
+    for function in (lambda u, _: None, lambda u, _: u):
+        with rewrite(pipe, dict.fromkeys(DEFAULT_HOOKPOINTS, function)):
+            assert np.array_equal(image(pipe), clean)
+
+
+def test_a_recording_keeps_the_blocks_own_update_whatever_is_written_after(pipe):
+    with record(pipe, ["mid.0"]) as clean:
+        generate(pipe, PROMPTS, SEEDS)
+
+    def in_place(update, _call):
+        update.mul_(0)
+        return update
+
+    for order in ("record first", "rewrite first"):
+        outer, inner = (record(pipe, ["mid.0"]), rewrite(pipe, {"mid.0": in_place}))
+        if order == "rewrite first":
+            with inner, outer as recording:
+                generate(pipe, PROMPTS, SEEDS)
+        else:
+            with outer as recording, inner:
+                generate(pipe, PROMPTS, SEEDS)
+        assert torch.equal(recording.update("mid.0"), clean.update("mid.0"))
+
+
+def test_rewrites_know_their_step_and_guidance(pipe):
+    calls = []
+    with rewrite(pipe, {"up.0.0": lambda _u, call: calls.append(call)}):
+        generate(pipe, PROMPTS, SEEDS, num_inference_steps=4, guidance_scale=3.0)
+        generate(pipe, PROMPTS, SEEDS, num_inference_steps=1, guidance_scale=0.0)
+    assert [(c.step, c.n_steps, c.guided) for c in calls] == [(s, 4, True) for s in range(4)] + [(0, 1, False)]
+
+
+def test_asking_for_what_was_not_recorded_says_what_was(pipe):
+    with record(pipe, ["mid.0"]) as recording:
+        with pytest.raises(HookpointError, match="call the pipeline inside the with block"):
+            recording.update("mid.0")
+        generate(pipe, PROMPTS, SEEDS)
+    with pytest.raises(HookpointError, match="recorded: mid.0 step 0 cond"):
+        recording.update("mid.0", step=3)
+
+
+def test_images_of_several_calls_add_up(pipe):
+    with record(pipe, ["mid.0"]) as recording:
+        for prompt, seed in zip(PROMPTS, SEEDS, strict=True):
+            generate(pipe, [prompt], [seed])
+    with record(pipe, ["mid.0"]) as together:
+        generate(pipe, PROMPTS, SEEDS)
+    assert torch.allclose(recording.update("mid.0"), together.update("mid.0"), atol=1e-4)

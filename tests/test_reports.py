@@ -1,0 +1,224 @@
+"""A report is one file that loads nothing, runs only what it generated, and can be read with the ears."""
+
+import base64
+import hashlib
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+
+from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.reports import report
+
+PLOT = """import plotly.graph_objects as go
+figure = go.Figure(go.Bar(x=["a", "b"], y=[1, 2]))
+figure.update_layout(meta={"alt": "Bars: b is \\"twice\\" <a>"}, title={"text": MODEL})"""
+PICTURE = """import io
+from IPython.display import HTML, Image, display
+from PIL import Image as Pillow
+file = io.BytesIO()
+Pillow.new("RGB", (8, 8), "red").save(file, "PNG")
+display(Image(file.getvalue(), alt="a red square"))"""
+GALLERY = """import html
+import ipywidgets
+class Gallery(ipywidgets.VBox):
+    def _repr_mimebundle_(self, **options):
+        prompt = html.escape("<script>alert(1)</script>", quote=True)
+        return {**super()._repr_mimebundle_(**options), "text/html": f'<p id="Shared">static twin of {prompt}</p>'}
+Gallery([ipywidgets.Text()])"""
+HOSTILE = """HTML('<script>window.hacked = true</script><b onclick="x">bold</b>')"""
+
+
+def notebook(folder: Path, name: str, *cells: str) -> Path:
+    """Strings that start with # are prose, the others code; the parameters cell comes first."""
+    made = [nbformat.v4.new_markdown_cell(c) if c.startswith("#") else nbformat.v4.new_code_cell(c) for c in cells]
+    first = nbformat.v4.new_code_cell('MODEL = "none"\nSCALE = "none"', metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[first, *made]), folder / f"{name}.ipynb")
+    return folder / f"{name}.ipynb"
+
+
+@pytest.fixture(scope="module")
+def page_path(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("notebooks")
+    notebook(
+        folder,
+        "01_second",
+        "# Pictures\n## Shared\nText.",
+        PICTURE,
+        HOSTILE,
+        "import os; print(os.environ['SDXL_SAE_KIT_STORE'], SCALE)",
+    )
+    notebook(folder, "00_first", "# Figures & <i>more</i>\n## Shared\n[there](#Shared)", PLOT, PLOT, GALLERY)
+    return report(folder, scale="smoke", model="tiny-turbo", store=tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def page(page_path) -> BeautifulSoup:
+    return BeautifulSoup(page_path.read_text("utf-8"), "html.parser")
+
+
+def scripts(page: BeautifulSoup) -> list[str]:
+    return [script.get_text() for script in page.find_all("script")]
+
+
+def test_the_report_is_a_finished_artifact_that_verifies(page_path):
+    from sdxl_sae_kit.artifacts import Artifact
+
+    artifact = Artifact.open(page_path.parent, "reports")
+    artifact.verify()
+    assert (artifact.recipe["scale"], artifact.recipe["model"]) == ("smoke", "tiny-turbo")
+    assert re.fullmatch(r"tiny-turbo_smoke-[0-9a-f]{8}", page_path.parent.name)
+
+
+def test_nothing_is_loaded_from_anywhere(page):
+    for element in page.find_all(True):
+        for attribute in ("src", "srcset", "poster", "data", "action"):
+            assert str(element.get(attribute, "data:")).startswith("data:"), element
+        if element.name != "a":
+            assert not element.get("href"), element
+    styles = " ".join(style.get_text() for style in page.find_all("style"))
+    assert not re.findall(r"url\(\s*[\"']?(?!data:)[a-z]+:|@import", styles)
+
+
+def test_plotly_comes_once_and_draws_each_figure(page):
+    library = [script for script in scripts(page) if len(script) > 1_000_000]
+    figures = [figure.find(class_="plotly-graph-div")["id"] for figure in page.find_all("figure")]
+    assert len(library) == 1 and len(figures) == len(set(figures)) == 2
+    for name in figures:
+        assert sum(f'"{name}"' in script for script in scripts(page)) == 1
+
+
+def test_the_policy_allows_exactly_the_generated_scripts(page):
+    policy = page.find("meta", attrs={"http-equiv": "Content-Security-Policy"})
+    assert page.head.find(True) is policy
+    allowed = set(re.findall(r"'sha256-([^']+)'", policy["content"]))
+    in_file = {base64.b64encode(hashlib.sha256(text.encode()).digest()).decode(): text for text in scripts(page)}
+    assert allowed < set(in_file)
+    assert [in_file[digest] for digest in set(in_file) - allowed] == ["window.hacked = true"]
+    assert "default-src 'none'" in policy["content"] and "unsafe-eval" not in policy["content"]
+
+
+def test_figures_say_what_they_show_also_without_scripts(page):
+    for figure in page.find_all("figure"):
+        assert figure["role"] == "img"
+        assert figure["aria-label"] == figure.find("figcaption").get_text() == 'Bars: b is "twice" <a>'
+        assert figure.find("noscript").get_text()
+
+
+def test_every_picture_has_its_alt_text(page):
+    assert [image["alt"] for image in page.find_all("img")] == ["a red square"]
+    assert "No description has been provided" not in page.get_text() + str(page.find_all("img"))
+
+
+def test_a_gallery_leaves_its_static_twin_with_the_prompt_as_text(page, page_path):
+    assert "static twin of <script>alert(1)</script>" in page.get_text()
+    text = page_path.read_text("utf-8")
+    assert "widget-view+json" not in text and "widget-state+json" not in text
+
+
+def test_ids_are_unique_and_every_link_of_the_page_leads_somewhere(page):
+    ids = [element["id"] for element in page.find_all(id=True)]
+    assert len(ids) == len(set(ids))
+    links = [link["href"] for link in page.find_all("a") if link["href"].startswith("#")]
+    assert len(links) > 4 and {link[1:] for link in links} <= set(ids)
+
+
+def test_the_index_names_the_notebooks_in_order(page):
+    entries = [item.find("a").get_text() for item in page.select("nav > ol > li")]
+    assert entries == ["Figures & more", "Pictures"]
+    second = page.select("nav > ol > li")[1].select("ul a")[0]
+    assert page.find(id=second["href"][1:]).find_parent("section")["id"] == "01_second"
+
+
+def test_notebooks_get_the_parameters_and_the_store(page, page_path):
+    printed = page.find(id="01_second").find(attrs={"data-mime-type": "text/plain"}).get_text()
+    assert printed.split() == [str(page_path.parents[2]), "smoke"]
+    assert sum('"title":{"text":"tiny-turbo"}' in script for script in scripts(page)) == 2
+    assert "MODEL =" not in page.get_text()
+
+
+def test_the_front_page_says_what_made_it(page):
+    facts = {term.get_text(): term.find_next("dd").get_text() for term in page.find_all("dt")}
+    import torch
+
+    assert (facts["Model"], facts["Scale"], facts["torch"]) == ("tiny-turbo", "smoke", torch.__version__)
+    assert {"Made", "sdxl_sae_kit", "Python", "diffusers", "h5py"} <= set(facts)
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        (("# Prose", "x = 1", "1 / 0"), "bad.ipynb, cell 4 failed: ZeroDivisionError: division by zero"),
+        (("import plotly.graph_objects as go", "go.Figure()"), "bad.ipynb, cell 3: a plotly figure has no alt text"),
+        (("from PIL import Image\nImage.new('L', (2, 2))",), "bad.ipynb, cell 2: a picture has no alt text"),
+        (("# Prose\n<img src='data:image/gif;base64,R0lG'>",), "bad.ipynb, cell 2: a picture has no alt text"),
+        (
+            ("# Prose\n<img src='http://127.0.0.1/x.png' alt='x'>",),
+            "bad.ipynb, cell 2: the picture http://127.0.0.1/x.png",
+        ),
+        (("import os\nos._exit(1)",), "bad.ipynb, cell 2 killed its kernel"),
+    ],
+)
+def test_a_faulty_cell_is_named(tmp_path, cells, expected):
+    notebook(tmp_path, "bad", *cells)
+    with pytest.raises(KitError, match="^" + re.escape(expected)):
+        report(tmp_path, store=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_without_a_place_for_parameters_the_notebook_is_named(tmp_path):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1")]), tmp_path / "bare.ipynb")
+    with pytest.raises(KitError, match=r"bare\.ipynb has no cell tagged 'parameters'"):
+        report(tmp_path)
+
+
+def test_without_notebooks_the_error_says_what_to_pass(tmp_path):
+    with pytest.raises(KitError, match="pass the folder `notebooks/`"):
+        report(tmp_path)
+    with pytest.raises(KitError, match=r"No notebook at .*gone\.ipynb"):
+        report([tmp_path / "gone.ipynb"])
+
+
+def test_a_report_without_figures_carries_no_script(tmp_path):
+    written = report([notebook(tmp_path, "plain", "# Only words")], out=tmp_path / "deep" / "plain.html")
+    assert written == tmp_path / "deep" / "plain.html"
+    assert "<script" not in written.read_text("utf-8") and "script-src 'none'" in written.read_text("utf-8")
+
+
+@pytest.mark.browser
+def test_a_browser_without_network_draws_it_and_asks_for_nothing(page_path):
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("Chromium is not installed")
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+                 "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]  # fmt: skip
+    with playwright.sync_playwright() as tools:
+        browser = tools.chromium.launch(executable_path=chromium, args=arguments)
+        try:
+            tab = browser.new_context(
+                offline=True, viewport={"width": 400, "height": 800}, color_scheme="dark"
+            ).new_page()
+            requests, errors = [], []
+            tab.on("request", lambda request: requests.append(request.url))
+            tab.on("pageerror", lambda error: errors.append(str(error)))
+            tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+            tab.goto(page_path.as_uri())
+            tab.wait_for_function("document.querySelectorAll('.plotly-graph-div .bars path').length === 4")
+            assert [url for url in requests if not url.startswith(("data:", "blob:"))] == [page_path.as_uri()]
+            # The policy complains of the script and the handler that came in with an output, and of nothing else.
+            assert len(errors) == 2 and all("Content Security Policy" in error for error in errors)
+            assert tab.evaluate("window.hacked") is None
+            assert tab.locator(".modebar-btn").count() > 0 and tab.locator("[data-title^=Share]").count() == 0
+            assert tab.evaluate("document.documentElement.scrollWidth") <= 400
+            assert all(tab.evaluate("[...document.images].map(image => image.naturalWidth)"))
+            plain = browser.new_context(offline=True, java_script_enabled=False).new_page()
+            plain.goto(page_path.as_uri())
+            assert plain.locator("figure noscript p").first.is_visible()
+            top, caption = (plain.locator(name).first.bounding_box()["y"] for name in ("figure", "figcaption"))
+            assert caption - top < 100, "the empty place of the figure is still there"
+        finally:
+            browser.close()

@@ -1,0 +1,221 @@
+"""tiny-sdxl's recipe at the size of a few pictures: it resumes bit for bit, and exports what it trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from sdxl_sae_kit.errors import ModelError
+from sdxl_sae_kit.pipelines import load_pipeline
+from sdxl_sae_kit.tiny import checkpoints, networks, train, weights_folder
+from sdxl_sae_kit.tiny.train import Recipe
+from sdxl_sae_kit.tiny.world import WORDS, sample_scene
+
+WEIGHTS = weights_folder("tiny-turbo")
+# Two passes through pools of four, so that pools change; half size turns to full size between two checkpoints.
+MICRO = Recipe(
+    batch_size=2,
+    pool_scenes=4,
+    pool_passes=1,
+    half_size_samples=2,
+    warmup_steps=2,
+    checkpoint_every=4,
+    prompts=("a star",),
+)
+SAMPLES = 8
+
+
+class Stop(Exception):
+    """The power went out."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A working folder with a finished VAE."""
+    shutil.copytree(WEIGHTS / "vae", tmp_path / "work" / "vae")
+    return tmp_path / "work"
+
+
+def run(folder, stage, **settings):
+    return train.train(folder, samples=SAMPLES, vae_samples=SAMPLES, processes=1, stage=stage, recipe=MICRO, **settings)
+
+
+def run_interrupted(folder, stage, monkeypatch):
+    """Stop right after the first checkpoint, then give the same command again."""
+    real = checkpoints.save
+
+    def save_and_stop(state, path):
+        real(state, path)
+        raise Stop
+
+    monkeypatch.setattr(checkpoints, "sample_grid", lambda pipe, prompts: Image.new("RGB", (1, 1)))  # to save time
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        patched.setattr(checkpoints, "save", save_and_stop)
+        run(folder, stage)
+    return run(folder, stage)
+
+
+def tensors(state):
+    """Every tensor of a checkpoint by its path."""
+    if isinstance(state, dict):
+        return {f"{key}.{path}": tensor for key, value in state.items() for path, tensor in tensors(value).items()}
+    return {"": state} if isinstance(state, torch.Tensor) else {}
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The checkpoint of a run that nothing stopped, with its VAE."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    shutil.copytree(WEIGHTS / "vae", folder / "vae")
+    torch.set_num_threads(1)
+    return run(folder, "unet")
+
+
+def test_unet_resumes_bit_for_bit(unbroken, folder, monkeypatch):
+    resumed = run_interrupted(folder, "unet", monkeypatch)
+    expected, found = checkpoints.load(unbroken), checkpoints.load(resumed)
+    assert (found["it"], found["n"]) == (expected["it"], expected["n"]) == (4, SAMPLES)
+    assert tensors(expected).keys() == tensors(found).keys()
+    for name, tensor in tensors(expected).items():
+        assert torch.equal(tensor, tensors(found)[name]), name
+
+
+def test_vae_resumes_bit_for_bit(tmp_path, monkeypatch):
+    run(tmp_path / "unbroken", "vae")
+    run_interrupted(tmp_path / "stopped", "vae", monkeypatch)
+    file = "vae/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "unbroken" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
+
+
+def test_draws_depend_on_seed_process_and_step_only(tmp_path):
+    def draws(seed, rank, step):
+        rng, generator = train._Run(tmp_path, MICRO, seed, rank, 2).random(step)
+        return rng.rand(), torch.rand(1, generator=generator).item()
+
+    places = [(seed, rank, step) for seed in (0, 1) for rank in (0, 1) for step in (0, 1)]
+    assert len({value for place in places for value in draws(*place)}) == 2 * len(places)
+    assert all(draws(*place) == draws(*place) for place in places)
+    scenes = [train._Run(tmp_path, MICRO, seed, rank, 2).scenes(pool) for seed, rank, pool in places]
+    assert all(a != b for i, a in enumerate(scenes) for b in scenes[:i])
+
+
+def test_processes_step_along_their_mean_gradient(monkeypatch):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    monkeypatch.setattr(train.dist, "all_reduce", lambda gradient: gradient.add_(0.1))  # what the other process found
+    train._update((0.3 * weight).sum(), torch.optim.SGD([weight], 1.0), [weight], rate=0.5, processes=2)
+    torch.testing.assert_close(weight.detach(), torch.tensor([-0.5 * (0.3 + 0.1) / 2]))
+
+
+def test_checkpoint_goes_on_from_earlier_runs_and_holds_the_same(unbroken):
+    assert checkpoints.load(unbroken).keys() == {"u", "u_raw", "t1", "t1_raw", "t2", "t2_raw", "opt", "it", "n"}
+    lines = [json.loads(line) for line in (unbroken.parent / "log.jsonl").read_text().splitlines()]
+    assert [line["samples"] for line in lines] == [4, 8]
+    assert (unbroken.parent / "samples-00000008.png").exists()
+
+
+def test_a_stop_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "ck.pt"
+    checkpoints.save({"n": 1, "w": torch.ones(3)}, path)
+
+    def fail(descriptor):
+        raise Stop
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(Stop):
+        checkpoints.save({"n": 2, "w": torch.zeros(3)}, path)
+    assert checkpoints.load(path)["n"] == 1
+
+
+def test_export_is_a_pipeline_of_the_averaged_weights_and_tells_no_paths(unbroken, tmp_path):
+    folder = checkpoints.export(unbroken, unbroken.parent / "vae", tmp_path / "exported")
+    averaged = checkpoints.load(unbroken)["u"]
+    for name, tensor in load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").items():
+        assert torch.equal(tensor, averaged[name].half()), name
+    assert load_pipeline(folder, device="cpu").unet.dtype == torch.float32
+    assert all(str(tmp_path.parent) not in path.read_text() for path in folder.rglob("*.json"))
+    shipped = {path.relative_to(WEIGHTS) for path in WEIGHTS.rglob("*") if path.is_file()}
+    assert shipped == {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_whitening_changes_the_latents_scale_and_no_picture():
+    torch.manual_seed(0)
+    vae = networks.autoencoder().eval()
+    rng = np.random.RandomState(0)
+    pictures = train._pictures([sample_scene(rng) for _ in range(8)])
+    with torch.no_grad():
+        before = vae.encode(pictures).latent_dist
+        drawn = vae.decode(before.mean).sample
+        networks.whiten(vae, pictures)
+        after = vae.encode(pictures).latent_dist
+        torch.testing.assert_close(vae.decode(after.mean).sample, drawn, atol=1e-4, rtol=0)
+    torch.testing.assert_close(after.mean.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(after.mean.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
+    # Relative to the latents' spread, the noise that the encoder asks for is what it was.
+    ratio = (before.std / before.mean.std((0, 2, 3), keepdim=True)) / after.std
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-3, rtol=0)
+
+
+def test_shipped_weights_predict_v():
+    """A U-Net that knows nothing has a loss of about 1, as v has variance 1; one that predicts noise has more."""
+    pipe = load_pipeline("tiny-turbo", device="cpu")
+    rng = np.random.RandomState(0)
+    scenes = [sample_scene(rng) for _ in range(16)]
+    latents = train._vae_latents(pipe.vae, train._pictures(scenes), half_size=False)
+    shipped = torch.nn.ModuleList([pipe.unet, pipe.text_encoder, pipe.text_encoder_2])
+    with torch.no_grad():
+        draws = np.random.RandomState(1), torch.Generator().manual_seed(1)
+        loss = train._unet_loss(shipped, pipe.tokenizer, scenes, latents, Recipe(), *draws)
+    assert loss < 0.35
+
+
+def test_every_word_is_one_token():
+    tokenizer = networks.load_tokenizer(WEIGHTS / "tokenizer")
+    ids = [tokenizer(word).input_ids for word in WORDS]
+    assert all(len(each) == 3 for each in ids)
+    assert len({each[1] for each in ids} - {tokenizer.unk_token_id}) == len(WORDS)
+
+
+def test_text_encoders_pool_at_the_end_of_the_caption():
+    """What follows the end token is padding and must not matter; what comes before it must."""
+    tokenizer = networks.load_tokenizer(WEIGHTS / "tokenizer")
+    encoder = networks.text_encoders(tokenizer)[1].eval()
+    ids = networks.token_ids(tokenizer, ["a red star"])
+    end = ids[0].tolist().index(tokenizer.eos_token_id)
+    padding, words = ids.clone(), ids.clone()
+    padding[0, end + 1 :] = tokenizer("blue").input_ids[1]
+    words[0, end - 1] = tokenizer("blue").input_ids[1]
+    with torch.no_grad():
+        pooled, same, other = (encoder(each).text_embeds for each in (ids, padding, words))
+    torch.testing.assert_close(pooled, same)
+    assert not torch.allclose(pooled, other)
+
+
+def test_unknown_stage_and_missing_vae_say_what_to_do(tmp_path):
+    with pytest.raises(ModelError, match="'vae', 'unet' and 'all'"):
+        run(tmp_path, "u-net")
+    with pytest.raises(ModelError, match="Train it first"):
+        run(tmp_path, "unet")
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(unbroken, folder):
+    path = train.train(folder, samples=SAMPLES, processes=2, stage="unet", recipe=MICRO)
+    together = checkpoints.load(path)
+    assert (together["it"], together["n"]) == (2, SAMPLES)
+    assert tensors(together).keys() == tensors(checkpoints.load(unbroken)).keys()
+    assert all(tensor.isfinite().all() for tensor in tensors(together).values())
