@@ -1,7 +1,7 @@
 """The artifact store: every result is a folder named by the recipe that made it, computed once.
 
-`<store>/<kind>/<readable>-<hash8>/` is finished when it holds `stamp.json`, which is written last and in one step. A folder
-without it is work in progress that its writer can resume. The formats are described in `artifacts/README.md`.
+`<store>/<kind>/<readable>-<hash8>/` is finished when it holds `stamp.json`, which is written last and in one step. A
+folder without it is work in progress that its writer can resume. The formats are described in `artifacts/README.md`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Store:
 
     @classmethod
     def at(cls, store: Store | Path | str | None = None) -> Store:
-        """The store in this folder; by default `$SDXL_SAE_KIT_STORE`, else `artifacts/` of the checkout or of this folder."""
+        """The store given; by default `$SDXL_SAE_KIT_STORE`, else `artifacts/` of the checkout or working folder."""
         if isinstance(store, Store):
             return store
         checkout = Path(__file__).parent.parent
@@ -78,10 +78,14 @@ class Artifact:
         """
         artifact = cls(Path(folder))
         if not artifact.finished:
-            raise ArtifactError(f"No finished artifact in {folder}. Make it again with the call that makes its kind ({kind}).")
+            raise ArtifactError(
+                f"No finished artifact in {folder}. Make it again with the call that makes its kind ({kind})."
+            )
         made, known = (artifact.stamp["recipe"][key] for key in ("format", "version"))
         if (made, known) != (kind, FORMATS[kind]):
-            raise ArtifactError(f"{folder} holds {made} version {known}; this kit reads {kind} version {FORMATS[kind]}.")
+            raise ArtifactError(
+                f"{folder} holds {made} version {known}; this kit reads {kind} version {FORMATS[kind]}."
+            )
         return artifact
 
     @property
@@ -96,13 +100,17 @@ class Artifact:
 
     @cached_property
     def stamp(self) -> dict[str, Any]:
-        """What the finished artifact says of itself: recipe, kit version, time, facts, and each file's size and sha256."""
+        """What the finished artifact says of itself: recipe, kit version, time, facts, each file's size and sha256."""
         try:
             stamp: dict[str, Any] = json.loads((self.folder / _STAMP).read_text())
         except (OSError, ValueError) as cause:
-            raise ArtifactError(f"The stamp of {self.folder} cannot be read ({cause}). Delete the folder and make it again.") from None
+            raise ArtifactError(
+                f"The stamp of {self.folder} cannot be read ({cause}). Delete the folder and make it again."
+            ) from None
         if missing := {"recipe", "files", "facts", "digest"} - stamp.keys():
-            raise ArtifactError(f"The stamp of {self.folder} lacks {', '.join(sorted(missing))}. Delete the folder and make it again.")
+            raise ArtifactError(
+                f"The stamp of {self.folder} lacks {', '.join(sorted(missing))}. Delete the folder and make it again."
+            )
         return stamp
 
     @property
@@ -133,17 +141,22 @@ class Artifact:
             except BlockingIOError:
                 handle.seek(0)
                 holder = handle.read().strip() or "another process"
-                raise ArtifactError(f"{self.name} is being written by {holder}. Wait for it, or stop it and call again.") from None
+                raise ArtifactError(
+                    f"{self.name} is being written by {holder}. Wait for it, or stop it and call again."
+                ) from None
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {os.uname().nodename}")
             handle.flush()
             yield
 
     def seal(self, *, known: Mapping[str, str] | None = None, facts: Mapping[str, Any] | None = None) -> Artifact:
-        """Finish: hash every file (those whose sha256 is `known` are not read again), then write the stamp in one step."""
+        """Finish: hash every file (not those whose sha256 is `known`), then write the stamp in one step."""
         known = known or {}
         names = sorted(path.name for path in self.folder.iterdir() if path.name not in (_STAMP, _LOCK))
-        files = {name: {"bytes": self.file(name).stat().st_size, "sha256": known.get(name) or hash_file(self.file(name))} for name in names}
+        files = {
+            name: {"bytes": self.file(name).stat().st_size, "sha256": known.get(name) or hash_file(self.file(name))}
+            for name in names
+        }
         stamp = {
             "recipe": self.recipe,
             "kit": kit_version(),
@@ -159,10 +172,15 @@ class Artifact:
         """Hash everything again.
 
         Raises:
-            ArtifactError: naming each file that is missing, changed or foreign, or saying that the recipe is not the folder's.
+            ArtifactError: naming each file that is missing, changed or foreign, or saying that the recipe is not the
+                folder's.
         """
         stamp = self.stamp
-        faults = [] if self.name.endswith(sha256(canonical_json(stamp["recipe"]).encode())[:8]) else ["the recipe is not the one that named it"]
+        faults = (
+            []
+            if self.name.endswith(sha256(canonical_json(stamp["recipe"]).encode())[:8])
+            else ["the recipe is not the one that named it"]
+        )
         for name, entry in stamp["files"].items():
             if Path(name).name != name or not self.file(name).is_file():
                 faults.append(f"{name} is missing")

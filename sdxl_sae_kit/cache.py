@@ -1,8 +1,8 @@
 """The activation cache: the updates of many images on disk, in HDF5 shards that only count once a manifest lists them.
 
-Think of a ledger: a shard is written in full, closed and made durable, and only then does one line in `manifest.jsonl` enter it.
-What no line names does not exist, so a writer may be killed at any moment and goes on at the next image. The format is described in
-`artifacts/README.md`.
+Think of a ledger: a shard is written in full, closed and made durable, and only then does one line in `manifest.jsonl`
+enter it. What no line names does not exist, so a writer may be killed at any moment and goes on at the next image. The
+format is described in `artifacts/README.md`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sdxl_sae_kit.artifacts import Artifact, canonical_json, hash_file, human_bytes, sha256, sync_folder, write_atomically
+from sdxl_sae_kit.artifacts import (
+    Artifact,
+    canonical_json,
+    hash_file,
+    human_bytes,
+    sha256,
+    sync_folder,
+    write_atomically,
+)
 from sdxl_sae_kit.errors import ArtifactError, HookpointError, did_you_mean
 from sdxl_sae_kit.prompts import Prompts
 
@@ -37,7 +45,8 @@ _SHUFFLE_BYTES = 256 * 2**20
 class ActivationCache:
     """Updates of n images at some hookpoints, read from a finished folder.
 
-    A row is one image at one denoising step in one guidance half; it holds one update: `height × width` tokens of `d_in` numbers.
+    A row is one image at one denoising step in one guidance half; it holds one update: `height × width` tokens of
+    `d_in` numbers.
     """
 
     def __init__(self, artifact: Artifact) -> None:
@@ -76,7 +85,10 @@ class ActivationCache:
     def _shape(self, hookpoint: str) -> tuple[int, int, int]:
         shapes = self.recipe["hookpoints"]
         if hookpoint not in shapes:
-            raise HookpointError(f"{self.name} has no updates of {hookpoint!r}; it has {', '.join(shapes)}.{did_you_mean(hookpoint, shapes)}")
+            raise HookpointError(
+                f"{self.name} has no updates of {hookpoint!r}; it has {', '.join(shapes)}."
+                f"{did_you_mean(hookpoint, shapes)}"
+            )
         height, width, d_in = shapes[hookpoint]
         return height, width, d_in
 
@@ -88,7 +100,8 @@ class ActivationCache:
     @property
     def rows_per_image(self) -> int:
         """Denoising steps × guidance halves."""
-        return self.recipe["num_inference_steps"] * len(self.recipe["halves"])
+        steps: int = self.recipe["num_inference_steps"]
+        return steps * len(self.recipe["halves"])
 
     def n_tokens(self, hookpoint: str, split: Split = "all") -> int:
         """How many tokens of a hookpoint a split holds."""
@@ -111,26 +124,33 @@ class ActivationCache:
         chosen = {"train": ~held_out, "held_out": held_out, "all": np.ones_like(held_out)}[split]
         return np.flatnonzero(chosen)
 
-    def read(self, hookpoint: str, images: Sequence[int] | NDArray[np.integer]) -> Float[Tensor, "image row token d_in"]:
+    def read(
+        self, hookpoint: str, images: Sequence[int] | NDArray[np.integer]
+    ) -> Float[Tensor, "image row token d_in"]:
         """Updates of some images, in the dtype they are stored in; rows go step by step, uncond before cond."""
         height, width, d_in = self._shape(hookpoint)
         rows = self.rows_per_image
-        out = np.empty((len(images), rows, height * width, d_in), np.uint16 if self.recipe["dtype"] == "bfloat16" else self.recipe["dtype"])
+        out = np.empty(
+            (len(images), rows, height * width, d_in),
+            np.uint16 if self.recipe["dtype"] == "bfloat16" else self.recipe["dtype"],
+        )
         for start, stop, run in _runs(np.asarray(images), self._starts):
             shard = self._shards[run]
             first = int(images[start]) - shard["first_image"]
             dataset = self._file(shard["file"])[f"updates/{hookpoint}"]
-            dataset.read_direct(out[start:stop].reshape(-1, height * width, d_in), np.s_[first * rows : (first + stop - start) * rows])
+            dataset.read_direct(
+                out[start:stop].reshape(-1, height * width, d_in), np.s_[first * rows : (first + stop - start) * rows]
+            )
         tensor = torch.from_numpy(out)
         return tensor.view(torch.bfloat16) if self.recipe["dtype"] == "bfloat16" else tensor
 
     def batches(
         self, hookpoints: Sequence[str], batch_size: int, *, split: Split = "train", seed: int = 0, epoch: int = 0
     ) -> Iterator[dict[str, Float[Tensor, "token d_in"]]]:
-        """Shuffled tokens in float32, the same positions for every hookpoint (which must share a grid); the last batch is what remains.
+        """Shuffled tokens in float32, the same positions for every hookpoint; the last batch is what remains.
 
-        Images are read in random order into a buffer of about 256 MB whose tokens are mixed; nothing is dropped or repeated, and the
-        order depends only on `seed` and `epoch`.
+        The hookpoints must share a grid. Images are read in random order into a buffer of about 256 MB whose tokens are
+        mixed; nothing is dropped or repeated, and the order depends only on `seed` and `epoch`.
         """
         rng = np.random.default_rng([seed, epoch])
         images = rng.permutation(self.images(split))
@@ -168,7 +188,9 @@ class ActivationCache:
             ArtifactError: the cache was collected without images.
         """
         if not self.recipe["thumbnails"]:
-            raise ArtifactError(f"{self.name} was collected without images. Collect again with thumbnails=True to see them.")
+            raise ArtifactError(
+                f"{self.name} was collected without images. Collect again with thumbnails=True to see them."
+            )
         shard = self._shards[int(np.searchsorted(self._starts, image, side="right")) - 1]
         group = self._file(shard["file"])["thumbnails"]
         row = image - shard["first_image"]
@@ -192,7 +214,8 @@ class ActivationCache:
         r = self.recipe
         shapes = ", ".join(f"{h} {height}×{width}×{d}" for h, (height, width, d) in r["hookpoints"].items())
         return (
-            f"ActivationCache {self.name}: {self.n_images} images of {r['model']}, {r['num_inference_steps']} step(s), guidance {r['guidance_scale']:g}\n"
+            f"ActivationCache {self.name}: {self.n_images} images of {r['model']}, "
+            f"{r['num_inference_steps']} step(s), guidance {r['guidance_scale']:g}\n"
             f"  updates: {shapes} ({r['dtype']}), {human_bytes(self.nbytes)} in {self.artifact.folder}\n"
             f"  held out by prompt: {len(self.images('held_out'))} images"
         )
@@ -201,7 +224,8 @@ class ActivationCache:
 class CacheWriter:
     """Appends batches of images to a cache folder; hold the artifact's lock while using it.
 
-    Opening it on a half-made cache cuts a torn last manifest line, deletes shards no line names, and continues at `next_image`.
+    Opening it on a half-made cache cuts a torn last manifest line, deletes shards no line names, and continues at
+    `next_image`.
     """
 
     def __init__(self, artifact: Artifact, prompts: Prompts, images_per_shard: int) -> None:
@@ -213,7 +237,10 @@ class CacheWriter:
         write_atomically(artifact.file(_PROMPTS), prompts.to_jsonl().encode())
 
     def append(self, updates: Mapping[str, NDArray[Any]], images: Sequence[Image.Image]) -> None:
-        """Add a batch: per hookpoint an array (image, row, token, d_in), and its pictures (or none); written once a shard is full."""
+        """Add a batch, per hookpoint an array (image, row, token, d_in), and its pictures (or none).
+
+        It is written once a shard is full.
+        """
         self._pending.append((dict(updates), images))
         if sum(_count(updates) for updates, _ in self._pending) >= self.images_per_shard:
             self.flush()
@@ -246,17 +273,24 @@ class CacheWriter:
             for hookpoint in hookpoints:
                 data = np.concatenate([updates[hookpoint] for updates, _ in self._pending])
                 rows = data.reshape(-1, *data.shape[2:])
-                dataset = file.create_dataset(f"updates/{hookpoint}", data=rows, chunks=(1, *rows.shape[1:]), fletcher32=True)
+                dataset = file.create_dataset(
+                    f"updates/{hookpoint}", data=rows, chunks=(1, *rows.shape[1:]), fletcher32=True
+                )
                 dataset.attrs["logical_dtype"] = self.artifact.recipe["dtype"]
             n = len(data)
-            file["rows/image"] = np.repeat(np.arange(self.next_image, self.next_image + n), data.shape[1])
             halves = len(self.artifact.recipe["halves"])
-            file["rows/step"] = np.tile(np.repeat(np.arange(data.shape[1] // halves, dtype=np.int16), halves), n)
-            file["rows/half"] = np.tile(np.arange(halves, dtype=np.int8), n * (data.shape[1] // halves))
+            steps = data.shape[1] // halves
+            columns = {
+                "rows/image": np.repeat(np.arange(self.next_image, self.next_image + n), data.shape[1]),
+                "rows/step": np.tile(np.repeat(np.arange(steps, dtype=np.int16), halves), n),
+                "rows/half": np.tile(np.arange(halves, dtype=np.int8), n * steps),
+            }
             if self.artifact.recipe["thumbnails"]:
                 encoded = [encode_thumbnail(image) for _, images in self._pending for image in images]
-                file["thumbnails/bytes"] = np.frombuffer(b"".join(encoded), np.uint8)
-                file["thumbnails/ends"] = np.cumsum([len(e) for e in encoded])
+                columns["thumbnails/bytes"] = np.frombuffer(b"".join(encoded), np.uint8)
+                columns["thumbnails/ends"] = np.cumsum([len(e) for e in encoded])
+            for name, column in columns.items():
+                file.create_dataset(name, data=column)  # file[name] = … would store the time and end bit-identity
         return n
 
     def finish(self) -> ActivationCache:
@@ -281,11 +315,13 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
         try:
             entry = json.loads(line)
             stated = entry.pop("line")
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             stated, entry = None, {}
         follows = sum(s["images"] for s in shards) == entry.get("first_image")
         if stated != _line_hash(entry) or not follows or entry["file"] != f"shard-{len(shards):05d}.h5":
-            raise ArtifactError(f"Line {number} of {path} was changed after it was written. Delete the folder and collect again.")
+            raise ArtifactError(
+                f"Line {number} of {path} was changed after it was written. Delete the folder and collect again."
+            )
         shards.append(entry)
     return shards
 
@@ -317,16 +353,28 @@ def _write_virtual(artifact: Artifact, shards: Sequence[Mapping[str, Any]]) -> N
     rows_per_image = r["num_inference_steps"] * len(r["halves"])
     total = sum(shard["images"] for shard in shards) * rows_per_image
     dtype = np.dtype("uint16" if r["dtype"] == "bfloat16" else r["dtype"])
-    wanted = {f"updates/{h}": ((height * width, d_in), dtype) for h, (height, width, d_in) in r["hookpoints"].items()}
-    wanted |= {"rows/image": ((), np.dtype(np.int64)), "rows/step": ((), np.dtype(np.int16)), "rows/half": ((), np.dtype(np.int8))}
+    wanted: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+        f"updates/{h}": ((height * width, d_in), dtype) for h, (height, width, d_in) in r["hookpoints"].items()
+    }
+    wanted |= {
+        "rows/image": ((), np.dtype(np.int64)),
+        "rows/step": ((), np.dtype(np.int16)),
+        "rows/half": ((), np.dtype(np.int8)),
+    }
     temporary = artifact.file(_VIRTUAL + ".tmp")
     with h5py.File(temporary, "w", libver=_LIBVER) as file:
         for name, (shape, kind) in wanted.items():
-            layout = h5py.VirtualLayout((total, *shape), kind)
+            settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+            # h5py's own create_virtual_dataset stores the time and ends bit-identity
+            settings.set_obj_track_times(False)
             for shard in shards:
-                start, stop = shard["first_image"] * rows_per_image, (shard["first_image"] + shard["images"]) * rows_per_image
-                layout[start:stop] = h5py.VirtualSource(shard["file"], name, (stop - start, *shape), kind)
-            file.create_virtual_dataset(name, layout)
+                start, rows = shard["first_image"] * rows_per_image, shard["images"] * rows_per_image
+                place, source = h5py.h5s.create_simple((total, *shape)), h5py.h5s.create_simple((rows, *shape))
+                place.select_hyperslab((start, *[0] * len(shape)), (rows, *shape))
+                settings.set_virtual(place, shard["file"].encode(), name.encode(), source)
+            group, _, leaf = name.partition("/")
+            space = h5py.h5s.create_simple((total, *shape))
+            h5py.h5d.create(file.require_group(group).id, leaf.encode(), h5py.h5t.py_create(kind), space, settings)
     temporary.replace(artifact.file(_VIRTUAL))
 
 

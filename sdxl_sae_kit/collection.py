@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-
 import torch
 from numpy.typing import NDArray
 from PIL import Image
@@ -15,7 +14,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit.artifacts import Artifact, Store, human_bytes
 from sdxl_sae_kit.cache import ActivationCache, CacheWriter
-from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
+from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, resolve
 from sdxl_sae_kit.hooks import record
 from sdxl_sae_kit.pipelines import describe, generate
@@ -41,11 +40,16 @@ class CollectionPlan:
 
 
 def plan_collection(recipe: dict[str, Any], n_images: int) -> CollectionPlan:
-    """Forecast a collection from its recipe: images × steps × guidance halves × Σ over hookpoints of height·width·d_in numbers."""
+    """Forecast a collection from its recipe.
+
+    It has images × steps × guidance halves × Σ over hookpoints of height·width·d_in numbers.
+    """
     rows = n_images * recipe["num_inference_steps"] * len(recipe["halves"])
     shapes = recipe["hookpoints"].values()
     numbers = rows * sum(height * width * d_in for height, width, d_in in shapes)
-    return CollectionPlan(n_images, rows * sum(h * w for h, w, _ in shapes), numbers * (4 if recipe["dtype"] == "float32" else 2))
+    return CollectionPlan(
+        n_images, rows * sum(h * w for h, w, _ in shapes), numbers * (4 if recipe["dtype"] == "float32" else 2)
+    )
 
 
 def collect(
@@ -64,8 +68,8 @@ def collect(
 ) -> ActivationCache:
     """Make an image of every prompt and cache the updates of `hookpoints`; returns at once what was collected before.
 
-    Killed at any moment, it goes on where it was when called again, and ends bit-identical. Without `thumbnails` the U-Net stops
-    after the last hookpoint and no image is decoded, which is faster.
+    Killed at any moment, it goes on where it was when called again, and ends bit-identical. Without `thumbnails` the
+    U-Net stops after the last hookpoint and no image is decoded, which is faster.
 
     Args:
         pipe: from `load_pipeline`, or any SDXL pipeline of diffusers.
@@ -83,7 +87,10 @@ def collect(
         KitError: an update does not fit into float16.
     """
     if dtype not in ("float16", "bfloat16", "float32"):
-        raise KitError(f"collect: dtype is float16, bfloat16 or float32, not {dtype!r}.{did_you_mean(dtype, ['float16', 'bfloat16', 'float32'])}")
+        raise KitError(
+            f"collect: dtype is float16, bfloat16 or float32, not {dtype!r}."
+            f"{did_you_mean(dtype, ['float16', 'bfloat16', 'float32'])}"
+        )
     prompts = prompts if isinstance(prompts, Prompts) else load_prompts(prompts)
     model = describe(pipe)
     steps = num_inference_steps or model.num_inference_steps
@@ -124,7 +131,7 @@ def _collect(pipe: Any, prompts: Prompts, artifact: Artifact) -> None:
     per_image = max(1, plan.nbytes // len(prompts))
     batches_per_shard = max(1, min(_SHARD_IMAGES, _SHARD_BYTES // per_image) // batch_size)
     writer = CacheWriter(artifact, prompts, batches_per_shard * batch_size)
-    print(f"Collecting {plan}, into {artifact.folder.parent}.")
+    tqdm.write(f"Collecting {plan}, into {artifact.folder.parent}.")
     with tqdm(total=len(prompts), initial=writer.next_image, desc="collect", unit="image") as bar:
         for start in range(writer.next_image, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
@@ -145,6 +152,9 @@ def _run(pipe: Any, batch: Prompts, recipe: dict[str, Any]) -> tuple[dict[str, N
         rows = [recording.update(hookpoint, step, half) for step in recording.steps for half in recording.halves]
         stacked = torch.stack(rows, dim=1).flatten(2, 3).cpu()
         if not stacked.isfinite().all():
-            raise KitError(f"An update of {hookpoint} is not finite in {recipe['dtype']}. Collect with dtype='bfloat16', or load the pipeline in float32.")
+            raise KitError(
+                f"An update of {hookpoint} is not finite in {recipe['dtype']}. "
+                "Collect with dtype='bfloat16', or load the pipeline in float32."
+            )
         updates[hookpoint] = (stacked.view(torch.uint16) if dtype == torch.bfloat16 else stacked).numpy()
     return updates, images

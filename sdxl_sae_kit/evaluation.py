@@ -20,13 +20,13 @@ MAX_IMAGES = 2048
 
 @torch.no_grad()
 def evaluate(sae: SAE, cache: ActivationCache, hookpoint: str, split: Split = "held_out") -> dict[str, Any]:
-    """Reconstruction metrics (see `metrics`) with their n; explained variance with a 95 % bootstrap interval over images.
+    """Reconstruction metrics (see `metrics`) and their n; explained variance has a 95 % bootstrap interval over images.
 
     `dead_share` is the share of latents that never fired on the tokens evaluated.
     """
     metrics, fired = ReconstructionMetrics(), torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_enc.device)
     squared_errors, sums, squares = [], [], []
-    for x in _images(sae, cache, hookpoint, split):
+    for x in _images(cache, hookpoint, split, sae.W_enc.device):
         tokens = x.flatten(0, 1)
         indices, values = sae.encode_sparse(tokens)
         x_hat = sae.decode_sparse(indices, values)
@@ -35,7 +35,8 @@ def evaluate(sae: SAE, cache: ActivationCache, hookpoint: str, split: Split = "h
         squared_errors.append((x - x_hat.view_as(x)).double().square().sum((1, 2)))
         sums.append(x.double().sum(1))
         squares.append(x.double().square().sum((1, 2)))
-    interval = _interval(*(torch.cat(parts).cpu() for parts in (squared_errors, sums, squares)), x.shape[1])
+    image_error, image_sum, image_square = (torch.cat(parts).cpu() for parts in (squared_errors, sums, squares))
+    interval = _interval(image_error, image_sum, image_square, x.shape[1])
     return {
         "explained_variance": metrics.explained_variance,
         "explained_variance_interval": interval,
@@ -50,11 +51,24 @@ def evaluate(sae: SAE, cache: ActivationCache, hookpoint: str, split: Split = "h
 
 
 @torch.no_grad()
+def pca_explained_variance(cache: ActivationCache, hookpoint: str, k: int) -> float:
+    """Explained variance of held-out tokens by the first k principal axes of training tokens: a control for L0."""
+    sample = cache.sample(hookpoint, 40_960)
+    mean = sample.mean(dim=0)
+    axes = torch.linalg.svd((sample - mean).T @ (sample - mean))[2][:k]
+    metrics = ReconstructionMetrics()
+    for x in _images(cache, hookpoint, "held_out", sample.device):
+        tokens = x.flatten(0, 1)
+        metrics.update(tokens, (tokens - mean) @ axes.T @ axes + mean)
+    return metrics.explained_variance
+
+
+@torch.no_grad()
 def mean_activation(sae: SAE, cache: ActivationCache, hookpoint: str) -> Float[Tensor, "d_sae"]:
     """Mean value of each latent over the training tokens on which it fires; 0 for one that never fires."""
     total = torch.zeros(sae.d_sae, dtype=torch.float64, device=sae.W_enc.device)
     count = torch.zeros_like(total)
-    for x in _images(sae, cache, hookpoint, "train"):
+    for x in _images(cache, hookpoint, "train", sae.W_enc.device):
         indices, values = sae.encode_sparse(x.flatten(0, 1))
         fires = values > FIRES
         total.index_add_(0, indices[fires], values[fires].double())
@@ -62,12 +76,14 @@ def mean_activation(sae: SAE, cache: ActivationCache, hookpoint: str) -> Float[T
     return (total / count.clamp_min(1)).float()
 
 
-def _images(sae: SAE, cache: ActivationCache, hookpoint: str, split: Split) -> Iterator[Float[Tensor, "image token d_in"]]:
+def _images(
+    cache: ActivationCache, hookpoint: str, split: Split, device: torch.device
+) -> Iterator[Float[Tensor, "image token d_in"]]:
     images = cache.images(split)
     if len(images) > MAX_IMAGES:
         images = images[np.linspace(0, len(images) - 1, MAX_IMAGES).astype(int)]
     for part in np.array_split(images, -(-len(images) // 64)):
-        yield cache.read(hookpoint, part).flatten(1, 2).to(sae.W_enc.device, torch.float32)
+        yield cache.read(hookpoint, part).flatten(1, 2).to(device, torch.float32)
 
 
 def _interval(error: Tensor, sums: Tensor, squares: Tensor, tokens_per_image: int) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -87,9 +88,14 @@ class FeatureStats:
         """
         hookpoint = sae.site.hookpoint if sae.site else None
         if hookpoint not in cache.hookpoints:
-            raise ArtifactError(f"{sae.name} was trained on updates of {hookpoint}; {cache.name} has {', '.join(cache.hookpoints)}. Collect {hookpoint} too.")
+            raise ArtifactError(
+                f"{sae.name} was trained on updates of {hookpoint}; {cache.name} has {', '.join(cache.hookpoints)}. "
+                f"Collect {hookpoint} too."
+            )
         if not 0 <= step < cache.recipe["num_inference_steps"]:
-            raise KitError(f"measure: step={step}, but {cache.name} has steps 0 to {cache.recipe['num_inference_steps'] - 1}.")
+            raise KitError(
+                f"measure: step={step}, but {cache.name} has steps 0 to {cache.recipe['num_inference_steps'] - 1}."
+            )
         recipe = {"sae": sae.digest, "cache": cache.artifact.digest, "step": step, "top": top}
         artifact = Store.at(store).artifact("features", sae.name.rsplit("-", 1)[0], recipe)
         if not artifact.finished:
@@ -109,7 +115,16 @@ class FeatureStats:
             arrays = {name: file[name][()] for name in _PER_LATENT}
             a = file.attrs
             grid = (int(a["height"]), int(a["width"]))
-            return cls(artifact, str(a["sae"]), str(a["hookpoint"]), grid, int(a["step"]), int(a["n_images"]), int(a["n_tokens"]), **arrays)
+            return cls(
+                artifact,
+                str(a["sae"]),
+                str(a["hookpoint"]),
+                grid,
+                int(a["step"]),
+                int(a["n_images"]),
+                int(a["n_tokens"]),
+                **arrays,
+            )
 
     @property
     def d_sae(self) -> int:
@@ -136,23 +151,46 @@ class FeatureStats:
         self._check(feature)
         if by not in ("max", "mean"):
             raise KitError(f"examples: by is 'max' or 'mean', not {by!r}.")
-        with h5py.File(self.artifact.file(_FILE), "r") as file:
-            group = file[f"top/{by}"]
-            images, values, maps = (group[name][feature][:n] for name in ("image", "value", "heat_map"))
-            thumbnails = [_thumbnail(file, int(image)) for image in images]
-        rows = zip(images.tolist(), values.tolist(), maps, thumbnails, strict=True)
+        images, values, maps = (array[feature][:n] for array in self._top[by])
+        fires = values > FIRES
+        thumbnails = self._thumbnails(images[fires])
         return [
-            Example(image, self.prompts.texts[image], self.prompts.seeds[image], value, heat_map.astype(np.float32), thumbnail)
-            for image, value, heat_map, thumbnail in rows
-            if value > FIRES
+            Example(
+                image,
+                self.prompts.texts[image],
+                self.prompts.seeds[image],
+                value,
+                heat_map.astype(np.float32),
+                thumbnail,
+            )
+            for image, value, heat_map, thumbnail in zip(
+                images[fires].tolist(), values[fires].tolist(), maps[fires], thumbnails, strict=True
+            )
         ]
+
+    @cached_property
+    def _top(self) -> dict[str, tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+        with h5py.File(self.artifact.file(_FILE), "r") as file:
+            return {
+                by: tuple(file[f"top/{by}/{name}"][()] for name in ("image", "value", "heat_map"))
+                for by in ("max", "mean")
+            }
+
+    def _thumbnails(self, images: Int[np.ndarray, " image"]) -> list[bytes]:
+        """Pictures of images in some latent's top; they are stored one after the other, in the order of their index."""
+        with h5py.File(self.artifact.file(_FILE), "r") as file:
+            stored, ends, data = (file[f"thumbnails/{name}"] for name in ("image", "ends", "bytes"))
+            place = np.searchsorted(stored[()], images)
+            bounds = np.concatenate([[0], ends[()]])
+            return [data[bounds[at] : bounds[at + 1]].tobytes() for at in place]
 
     def heat_map(self, feature: int, image: int) -> Float[np.ndarray, "height width"]:
         """A latent's value at every token of any image of the cache."""
         self._check(feature)
         with h5py.File(self.artifact.file(_FILE), "r") as file:
             indices, values = file["codes/indices"][image], file["codes/values"][image]
-        return np.where(indices == feature, values, 0).sum(axis=1, dtype=np.float32).reshape(self.grid)
+        at_tokens: NDArray[Any] = np.where(indices == feature, values, 0).sum(axis=1, dtype=np.float32)
+        return at_tokens.reshape(self.grid)
 
     def image_activations(self, by: Ranking = "max") -> Float[np.ndarray, "image latent"]:
         """Every latent's maximum (or mean) over every image."""
@@ -179,7 +217,10 @@ class FeatureStats:
             raise KitError(f"{self.sae} has latents 0 to {self.d_sae - 1}; there is no {feature}.")
 
     def __repr__(self) -> str:
-        return f"FeatureStats of {self.sae}: {len(self.alive)} of {self.d_sae} latents fire, over {self.n_tokens:,} tokens of {self.n_images:,} images"
+        return (
+            f"FeatureStats of {self.sae}: {len(self.alive)} of {self.d_sae} latents fire, "
+            f"over {self.n_tokens:,} tokens of {self.n_images:,} images"
+        )
 
 
 @torch.no_grad()
@@ -187,13 +228,18 @@ def _measure(sae: SAE, cache: ActivationCache, hookpoint: str, step: int, top: i
     halves = len(cache.recipe["halves"])
     row = step * halves + halves - 1  # the cond half comes last
     tokens = int(np.prod(cache.grid(hookpoint)))
-    moments, leaders = _Moments(sae.d_sae), {by: _Leaders(sae.d_sae, min(top, cache.n_images), tokens) for by in ("max", "mean")}
+    moments, leaders = (
+        _Moments(sae.d_sae),
+        {by: _Leaders(sae.d_sae, min(top, cache.n_images), tokens) for by in ("max", "mean")},
+    )
     temporary = artifact.file(_FILE + ".tmp")
-    print(f"Measuring the {sae.d_sae} latents of {sae.name} over {cache.n_images * tokens:,} tokens.")
+    tqdm.write(f"Measuring the {sae.d_sae} latents of {sae.name} over {cache.n_images * tokens:,} tokens.")
     with h5py.File(temporary, "w", libver=("v108", "v110")) as file:
         shape, chunk = (cache.n_images, tokens, sae.k), (min(_CHUNK, cache.n_images), tokens, sae.k)
         compact: dict[str, Any] = {"chunks": chunk, "compression": "gzip", "compression_opts": 1, "shuffle": True}
-        stored_indices = file.create_dataset("codes/indices", shape, "uint16" if sae.d_sae < 2**16 else "uint32", **compact)
+        stored_indices = file.create_dataset(
+            "codes/indices", shape, "uint16" if sae.d_sae < 2**16 else "uint32", **compact
+        )
         stored_values = file.create_dataset("codes/values", shape, "float16", **compact)
         for start in tqdm(range(0, cache.n_images, _CHUNK), desc="measure", unit="batch"):
             images = range(start, min(start + _CHUNK, cache.n_images))
@@ -204,14 +250,22 @@ def _measure(sae: SAE, cache: ActivationCache, hookpoint: str, step: int, top: i
             moments.add(z)
             leaders["max"].add(start, z.amax(dim=1), z)
             leaders["mean"].add(start, z.mean(dim=1), z)
-        file.attrs.update(sae=sae.name, hookpoint=hookpoint, step=step, n_images=cache.n_images, n_tokens=cache.n_images * tokens)
+        file.attrs.update(
+            sae=sae.name, hookpoint=hookpoint, step=step, n_images=cache.n_images, n_tokens=cache.n_images * tokens
+        )
         file.attrs.update(height=cache.grid(hookpoint)[0], width=cache.grid(hookpoint)[1])
         for name, array in moments.statistics().items():
-            file[name] = array.astype(np.float32)
+            file.create_dataset(name, data=array.astype(np.float32))
         for by, best in leaders.items():
-            file[f"top/{by}/image"], file[f"top/{by}/value"] = best.images.numpy(), best.values.numpy()
-            file.create_dataset(f"top/{by}/heat_map", data=best.maps.numpy().reshape(sae.d_sae, -1, *cache.grid(hookpoint)), compression="gzip")
-        file["prompts"] = np.frombuffer(cache.prompts.to_jsonl().encode(), np.uint8)
+            file.create_dataset(f"top/{by}/image", data=best.images.numpy())
+            file.create_dataset(f"top/{by}/value", data=best.values.numpy())
+            file.create_dataset(
+                f"top/{by}/heat_map",
+                data=best.maps.numpy().reshape(sae.d_sae, -1, *cache.grid(hookpoint)),
+                compression="gzip",
+                compression_opts=1,
+            )
+        file.create_dataset("prompts", data=np.frombuffer(cache.prompts.to_jsonl().encode(), np.uint8))
         shown = {int(image) for best in leaders.values() for image in best.images[best.values > FIRES].unique()}
         _store_thumbnails(file, cache, sorted(shown))
     temporary.replace(artifact.file(_FILE))
@@ -222,7 +276,9 @@ class _Moments:
     """Sums over firing tokens, in float64."""
 
     def __init__(self, d_sae: int) -> None:
-        self.count, self.total, self.squares, self.images, self.peak = (torch.zeros(d_sae, dtype=torch.float64) for _ in range(5))
+        self.count, self.total, self.squares, self.images, self.peak = (
+            torch.zeros(d_sae, dtype=torch.float64) for _ in range(5)
+        )
         self.n_tokens = self.n_images = 0
 
     def add(self, z: Float[Tensor, "image token latent"]) -> None:
@@ -236,11 +292,17 @@ class _Moments:
         self.n_images += z.shape[0]
         self.n_tokens += z.shape[0] * z.shape[1]
 
-    def statistics(self) -> dict[str, np.ndarray[Any, Any]]:
+    def statistics(self) -> dict[str, NDArray[Any]]:
         n = self.count.clamp_min(1)
         mean = self.total / n
         std = (self.squares / n - mean.square()).clamp_min(0).sqrt()
-        by_name = {"density": self.count / self.n_tokens, "image_density": self.images / self.n_images, "mean": mean, "std": std, "max": self.peak}
+        by_name = {
+            "density": self.count / self.n_tokens,
+            "image_density": self.images / self.n_images,
+            "mean": mean,
+            "std": std,
+            "max": self.peak,
+        }
         return {name: tensor.numpy() for name, tensor in by_name.items()}
 
 
@@ -252,7 +314,9 @@ class _Leaders:
         self.images = torch.zeros(d_sae, top, dtype=torch.int32)
         self.maps = torch.zeros(d_sae, top, tokens, dtype=torch.float16)
 
-    def add(self, first_image: int, scores: Float[Tensor, "image latent"], z: Float[Tensor, "image token latent"]) -> None:
+    def add(
+        self, first_image: int, scores: Float[Tensor, "image latent"], z: Float[Tensor, "image token latent"]
+    ) -> None:
         values = torch.cat([self.values, scores.T], dim=1)
         self.values, best = values.topk(self.values.shape[1], dim=1)
         new = torch.arange(first_image, first_image + len(scores), dtype=torch.int32).expand(values.shape[0], -1)
@@ -263,15 +327,6 @@ class _Leaders:
 
 def _store_thumbnails(file: h5py.File, cache: ActivationCache, images: list[int]) -> None:
     encoded = [cache.thumbnail(image) for image in images]
-    file["thumbnails/image"] = np.array(images, np.int64)
-    file["thumbnails/ends"] = np.cumsum([len(data) for data in encoded], dtype=np.int64)
-    file["thumbnails/bytes"] = np.frombuffer(b"".join(encoded), np.uint8)
-
-
-def _thumbnail(file: h5py.File, image: int) -> bytes:
-    group = file["thumbnails"]
-    at = int(np.searchsorted(group["image"][()], image))
-    ends = group["ends"]
-    if at == len(ends):
-        return b""
-    return bytes(group["bytes"][int(ends[at - 1]) if at else 0 : int(ends[at])].tobytes())
+    file.create_dataset("thumbnails/image", data=np.array(images, np.int64))
+    file.create_dataset("thumbnails/ends", data=np.cumsum([len(data) for data in encoded], dtype=np.int64))
+    file.create_dataset("thumbnails/bytes", data=np.frombuffer(b"".join(encoded), np.uint8))

@@ -1,7 +1,7 @@
 """Names of the transformer blocks of an SDXL-shaped U-Net, and where they stand in it.
 
-A hookpoint is one `Transformer2DModel`: `down.2.1` is the second attention block of the third down block. SDXL has eleven of
-them; four are read by default (paper §2; names and roles as in the paper's figures).
+A hookpoint is one `Transformer2DModel`: `down.2.1` is the second attention block of the third down block. SDXL has
+eleven of them; four are read by default (paper §2; names and roles as in the paper's figures).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PATH = re.compile(r"(?P<block>down_blocks\.\d+|mid_block|up_blocks\.\d+)\.atten
 
 @dataclass(frozen=True)
 class Hookpoint:
-    """One transformer block: short name, module path below the U-Net, width `d_in`, and how much smaller its grid is."""
+    """One transformer block: short name, module path below the U-Net, width `d_in`, how much smaller its grid is."""
 
     name: str
     path: str
@@ -52,7 +52,9 @@ def resolve(unet: nn.Module, name: str) -> Hookpoint:
     path = _PATH.fullmatch(name.removeprefix("unet."))
     short = _short_name(path) if path else name
     if short not in known:
-        raise HookpointError(f"No hookpoint {name!r} in this U-Net; it has {', '.join(known)}.{did_you_mean(name, known)}")
+        raise HookpointError(
+            f"No hookpoint {name!r} in this U-Net; it has {', '.join(known)}.{did_you_mean(name, known)}"
+        )
     return known[short]
 
 

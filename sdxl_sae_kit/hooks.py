@@ -1,8 +1,8 @@
 """Read and rewrite the updates of transformer blocks while an ordinary diffusers pipeline runs.
 
 diffusers adds a block's input back as the very last thing (`proj_out(h) + residual`), so the update is exactly what the
-block's own `proj_out` returns. Reading it there needs no subtraction and loses nothing in half precision; changing it there
-changes the block's output by the same amount. Nothing here knows what an SAE is.
+block's own `proj_out` returns. Reading it there needs no subtraction and loses nothing in half precision; changing it
+there changes the block's output by the same amount. Nothing here knows what an SAE is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Call:
 
 @dataclass
 class Recording:
-    """Updates read by `record`, by hookpoint, step and guidance half; further calls of the pipeline add to the batch."""
+    """Updates read by `record`, by hookpoint, step and guidance half; more calls of the pipeline add to the batch."""
 
     _parts: dict[tuple[str, int, Half], list[Tensor]] = field(default_factory=dict)
 
@@ -48,7 +48,10 @@ class Recording:
             HookpointError: nothing was recorded there; the message says what was.
         """
         if (hookpoint, step, half) not in self._parts:
-            known = ", ".join(f"{h} step {s} {half}" for h, s, half in self._parts) or "nothing: call the pipeline inside the with block"
+            known = (
+                ", ".join(f"{h} step {s} {half}" for h, s, half in self._parts)
+                or "nothing: call the pipeline inside the with block"
+            )
             raise HookpointError(f"Nothing recorded at {hookpoint} step {step} {half}; recorded: {known}.")
         return torch.cat(self._parts[hookpoint, step, half])
 
@@ -82,8 +85,9 @@ def record(
 ) -> Iterator[Recording]:
     """Record the updates of these hookpoints for every image made inside the with block.
 
-    Each block's own update is read, before any `rewrite` of the same hookpoint. With `stop_early` the pipeline call is broken off
-    after the last hookpoint of the last step, and the with block ends there: for when only updates are wanted.
+    Each block's own update is read, before any `rewrite` of the same hookpoint. With `stop_early` the pipeline call is
+    broken off after the last hookpoint of the last step, and the with block ends there: for when only updates are
+    wanted.
 
     Args:
         pipe: an SDXL pipeline of diffusers.
@@ -121,8 +125,8 @@ def record(
 def rewrite(pipe: Any, edits: Mapping[str, Callable[[Update, Call], Tensor | None]]) -> Iterator[None]:
     """Let functions change the updates of hookpoints while images are made inside the with block.
 
-    Each function gets the update (batch, height, width, d_in) and the `Call`; it returns the new update, or None to leave it as it is.
-    It must not change the update in place.
+    Each function gets the update (batch, height, width, d_in) and the `Call`; it returns the new update, or None to
+    leave it as it is. It must not change the update in place.
 
     Raises:
         HookpointError: the U-Net has no such hookpoint.
@@ -132,7 +136,9 @@ def rewrite(pipe: Any, edits: Mapping[str, Callable[[Update, Call], Tensor | Non
 
 
 @contextmanager
-def _hooked(pipe: Any, functions: Mapping[str, Callable[[Tensor, Call], Tensor | None]], *, first: bool) -> Iterator[None]:
+def _hooked(
+    pipe: Any, functions: Mapping[str, Callable[[Tensor, Call], Tensor | None]], *, first: bool
+) -> Iterator[None]:
     """Hold the hooks for as long as the with block lasts, and remove them however it ends."""
     clock = _Clock(pipe)
     handles = [pipe.unet.register_forward_pre_hook(clock, with_kwargs=True)]
@@ -159,7 +165,10 @@ class _Clock:
         timesteps = self.pipe.scheduler.timesteps
         (found,) = (timesteps.cpu() == timestep.cpu()).nonzero(as_tuple=True)
         if not len(found):
-            raise HookpointError(f"The U-Net ran at timestep {timestep.item():g}, which the pipeline's scheduler does not visit. Call the pipeline, not its U-Net.")
+            raise HookpointError(
+                f"The U-Net ran at timestep {timestep.item():g}, which the pipeline's scheduler does not visit. "
+                "Call the pipeline, not its U-Net."
+            )
         self.step, self.n_steps = int(found[0]), len(timesteps)
         self.guided = bool(getattr(self.pipe, "do_classifier_free_guidance", False))
 

@@ -12,6 +12,7 @@ import html
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -230,3 +231,28 @@ def page(title: str, *parts: str) -> str:
         '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
         f"<title>{escape(title)}</title></head><body>{fragment(*parts)}</body></html>\n"
     )
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A piece of HTML that a notebook shows when it is the last thing in a cell."""
+
+    markup: str
+
+    def _repr_html_(self) -> str:
+        return self.markup
+
+
+def show_images(images: Sequence[Image.Image], captions: Sequence[str], side: int = 192) -> Shown:
+    """Pictures side by side, each over its caption, also its alt text; small ones are enlarged to `side` px."""
+    return Shown(fragment(figures((picture(_sized(i, side), c), "", c) for i, c in zip(images, captions, strict=True))))
+
+
+def show_table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> Shown:
+    """A table in a notebook: see `table`."""
+    return Shown(fragment(table(rows, caption)))
+
+
+def _sized(image: Image.Image, side: int) -> bytes:
+    factor = side / max(image.size)
+    return to_webp(image.convert("RGB").resize([round(n * factor) for n in image.size], Image.Resampling.BICUBIC))

@@ -1,7 +1,7 @@
 """Steering: turn features up, down and off while an image is being made (paper §4).
 
-An edit adds (z′ − z)_f · d_f to the update for each touched latent f, where d_f is its decoder row. The SAE's own error stays in the
-update untouched, so an edit that changes nothing changes not a single bit.
+An edit adds (z′ − z)_f · d_f to the update for each touched latent f, where d_f is its decoder row. The SAE's own error
+stays in the update untouched, so an edit that changes nothing changes not a single bit.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def steer(
         clamp: set a latent's activation to this, in multiples of its mean activation.
         where: (height, width) mask at the hookpoint's grid; edits happen where it is nonzero, in proportion.
         steps: denoising steps, from 0; by default all.
-        cfg: with guidance, `add` is added to the cond half and subtracted from the uncond half (`both`), or touches one half only. `scale`
-            and `clamp` act on each half's own code.
+        cfg: with guidance, `add` is added to the cond half and subtracted from the uncond half (`both`), or touches
+            one half only. `scale` and `clamp` act on each half's own code.
         along: latent → (d_in,) vector to write along instead of its decoder row; how controls are made.
 
     Raises:
-        EditError: no such latent, step or half, a map of the wrong shape, or `add`/`clamp` of a latent that never fired.
+        EditError: no such latent, step or half, a wrongly shaped map, or `add`/`clamp` of a latent that never fired.
         ArtifactError: the SAE does not fit this U-Net.
 
     Example:
@@ -66,7 +66,10 @@ def steer(
         raise ArtifactError(f"{sae.name} has no hookpoint: it was never trained. Train it, or load one that was.")
     hookpoint = resolve(pipe.unet, sae.site.hookpoint)
     if hookpoint.d_in != sae.d_in:
-        raise ArtifactError(f"{sae.name} reads {sae.d_in} numbers a token, but {hookpoint.name} of this U-Net has {hookpoint.d_in}. It was trained on {sae.site.model}.")
+        raise ArtifactError(
+            f"{sae.name} reads {sae.d_in} numbers a token, but {hookpoint.name} of this U-Net has {hookpoint.d_in}. "
+            f"It was trained on {sae.site.model}."
+        )
     if cfg not in ("both", "cond", "uncond"):
         raise EditError(f"steer: cfg is 'both', 'cond' or 'uncond', not {cfg!r}.")
     strengths = {"add": dict(add or {}), "scale": dict(scale or {}), "clamp": dict(clamp or {})}
@@ -95,7 +98,9 @@ class _Edit:
     def __call__(self, update: Float[Tensor, "batch height width d_in"], call: Call) -> Tensor | None:
         if self.steps is not None:
             if outside := [step for step in self.steps if not 0 <= step < call.n_steps]:
-                raise EditError(f"steer: steps={outside}, but this image is made in {call.n_steps} step(s), numbered from 0.")
+                raise EditError(
+                    f"steer: steps={outside}, but this image is made in {call.n_steps} step(s), numbered from 0."
+                )
             if call.step not in self.steps:
                 return None
         grid = (update.shape[1], update.shape[2])
@@ -105,18 +110,24 @@ class _Edit:
         directions = self.directions.to(update.device)
         return update + (change @ directions).to(update.dtype)
 
-    def _added(self, grid: tuple[int, int], call: Call, batch: int, device: torch.device) -> Float[Tensor, "batch height width edited"]:
+    def _added(
+        self, grid: tuple[int, int], call: Call, batch: int, device: torch.device
+    ) -> Float[Tensor, "batch height width edited"]:
         """Change of each latent by `add`, with each guidance half's sign."""
         change = torch.zeros(batch, *grid, len(self.latents), device=device)
         for latent, strength in self.strengths["add"].items():
-            amount = _as_map(strength, grid, call.hookpoint, f"add[{latent}]", device) * self.sae.mean_activation[latent].to(device)
+            amount = _as_map(strength, grid, call.hookpoint, f"add[{latent}]", device) * self.sae.mean_activation[
+                latent
+            ].to(device)
             change[..., self.latents.index(latent)] = amount
         if call.guided:
             change[: batch // 2] *= {"both": -1, "cond": 0, "uncond": 1}[self.cfg]
             change[batch // 2 :] *= {"both": 1, "cond": 1, "uncond": 0}[self.cfg]
         return change
 
-    def _rescaled(self, update: Tensor, call: Call, grid: tuple[int, int]) -> Float[Tensor, "batch height width edited"]:
+    def _rescaled(
+        self, update: Tensor, call: Call, grid: tuple[int, int]
+    ) -> Float[Tensor, "batch height width edited"]:
         """Change of each latent by `scale` and `clamp`, from its live activation."""
         change = torch.zeros(*update.shape[:3], len(self.latents), device=update.device)
         if not (self.strengths["scale"] or self.strengths["clamp"]):
@@ -124,10 +135,14 @@ class _Edit:
         z = self._live(update)
         for latent, factor in self.strengths["scale"].items():
             at = self.latents.index(latent)
-            change[..., at] += (_as_map(factor, grid, call.hookpoint, f"scale[{latent}]", update.device) - 1) * z[..., at]
+            change[..., at] += (_as_map(factor, grid, call.hookpoint, f"scale[{latent}]", update.device) - 1) * z[
+                ..., at
+            ]
         for latent, target in self.strengths["clamp"].items():
             at = self.latents.index(latent)
-            level = _as_map(target, grid, call.hookpoint, f"clamp[{latent}]", update.device) * self.sae.mean_activation[latent].to(update.device)
+            level = _as_map(target, grid, call.hookpoint, f"clamp[{latent}]", update.device) * self.sae.mean_activation[
+                latent
+            ].to(update.device)
             change[..., at] += level - z[..., at]
         if call.guided and self.cfg != "both":
             half = slice(0, len(update) // 2) if self.cfg == "cond" else slice(len(update) // 2, None)
@@ -149,21 +164,32 @@ def _directions(sae: SAE, latents: list[int], along: Mapping[int, ArrayLike]) ->
     return rows
 
 
-def _check_latents(sae: SAE, strengths: Mapping[str, Strengths], latents: list[int], along: Mapping[int, ArrayLike]) -> None:
+def _check_latents(
+    sae: SAE, strengths: Mapping[str, Strengths], latents: list[int], along: Mapping[int, ArrayLike]
+) -> None:
     for latent in [*latents, *along]:
         if not 0 <= latent < sae.d_sae:
             raise EditError(f"steer: {sae.name} has latents 0 to {sae.d_sae - 1}; there is no {latent}.")
     for latent, vector in along.items():
         if latent not in latents or np.shape(vector) != (sae.d_in,):
-            raise EditError(f"steer: along[{latent}] must be a vector of {sae.d_in} numbers for a latent that is edited; edited are {latents}.")
+            raise EditError(
+                f"steer: along[{latent}] must be a vector of {sae.d_in} numbers for a latent that is edited; "
+                f"edited are {latents}."
+            )
     for verb in ("add", "clamp"):
         for latent in strengths[verb]:
             if sae.mean_activation[latent] == 0:
-                raise EditError(f"steer: latent {latent} never fired in training, so {verb} has no unit for it. Choose one that is alive.")
+                raise EditError(
+                    f"steer: latent {latent} never fired in training, so {verb} has no unit for it. "
+                    "Choose one that is alive."
+                )
 
 
 def _as_map(value: float | ArrayLike, grid: tuple[int, int], hookpoint: str, name: str, device: torch.device) -> Tensor:
     array = torch.as_tensor(np.asarray(value, dtype=np.float32), device=device)
     if array.ndim and tuple(array.shape) != grid:
-        raise EditError(f"steer: {name} has shape {tuple(array.shape)}, but {hookpoint} is {grid[0]}×{grid[1]} for this image. Resize it to {grid}.")
+        raise EditError(
+            f"steer: {name} has shape {tuple(array.shape)}, but {hookpoint} is {grid[0]}×{grid[1]} for this image. "
+            f"Resize it to {grid}."
+        )
     return array.expand(grid)

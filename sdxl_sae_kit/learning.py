@@ -1,7 +1,8 @@
 """How one SAE learns: its start, its loss, and a step that keeps decoder rows at unit norm (paper §3 and its appendix).
 
-    loss = s · MSE(x̂, x) + auxk_coef · AuxK          s = 1 / mean((x − mean x)²), so the first term is the unexplained share
-    AuxK = MSE(ê, e) / mean((e − mean e)²)            e = x − x̂ held fixed, ê = what dead latents alone make of it; 0 if none is dead
+loss = s · MSE(x̂, x) + auxk_coef · AuxK    s = 1 / mean((x − mean x)²), so the first term is the unexplained share
+AuxK = MSE(ê, e) / mean((e − mean e)²)      e = x − x̂ held fixed, ê = what dead latents alone make of it
+AuxK is 0 while no latent is dead.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.sae import FIRES, SAE
 from sdxl_sae_kit.sparse import decode_sparse, top_k
 
-def geometric_median(x: Float[Tensor, "token d_in"], *, iterations: int = 100, tolerance: float = 1e-6) -> Float[Tensor, "d_in"]:
-    """The point with the least summed distance to all tokens (Weiszfeld's iteration from the mean): where b_dec starts."""
+
+def geometric_median(
+    x: Float[Tensor, "token d_in"], *, iterations: int = 100, tolerance: float = 1e-6
+) -> Float[Tensor, "d_in"]:
+    """The point with the least summed distance to all tokens (Weiszfeld, from the mean): where b_dec starts."""
     median = x.mean(dim=0)
     for _ in range(iterations):
-        weights = 1 / (x - median).norm(dim=1).clamp_min(tolerance)
+        weights: Tensor = 1 / (x - median).norm(dim=1).clamp_min(tolerance)
         moved = (weights[:, None] * x).sum(dim=0) / weights.sum()
         if (moved - median).norm() <= tolerance * moved.norm().clamp_min(tolerance):
             return moved
@@ -33,7 +37,8 @@ def auxk_loss(
 ) -> Float[Tensor, ""]:
     """How badly the `auxk` strongest dead latents explain the SAE error, relative to its variance.
 
-    Gradients reach the dead latents' encoder columns and decoder rows, and nothing else: neither b_dec nor, through the error, the living.
+    Gradients reach the dead latents' encoder columns and decoder rows, and nothing else: neither b_dec nor, through the
+    error, the living.
     """
     if not len(dead):
         return x.new_zeros(())
@@ -46,7 +51,7 @@ def auxk_loss(
 
 @dataclass
 class StepLog:
-    """What one step saw: the unexplained share of the batch's variance, AuxK, mean active latents, share of dead latents."""
+    """What one step saw: unexplained share of the variance, AuxK, mean active latents, share of dead latents."""
 
     unexplained: float
     auxk: float
@@ -85,7 +90,10 @@ class Learner:
         auxk = auxk_loss(sae, x, x - x_hat, dead)
         loss = unexplained + sae.config.auxk_coef * auxk
         if not loss.isfinite():
-            raise KitError(f"{sae.name}: the loss is {loss.item()} at step {self.step_number}. Lower lr, or look for tokens that are not finite.")
+            raise KitError(
+                f"{sae.name}: the loss is {loss.item()} at step {self.step_number}. "
+                "Lower lr, or look for tokens that are not finite."
+            )
         self.adam.zero_grad()
         loss.backward()
         self._project()
@@ -115,15 +123,23 @@ class Learner:
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, as tensors."""
-        moments = {f"adam.{i}.{key}": value for i, state in self.adam.state_dict()["state"].items() for key, value in state.items()}
+        moments = {
+            f"adam.{i}.{key}": value
+            for i, state in self.adam.state_dict()["state"].items()
+            for key, value in state.items()
+        }
         weights = {f"sae.{key}": value for key, value in self.sae.state_dict().items()}
         return weights | moments | {"silent": self.silent, "step": torch.tensor(self.step_number)}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state` gave."""
-        self.sae.load_state_dict({key.removeprefix("sae."): value for key, value in state.items() if key.startswith("sae.")})
+        self.sae.load_state_dict(
+            {key.removeprefix("sae."): value for key, value in state.items() if key.startswith("sae.")}
+        )
         adam = self.adam.state_dict()
-        adam["state"] = {i: {key: state[f"adam.{i}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")} for i in range(4)}
+        adam["state"] = {
+            i: {key: state[f"adam.{i}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")} for i in range(4)
+        }
         self.adam.load_state_dict(adam)
         self.silent = state["silent"].to(self.silent.device)
         self.step_number = int(state["step"])

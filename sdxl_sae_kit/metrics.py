@@ -1,6 +1,7 @@
 """Measures of how well an SAE explains updates: pure functions, one formula each, summed in float64.
 
-`ReconstructionMetrics` streams the same formulas over batches; the functions here are its oracle and its building blocks.
+`ReconstructionMetrics` streams the same formulas over batches; the functions here are its oracle and its building
+blocks.
 """
 
 from __future__ import annotations
@@ -25,8 +26,25 @@ def explained_variance(x: Float[Tensor, "token d_in"], x_hat: Float[Tensor, "tok
 
 
 def explained_variance_per_channel(x: Float[Tensor, "token d_in"], x_hat: Float[Tensor, "token d_in"]) -> float:
-    """Mean over channels of 1 − Var(x_c − x̂_c) / Var(x_c): the number the paper's released code prints, for comparison only."""
+    """Mean over channels of 1 − Var(x_c − x̂_c) / Var(x_c).
+
+    The number the paper's released code prints, for comparison only.
+    """
     return ReconstructionMetrics().update(x, x_hat).explained_variance_per_channel
+
+
+def participation_ratio(x: Float[Tensor, "token d_in"]) -> float:
+    """(Σλ)² / Σλ² of the eigenvalues λ of the tokens' covariance: how many directions carry the variance, 1 to d_in."""
+    centred = x.detach().double() - x.detach().double().mean(0)
+    covariance = centred.T @ centred
+    return _ratio(covariance.trace().square(), covariance.square().sum())  # Σλ² is the squared Frobenius norm
+
+
+def constant_share(x: Float[Tensor, "image token d_in"]) -> float:
+    """Share of the tokens' variance that lies between images' means: what is the same at every token of an image."""
+    x = x.detach().double()
+    means = x.mean(dim=1, keepdim=True)
+    return _ratio((means - means.mean(0)).square().sum() * x.shape[1], (x - means.mean(0)).square().sum())
 
 
 def bootstrap_interval(
@@ -39,8 +57,9 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval, resampling the rows of `values`; NaN for fewer than two rows.
 
-    A row must be one independent cluster (a prompt, an image): average or sum within it first. The estimate is the mean of the
-    rows, or a function of the column means when `statistic` is given, such as `lambda m: 1 - m[..., 0] / m[..., 1]` for a ratio.
+    A row must be one independent cluster (a prompt, an image): average or sum within it first. The estimate is the mean
+    of the rows, or a function of the column means when `statistic` is given, such as
+    `lambda m: 1 - m[..., 0] / m[..., 1]` for a ratio.
     """
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2:
@@ -55,8 +74,8 @@ def bootstrap_interval(
 class ReconstructionMetrics:
     """Streamed sums of x, x̂ and their codes from which every reconstruction metric is read.
 
-    Feed it batches with `update`; sums are float64 and shifted by the first token seen, so that a large common offset costs
-    no precision.
+    Feed it batches with `update`; sums are float64 and shifted by the first token seen, so that a large common offset
+    costs no precision.
     """
 
     n_tokens: int = 0

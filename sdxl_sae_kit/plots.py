@@ -56,17 +56,17 @@ def figure(alt: str, *, title: str, x: str = "", y: str = "", height: int = 420)
 
 def training_curves(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> go.Figure:
     """Unexplained share of each logged batch's variance over steps, one line per SAE, on a log axis."""
-    last = {name: log[-1]["unexplained"] for name, log in logs.items() if log}
-    ends = ", ".join(f"{name} {value:.2f}" for name, value in last.items())
-    made = figure(
-        f"Training curves of {len(logs)} SAEs, the unexplained share of variance over the steps; last values: {ends}.",
-        title="Training: unexplained share of variance (1 − explained variance, per batch)", x="step",
-        y="unexplained share",
-    )  # fmt: skip
-    for name, log in logs.items():
-        steps, unexplained = ([line[key] for line in log] for key in ("step", "unexplained"))
-        made.add_scatter(x=steps, y=unexplained, name=name, mode="lines")
-    made.update_yaxes(type="log")
+    curves = {name: [(line["step"], line["unexplained"]) for line in log] for name, log in logs.items()}
+    title = "Training: unexplained share of variance (1 − explained variance, per batch)"
+    return line_figure(curves, title=title, x="step", y="unexplained share").update_yaxes(type="log")
+
+
+def line_figure(curves: Mapping[str, Sequence[tuple[float, float]]], *, title: str, x: str, y: str) -> go.Figure:
+    """One line of (x, y) points per name."""
+    ends = ", ".join(f"{name} {points[-1][1]:.3g}" for name, points in curves.items() if points)
+    made = figure(f"{title}: {len(curves)} lines of {y} over {x}; last values: {ends}.", title=title, x=x, y=y)
+    for name, points in curves.items():
+        made.add_scatter(x=[px for px, _ in points], y=[py for _, py in points], name=name, mode="lines")
     return made
 
 

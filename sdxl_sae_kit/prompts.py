@@ -1,7 +1,7 @@
 """Prompts: where they come from, one seed for each, and which of them are held out.
 
-Sources: `"world"` (captions of the embedded model's world, whose factors are known), `"scenes"` (everyday scenes for real SDXL),
-a text, JSON-lines or CSV file, or a list of strings.
+Sources: `"world"` (captions of the embedded model's world, whose factors are known), `"scenes"` (everyday scenes for
+real SDXL), a text, JSON-lines or CSV file, or a list of strings.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Prompts(Sequence[str]):
     def to_jsonl(self) -> str:
         """One JSON object a line: text, seed, factors."""
         rows = zip(self.texts, self.seeds, self.factors, strict=True)
-        return "".join(json.dumps({"text": text, "seed": seed, "factors": factors}) + "\n" for text, seed, factors in rows)
+        return "".join(
+            json.dumps({"text": text, "seed": seed, "factors": factors}) + "\n" for text, seed, factors in rows
+        )
 
     @classmethod
     def from_jsonl(cls, text: str) -> Prompts:
@@ -76,7 +78,8 @@ def load_prompts(source: str | Path | Iterable[str], n: int | None = None, *, se
     """Prompts from a source, the i-th with seed `seed + i`.
 
     Args:
-        source: `"world"`, `"scenes"`, a .txt, .jsonl (key `text` or `prompt`) or .csv file (column `text` or `prompt`), or strings.
+        source: `"world"`, `"scenes"`, a .txt, .jsonl (key `text` or `prompt`) or .csv file (column `text` or `prompt`),
+            or strings.
         n: how many; needed for `"world"` and `"scenes"`, otherwise the first n.
         seed: what the generated sources and the images' noise start from.
 
@@ -105,23 +108,29 @@ def _world(n: int, seed: int) -> tuple[list[str], list[dict[str, str]]]:
 
 
 _SUBJECTS = (
-    "a fox", "an old sailor", "a lighthouse", "two children", "a bowl of cherries", "a tabby cat", "a red bicycle", "a grand piano", "an astronaut",
-    "a market stall", "a wooden boat", "a sunflower", "a steam train", "a ballet dancer", "a stack of books", "a mountain hut", "a parrot", "a glass teapot",
-    "a street musician", "a flock of sheep", "a motorcycle", "a marble statue", "a tortoise", "a chess board", "a baker",
+    "a fox", "an old sailor", "a lighthouse", "two children", "a bowl of cherries", "a tabby cat", "a red bicycle",
+    "a grand piano", "an astronaut", "a market stall", "a wooden boat", "a sunflower", "a steam train",
+    "a ballet dancer", "a stack of books", "a mountain hut", "a parrot", "a glass teapot", "a street musician",
+    "a flock of sheep", "a motorcycle", "a marble statue", "a tortoise", "a chess board", "a baker",
 )  # fmt: skip
 _ACTIONS = (
-    "in the rain", "at sunset", "seen from above", "covered in snow", "under a streetlight", "beside a lake", "in a narrow alley", "on a white table",
-    "in front of a brick wall", "in tall grass", "on a cliff by the sea", "in a crowded square", "in thick fog", "against a clear blue sky", "in a desert",
+    "in the rain", "at sunset", "seen from above", "covered in snow", "under a streetlight", "beside a lake",
+    "in a narrow alley", "on a white table", "in front of a brick wall", "in tall grass", "on a cliff by the sea",
+    "in a crowded square", "in thick fog", "against a clear blue sky", "in a desert",
 )  # fmt: skip
 _STYLES = (
-    "photograph", "oil painting", "watercolour", "pencil drawing", "woodcut", "film still", "pixel art", "studio photograph", "children's book illustration",
+    "photograph", "oil painting", "watercolour", "pencil drawing", "woodcut", "film still", "pixel art",
+    "studio photograph", "children's book illustration",
 )  # fmt: skip
 
 
 def _scenes(n: int, seed: int) -> tuple[list[str], list[dict[str, str]]]:
     rng = np.random.RandomState(seed)
     choose = [[words[i] for i in rng.randint(len(words), size=n)] for words in (_STYLES, _SUBJECTS, _ACTIONS)]
-    factors = [{"style": style, "subject": subject, "setting": setting} for style, subject, setting in zip(*choose, strict=True)]
+    factors = [
+        {"style": style, "subject": subject, "setting": setting}
+        for style, subject, setting in zip(*choose, strict=True)
+    ]
     return [f"{f['style']} of {f['subject']} {f['setting']}" for f in factors], factors
 
 
@@ -131,7 +140,10 @@ def _read(source: str | Path | Iterable[str]) -> Iterable[Any]:
     path = Path(source)
     readers = {".txt": _from_txt, ".jsonl": _from_jsonl, ".csv": _from_csv}
     if path.suffix not in readers:
-        raise PromptError(f"Unknown prompt source {str(source)!r}; it is 'world', 'scenes', a .txt, .jsonl or .csv file, or a list of texts.{did_you_mean(str(source), ['world', 'scenes'])}")
+        raise PromptError(
+            f"Unknown prompt source {str(source)!r}; it is 'world', 'scenes', a .txt, .jsonl or .csv file, "
+            f"or a list of texts.{did_you_mean(str(source), ['world', 'scenes'])}"
+        )
     if not path.is_file():
         raise PromptError(f"There is no file {path}. Give the path of a .txt, .jsonl or .csv file.")
     return readers[path.suffix](path.read_text(encoding="utf-8"))
@@ -147,7 +159,9 @@ def _from_jsonl(text: str) -> list[Any]:
         try:
             rows += [_pick(json.loads(line), f"line {i}")] if line.strip() else []
         except ValueError as cause:
-            raise PromptError(f"Line {i} is not JSON ({cause}). Mend it, or give a .txt file with one prompt a line.") from None
+            raise PromptError(
+                f"Line {i} is not JSON ({cause}). Mend it, or give a .txt file with one prompt a line."
+            ) from None
     return rows
 
 
@@ -159,7 +173,9 @@ def _pick(row: dict[str, Any], place: str) -> Any:
     for key in ("text", "prompt"):
         if key in row:
             return row[key]
-    raise PromptError(f"{place} has neither 'text' nor 'prompt', only {', '.join(row)}. Rename the field that holds the prompts.")
+    raise PromptError(
+        f"{place} has neither 'text' nor 'prompt', only {', '.join(row)}. Rename the field that holds the prompts."
+    )
 
 
 def _describe(source: str | Path | Iterable[str]) -> str:

@@ -1,8 +1,8 @@
 """The Top-K sparse autoencoder (paper §3), its configuration, and the file it lives in.
 
-    h  = (x − b_dec) W_enc + b_enc           pre-activations, signed
-    z  = relu(h) where h is among the k largest of its token, else 0
-    x̂ = z W_dec + b_dec                      rows of W_dec have unit norm
+h  = (x − b_dec) W_enc + b_enc           pre-activations, signed
+z  = relu(h) where h is among the k largest of its token, else 0
+x̂ = z W_dec + b_dec                      rows of W_dec have unit norm
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +28,8 @@ T = TypeVar("T")
 FIRES = 1e-3
 """A latent fires on a token when its value is above this."""
 
-FORMAT = {"format": "sdxl_sae_kit.sae", "version": "1"}
+FORMAT_KEY, FORMAT_VERSION = "sdxl_sae_kit.sae", 1
+"""Everything but the tensors is one JSON object under this key: safetensors writes several keys in random order."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class SAE(nn.Module):
 
     Attributes:
         W_enc (d_in, d_sae), b_enc (d_sae,), W_dec (d_sae, d_in), b_dec (d_in,): weights.
-        mean_activation (d_sae,): mean of z over the training tokens on which the latent fires; 0 for one that never fired. The unit of
-            strengths in `steer`.
+        mean_activation (d_sae,): mean of z over the training tokens on which the latent fires; 0 for one that never
+            fired. The unit of strengths in `steer`.
         site: where it belongs. None until it is trained.
         metrics: held-out metrics, by name.
     """
@@ -89,7 +90,10 @@ class SAE(nn.Module):
     def __init__(self, config: SAEConfig, d_in: int, site: Site | None = None, name: str = "untrained") -> None:
         super().__init__()
         if config.k > d_in * config.expansion:
-            raise KitError(f"SAEConfig: k={config.k} is more than the {d_in * config.expansion} latents ({d_in} × expansion {config.expansion}).")
+            raise KitError(
+                f"SAEConfig: k={config.k} is more than the {d_in * config.expansion} latents "
+                f"({d_in} × expansion {config.expansion})."
+            )
         self.config, self.site, self.name = config, site, name
         self.metrics: dict[str, Any] = {}
         d_sae = d_in * config.expansion
@@ -97,7 +101,8 @@ class SAE(nn.Module):
         start = (torch.rand(d_in, d_sae, generator=generator) * 2 - 1) / d_in**0.5  # uniform ±1/√d_in
         self.W_enc = nn.Parameter(start)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(start.T / start.T.norm(dim=1, keepdim=True))
+        unit_rows = start.T / start.T.norm(dim=1, keepdim=True)
+        self.W_dec = nn.Parameter(unit_rows.contiguous())  # fused Adam pairs by memory
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.register_buffer("mean_activation", torch.zeros(d_sae))
 
@@ -119,10 +124,13 @@ class SAE(nn.Module):
     def pre_activations(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_sae"]:
         """h of the module's equations."""
         flat = x.reshape(-1, self.d_in) - self.b_dec
-        return torch.addmm(self.b_enc, flat, self.W_enc).unflatten(0, x.shape[:-1])
+        h: Tensor = torch.addmm(self.b_enc, flat, self.W_enc).unflatten(0, x.shape[:-1])
+        return h
 
-    def encode_sparse(self, x: Float[Tensor, "*token d_in"]) -> tuple[Int[Tensor, "*token k"], Float[Tensor, "*token k"]]:
-        """The code as (indices, values ≥ 0), k of each per token, in no particular order; a value of 0 is an inactive latent."""
+    def encode_sparse(
+        self, x: Float[Tensor, "*token d_in"]
+    ) -> tuple[Int[Tensor, "*token k"], Float[Tensor, "*token k"]]:
+        """The code as (indices, values ≥ 0), k of each per token, in no order; a value of 0 is an inactive latent."""
         return top_k(self.pre_activations(x), self.k)
 
     def encode(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_sae"]:
@@ -133,13 +141,23 @@ class SAE(nn.Module):
         """z W_dec + b_dec."""
         return z @ self.W_dec + self.b_dec
 
-    def decode_sparse(self, indices: Int[Tensor, "*token k"], values: Float[Tensor, "*token k"]) -> Float[Tensor, "*token d_in"]:
+    def decode_sparse(
+        self, indices: Int[Tensor, "*token k"], values: Float[Tensor, "*token k"]
+    ) -> Float[Tensor, "*token d_in"]:
         """The same for a code given as indices and values."""
         return decode_sparse(indices, values, self.W_dec) + self.b_dec
 
     def forward(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_in"]:
         """The reconstruction x̂."""
         return self.decode_sparse(*self.encode_sparse(x))
+
+    def untrained(self) -> SAE:
+        """The control for anything claimed of this SAE: the same shape and place, random weights, centred alike."""
+        config = replace(self.config, seed=self.config.seed + 1)
+        sae = SAE(config, self.d_in, self.site, f"untrained_{self.name}").to(self.W_enc.device)
+        with torch.no_grad():
+            sae.b_dec.copy_(self.b_dec)
+        return sae.eval().requires_grad_(False)
 
     @property
     def digest(self) -> str:
@@ -151,31 +169,46 @@ class SAE(nn.Module):
 
     def save(self, path: Path | str) -> None:
         """Write one safetensors file with configuration, site, name and metrics in its header."""
-        header = {"name": self.name, "config": asdict(self.config), "site": asdict(self.site) if self.site else None, "metrics": self.metrics}
+        site = asdict(self.site) if self.site else None
+        header = {
+            "version": FORMAT_VERSION,
+            "name": self.name,
+            "config": asdict(self.config),
+            "site": site,
+            "metrics": self.metrics,
+        }
         tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        save_file(tensors, path, FORMAT | {key: json.dumps(value) for key, value in header.items()})
+        save_file(tensors, path, {FORMAT_KEY: json.dumps(header)})
 
     @classmethod
     def load(cls, path: Path | str) -> SAE:
         """Read what `save` wrote.
 
         Raises:
-            ArtifactError: no such file, not this format, unknown settings, or tensors that are missing, misshapen or not finite.
+            ArtifactError: no such file, not this format, unknown settings, or tensors that are missing, misshapen or
+                not finite.
         """
         try:
             with safe_open(path, framework="pt") as file:
-                header, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+                header, names = file.metadata() or {}, file.keys()
+                tensors = {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as cause:
-            raise ArtifactError(f"{path} cannot be read as safetensors ({cause}). Give the path of an SAE saved by this kit.") from None
-        if any(header.get(key) != value for key, value in FORMAT.items()):
-            raise ArtifactError(f"{path} is not an SAE of this kit in format version {FORMAT['version']}; its header says {header.get('format')!r} version {header.get('version')!r}.")
-        config = _parse(SAEConfig, json.loads(header["config"]), path)
-        site = json.loads(header["site"])
-        d_in = tensors["W_enc"].shape[0] if "W_enc" in tensors else 0
-        sae = cls(config, d_in, _parse(Site, site, path) if site else None, json.loads(header["name"]))
+            raise ArtifactError(
+                f"{path} cannot be read as safetensors ({cause}). Give the path of an SAE saved by this kit."
+            ) from None
+        about = json.loads(header.get(FORMAT_KEY, "{}"))
+        if about.get("version") != FORMAT_VERSION:
+            found = f"version {about['version']}" if "version" in about else "no such header"
+            raise ArtifactError(
+                f"{path} is not an SAE of this kit in format version {FORMAT_VERSION}: it has {found}. "
+                "Give one saved by this kit."
+            )
+        config = _parse(SAEConfig, about["config"], path)
+        site = _parse(Site, about["site"], path) if about["site"] else None
+        sae = cls(config, tensors["W_enc"].shape[0] if "W_enc" in tensors else config.k, site, about["name"])
         _check(tensors, sae.state_dict(), path)
         sae.load_state_dict(tensors)
-        sae.metrics = json.loads(header["metrics"])
+        sae.metrics = about["metrics"]
         return sae.eval().requires_grad_(False)
 
     def __repr__(self) -> str:
@@ -187,11 +220,22 @@ def _parse(kind: type[T], values: Mapping[str, Any], path: Path | str) -> T:
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     if values.keys() != known:
         odd = ", ".join(sorted(values.keys() ^ known))
-        raise ArtifactError(f"{path}: {kind.__name__} has settings this kit does not know, or lacks some: {odd}. Use the kit version that saved it.")
+        raise ArtifactError(
+            f"{path}: {kind.__name__} has settings this kit does not know, or lacks some: {odd}. "
+            "Use the kit version that saved it."
+        )
     return kind(**values)
 
 
 def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path | str) -> None:
     for name in sorted(tensors.keys() | wanted.keys()):
-        if name not in tensors or name not in wanted or tensors[name].shape != wanted[name].shape or not tensors[name].isfinite().all():
-            raise ArtifactError(f"{path}: tensor {name} is missing, unknown, misshapen or not finite. The file is damaged; train the SAE again.")
+        if (
+            name not in tensors
+            or name not in wanted
+            or tensors[name].shape != wanted[name].shape
+            or not tensors[name].isfinite().all()
+        ):
+            raise ArtifactError(
+                f"{path}: tensor {name} is missing, unknown, misshapen or not finite. "
+                "The file is damaged; train the SAE again."
+            )

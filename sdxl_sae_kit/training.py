@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from sdxl_sae_kit.artifacts import Artifact, Store, write_atomically
+from sdxl_sae_kit import html
+from sdxl_sae_kit.artifacts import Store, write_atomically
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.evaluation import evaluate, mean_activation
@@ -38,7 +39,30 @@ class TrainedSAEs(dict[Key, SAE]):
 
     def rows(self) -> list[dict[str, Any]]:
         """Held-out metrics, one row per SAE."""
-        return [{"hookpoint": h, "config": name, "k": sae.k, "d_sae": sae.d_sae, **sae.metrics} for (h, name), sae in self.items()]
+        return [
+            {"hookpoint": h, "config": name, "k": sae.k, "d_sae": sae.d_sae, **sae.metrics}
+            for (h, name), sae in self.items()
+        ]
+
+    def _repr_html_(self) -> str:
+        shown = {
+            "explained variance": "explained_variance",
+            "L0": "l0",
+            "dead share": "dead_share",
+            "tokens": "n_tokens",
+        }
+        rows = [
+            {key: row[key] for key in ("hookpoint", "config", "k", "d_sae")}
+            | {title: row[name] for title, name in shown.items()}
+            | {"95 % interval": "[{:.4f}, {:.4f}]".format(*row["explained_variance_interval"])}
+            for row in self.rows()
+        ]
+        caption = (
+            "Measured on held-out prompts. Explained variance is 1 − Σ‖x − x̂‖² / Σ‖x − mean‖², its interval a "
+            "bootstrap over images; L0 the mean number of active latents per token; dead share that of latents which "
+            "never fired."
+        )
+        return html.fragment(html.table(rows, caption))
 
     def plot(self) -> Any:
         """Training curves (plotly): unexplained share of each batch's variance over tokens seen."""
@@ -57,8 +81,8 @@ def train(
 ) -> TrainedSAEs:
     """Train every configuration at every hookpoint, reading the cache once for all; finished ones are loaded instead.
 
-    Killed at any moment, it goes on from the last checkpoint when called again. Held-out prompts are never trained on; metrics
-    are measured on them.
+    Killed at any moment, it goes on from the last checkpoint when called again. Held-out prompts are never trained on;
+    metrics are measured on them.
 
     Args:
         cache: from `collect`.
@@ -86,19 +110,30 @@ def train(
         for name, config in named.items()
     ]
     missing = [run for run in runs if not run.artifact.finished]
-    for grid in dict.fromkeys(cache.grid(run.hookpoint) for run in missing):  # hookpoints of one grid share their batches
+    grids = dict.fromkeys(cache.grid(run.hookpoint) for run in missing)
+    for grid in grids:  # hookpoints of one grid share their batches
         _train([run for run in missing if cache.grid(run.hookpoint) == grid], cache, batch_size, epochs, device)
-    return TrainedSAEs({run.key: SAE.load(run.artifact.file(_SAE)) for run in runs}, {run.key: run.read_log() for run in runs})
+    return TrainedSAEs(
+        {run.key: SAE.load(run.artifact.file(_SAE)) for run in runs}, {run.key: run.read_log() for run in runs}
+    )
 
 
 class _Run:
     """One SAE on its way from a configuration to a finished artifact."""
 
-    def __init__(self, cache: ActivationCache, key: Key, config: SAEConfig, batch_size: int, epochs: int, store: Store) -> None:
+    def __init__(
+        self, cache: ActivationCache, key: Key, config: SAEConfig, batch_size: int, epochs: int, store: Store
+    ) -> None:
         self.key, self.config = key, config
         self.hookpoint, name = key
         cache.grid(self.hookpoint)  # refuses a hookpoint that the cache does not have
-        recipe = {"cache": cache.artifact.digest, "hookpoint": self.hookpoint, "config": asdict(config), "batch_size": batch_size, "epochs": epochs}
+        recipe = {
+            "cache": cache.artifact.digest,
+            "hookpoint": self.hookpoint,
+            "config": asdict(config),
+            "batch_size": batch_size,
+            "epochs": epochs,
+        }
         self.artifact = store.artifact("saes", f"{Path(cache.recipe['model']).name}_{self.hookpoint}_{name}", recipe)
         self.log: list[dict[str, float]] = []
 
@@ -146,9 +181,14 @@ def _train(runs: Sequence[_Run], cache: ActivationCache, batch_size: int, epochs
     hookpoints = list(dict.fromkeys(run.hookpoint for run in runs))
     tokens = cache.n_tokens(hookpoints[0], "train")
     if not tokens or not len(cache.images("held_out")):
-        raise KitError(f"{cache.name} has {cache.n_images} images, too few to keep some for testing. Collect more prompts.")
+        raise KitError(
+            f"{cache.name} has {cache.n_images} images, too few to keep some for testing. Collect more prompts."
+        )
     steps_per_epoch = -(-tokens // batch_size)
-    print(f"Training {len(runs)} SAEs at {', '.join(hookpoints)}: {tokens:,} tokens × {epochs} passes, {steps_per_epoch * epochs:,} steps of {batch_size:,}.")
+    tqdm.write(
+        f"Training {len(runs)} SAEs at {', '.join(hookpoints)}: {tokens:,} tokens × {epochs} passes, "
+        f"{steps_per_epoch * epochs:,} steps of {batch_size:,}."
+    )
     with ExitStack() as stack:
         for run in runs:
             stack.enter_context(run.artifact.lock())

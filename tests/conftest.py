@@ -9,10 +9,17 @@ from jaxtyping import install_import_hook
 
 install_import_hook("sdxl_sae_kit", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture
+def unchecked_types(monkeypatch):
+    """What users have, who run without run-time type checks: the kit's own refusals must speak."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")

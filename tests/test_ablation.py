@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,9 +18,10 @@ from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.hooks import rewrite
 from sdxl_sae_kit.interventions import steer
-from sdxl_sae_kit.pipelines import load_pipeline
+from sdxl_sae_kit.pipelines import describe, load_pipeline
 from sdxl_sae_kit.prompts import load_prompts
 from sdxl_sae_kit.sae import FIRES, SAEConfig
+from sdxl_sae_kit.search import most_energetic
 from sdxl_sae_kit.studies import ablation
 from sdxl_sae_kit.studies.ablation import CONDITIONS, CONTROLS, Ablation, FeatureEffects, ablate
 from sdxl_sae_kit.training import train
@@ -51,10 +53,8 @@ def result(micro, chosen, store) -> Ablation:
 
 
 def drawn(micro, feature: int, images: list[int]) -> dict[str, np.ndarray]:
-    along, _ = ablation.directions(micro.sae, micro.stats, feature, 0)
-    prompts = micro.stats.prompts
-    texts, seeds = [prompts.texts[i] for i in images], [prompts.seeds[i] for i in images]
-    return ablation.draw_conditions(micro.pipe, micro.sae, micro.stats.grid, texts, seeds, feature, along)
+    conditions, _ = ablation.edits(micro.sae, micro.stats, feature, 0)
+    return ablation.draw_conditions(micro.pipe, micro.sae, micro.stats, images, conditions)
 
 
 def test_the_clean_condition_is_the_image_that_was_collected(micro, chosen) -> None:
@@ -68,24 +68,27 @@ def test_the_clean_condition_is_the_image_that_was_collected(micro, chosen) -> N
         assert distances[image] < 0.02  # what WebP loses
 
 
-def test_every_condition_changes_the_same_tokens_by_the_same_amount(micro, chosen) -> None:
+def test_two_controls_change_the_same_tokens_by_the_same_amount_and_the_third_is_another_feature(micro, chosen) -> None:
     feature = chosen[0]
-    along, _ = ablation.directions(micro.sae, micro.stats, feature, 0)
-    changed = {}
-    for condition, direction in along.items():
+    conditions, other = ablation.edits(micro.sae, micro.stats, feature, 0)
+    changes = {}
+    for condition, edit in conditions.items():
         seen = []
         spy = {HOOKPOINT: lambda update, call, seen=seen: seen.append(update.clone())}
         generator = [torch.Generator().manual_seed(s) for s in micro.stats.prompts.seeds[:6]]
         settings = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "latent", "generator": generator}
-        edit = steer(micro.pipe, micro.sae, scale={feature: 0.0}, along={feature: direction})
-        with rewrite(micro.pipe, spy), edit, rewrite(micro.pipe, spy):
+        with rewrite(micro.pipe, spy), steer(micro.pipe, micro.sae, **edit), rewrite(micro.pipe, spy):
             micro.pipe(list(micro.stats.prompts.texts[:6]), height=64, width=64, **settings)
         before, after = seen
-        changed[condition] = (after - before).norm(dim=-1)
-        codes = micro.sae.encode(before)[..., feature]
-        torch.testing.assert_close(changed[condition], codes, rtol=1e-3, atol=1e-4)
-    assert changed["ablated"].max() > 0.01
-    assert len({tuple(direction) for direction in along.values()}) == len(CONDITIONS)
+        changes[condition] = after - before
+        codes = micro.sae.encode(before)[..., other if condition == "other feature" else feature]
+        torch.testing.assert_close(changes[condition].norm(dim=-1), codes, rtol=1e-3, atol=1e-4)
+    assert changes["ablated"].norm(dim=-1).max() > 0.01
+    for one, another in itertools.combinations(changes.values(), 2):
+        assert not torch.allclose(one, another, atol=1e-3)
+    gaps = np.abs(micro.stats.density[micro.stats.alive] - micro.stats.density[feature])
+    assert other != feature
+    assert abs(micro.stats.density[other] - micro.stats.density[feature]) <= np.sort(gaps)[1]
 
 
 def test_an_image_on_which_the_feature_does_not_fire_stays_bit_identical(micro, chosen) -> None:
@@ -94,19 +97,21 @@ def test_an_image_on_which_the_feature_does_not_fire_stays_bit_identical(micro, 
     silent, firing = int(peaks.argmin()), int(peaks.argmax())
     assert peaks[silent] == 0
     pictures = drawn(micro, feature, [silent, firing])
-    for condition in CONDITIONS:
+    for condition in set(CONDITIONS) - {"other feature"}:
         np.testing.assert_array_equal(pictures[condition][0], pictures["clean"][0])
         assert (pictures[condition][1] != pictures["clean"][1]).any()
 
 
-def test_inside_and_outside_add_up_to_the_change_of_the_whole_image(micro, result) -> None:
+def test_effects_are_means_over_the_pixels_of_firing_and_other_tokens(micro, result) -> None:
     for effects in result.measured:
         pictures = drawn(micro, effects.feature, list(effects.images))
         for condition in CONDITIONS:
-            whole = np.abs(pictures[condition] - pictures["clean"]).mean(axis=(1, 2, 3))
-            area, inside = np.array(effects.area), np.array(effects.inside[condition])
-            outside = np.array([value or 0.0 for value in effects.outside[condition]])
-            np.testing.assert_allclose(area * inside + (1 - area) * outside, whole, rtol=1e-4, atol=1e-9)
+            changes = np.abs(pictures[condition] - pictures["clean"]).mean(axis=3)
+            for i, (image, change) in enumerate(zip(effects.images, changes, strict=True)):
+                fires = np.kron(micro.stats.heat_map(effects.feature, image), np.ones((8, 8))) > FIRES
+                assert effects.inside[condition][i] == pytest.approx(change[fires].mean(), rel=1e-4)
+                outside = effects.outside[condition][i]
+                assert outside is None if fires.all() else outside == pytest.approx(change[~fires].mean(), rel=1e-4)
 
 
 def test_images_are_held_out_firing_and_strongest_first(micro, result) -> None:
@@ -120,16 +125,11 @@ def test_images_are_held_out_firing_and_strongest_first(micro, result) -> None:
         assert min(effects.area) > 0
 
 
-def test_upsampling_repeats_each_token() -> None:
-    mask = np.random.default_rng(0).random((3, 5)) > 0.5
-    np.testing.assert_array_equal(ablation.upsample(mask, (12, 40)), np.kron(mask, np.ones((4, 8))) > 0)
-
-
 def test_it_goes_on_after_a_stop_and_ends_the_same(micro, chosen, result, tmp_path, monkeypatch) -> None:
     draw, calls = ablation.draw_conditions, []
 
     def stop_at_the_second(*args):
-        calls.append(args[5])
+        calls.append(next(iter(args[4]["ablated"]["scale"])))
         if len(calls) == 2:
             raise RuntimeError("power cut")
         return draw(*args)
@@ -146,16 +146,15 @@ def test_it_goes_on_after_a_stop_and_ends_the_same(micro, chosen, result, tmp_pa
     assert len(calls) == 3
 
 
-def test_default_features_are_spread_over_how_often_they_fire(micro) -> None:
-    features = ablation._spread_over_density(micro.stats)
+def test_default_features_are_the_local_ones_with_the_most_energy(micro) -> None:
+    features = most_energetic(micro.stats)
     held_out = micro.stats.prompts.held_out
     counts = (micro.stats.image_activations("max")[held_out] > FIRES).sum(axis=0)
-    densities = micro.stats.image_density[features]
-    assert len(set(features)) == len(features) <= 12
-    assert counts[features].min() >= 4
-    assert (np.diff(densities) >= 0).all()
-    eligible = micro.stats.image_density[counts >= 4]
-    assert (densities[0], densities[-1]) == (eligible.min(), eligible.max())
+    codes = np.stack([[micro.stats.heat_map(f, i) for i in range(48)] for f in range(micro.stats.d_sae)])
+    energy = np.square(codes, dtype=np.float64).sum(axis=(1, 2, 3))
+    eligible = [f for f in range(micro.stats.d_sae) if counts[f] >= 4 and (codes[f] > FIRES).mean() <= 0.5]
+    assert set(features) == set(sorted(eligible, key=lambda f: -energy[f])[:12])
+    assert energy[features].tolist() == pytest.approx(sorted(energy[features], reverse=True), rel=1e-3)
 
 
 def test_a_feature_on_too_few_held_out_images_is_skipped_and_said_so(micro, chosen, store) -> None:
@@ -186,7 +185,7 @@ def test_statistics_of_another_sae_are_refused(micro, store) -> None:
 
 
 def test_another_model_is_refused_by_both_names(micro, chosen, store) -> None:
-    other = SimpleNamespace(sdxl_sae_kit_model=SimpleNamespace(name="someone/else", revision="abc"))
+    other = SimpleNamespace(sdxl_sae_kit_model=replace(describe(micro.pipe), name="someone/else", revision="abc"))
     with pytest.raises(ArtifactError, match=r"tiny-turbo \(revision .*someone/else \(revision abc"):
         ablate(other, micro.sae, micro.stats, chosen, store=store)
 
@@ -220,7 +219,7 @@ def test_the_sentence_follows_the_numbers(result) -> None:
         return replace(result, features=tuple(made_up(f, [ablated] * 4, [control] * 4) for f in (1, 2))).sentence()
 
     assert "larger than every control" in sentence(2, 1)
-    assert f"not clearly larger than: {', '.join(CONTROLS)}" in sentence(1, 1)
+    assert f"not clearly larger than {' or '.join(CONTROLS)}" in sentence(1, 1)
     assert "not clearly larger" in sentence(1, 2)
     assert "2 features (8 held-out images)" in sentence(1, 2)
 

@@ -62,7 +62,10 @@ def test_the_default_store_follows_the_environment(tmp_path, monkeypatch):
         (lambda f: (f / "picture.png").unlink(), "picture.png is missing"),
         (lambda f: (f / "stranger").write_text(""), "stranger does not belong"),
         (lambda f: edit_stamp(f, lambda s: s["recipe"].update(n=4)), "the recipe is not the one that named it"),
-        (lambda f: edit_stamp(f, lambda s: s["files"].update({"../result.json": {"sha256": ""}})), r"\.\./result.json is missing"),
+        (
+            lambda f: edit_stamp(f, lambda s: s["files"].update({"../result.json": {"sha256": ""}})),
+            r"\.\./result.json is missing",
+        ),
     ],
 )
 def test_any_harm_is_found(made, harm, complaint):

@@ -7,14 +7,22 @@ from diffusers import UNet2DConditionModel
 from sdxl_sae_kit.errors import HookpointError
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, list_hookpoints, resolve
 
-SDXL = dict(
-    in_channels=4, out_channels=4, sample_size=128, block_out_channels=(320, 640, 1280), layers_per_block=2,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), cross_attention_dim=2048,
-    use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-)  # fmt: skip
+SDXL = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +33,8 @@ def sdxl():
 
 def test_sdxl_has_its_eleven_hookpoints_in_forward_order(sdxl):
     assert list(list_hookpoints(sdxl)) == [
-        "down.1.0", "down.1.1", "down.2.0", "down.2.1", "mid.0", "up.0.0", "up.0.1", "up.0.2", "up.1.0", "up.1.1", "up.1.2",
+        "down.1.0", "down.1.1", "down.2.0", "down.2.1", "mid.0",
+        "up.0.0", "up.0.1", "up.0.2", "up.1.0", "up.1.1", "up.1.2",
     ]  # fmt: skip
     assert sum(p.numel() for p in sdxl.parameters()) == pytest.approx(2.57e9, rel=0.005)
 

@@ -9,7 +9,10 @@ from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, list_hookpoints, resolve
 from sdxl_sae_kit.hooks import record, rewrite
 from sdxl_sae_kit.pipelines import generate
 
-PROMPTS, SEEDS = ["a large red circle on a black background", "a small blue star on the left on a gray background"], [3, 8]
+PROMPTS, SEEDS = (
+    ["a large red circle on a black background", "a small blue star on the left on a gray background"],
+    [3, 8],
+)
 
 
 def n_hooks(pipe):
@@ -70,7 +73,10 @@ def test_stopping_early_reads_the_same_updates_and_runs_nothing_after_the_last_h
     with record(pipe, ["down.2.1", "mid.0"]) as whole:
         generate(pipe, PROMPTS, SEEDS, num_inference_steps=2)
     reached = []
-    handles = [block.register_forward_hook(lambda *_: reached.append(1)) for block in (pipe.unet.up_blocks[0], pipe.vae.decoder)]
+    handles = [
+        block.register_forward_hook(lambda *_: reached.append(1))
+        for block in (pipe.unet.up_blocks[0], pipe.vae.decoder)
+    ]
     try:
         with record(pipe, ["mid.0", "down.2.1"], stop_early=True) as stopped:
             generate(pipe, PROMPTS, SEEDS, num_inference_steps=2)

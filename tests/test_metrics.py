@@ -10,8 +10,10 @@ from sklearn.metrics import r2_score
 from sdxl_sae_kit.metrics import (
     ReconstructionMetrics,
     bootstrap_interval,
+    constant_share,
     explained_variance,
     explained_variance_per_channel,
+    participation_ratio,
 )
 
 seeds = st.integers(0, 2**32 - 1)
@@ -63,7 +65,9 @@ def test_streaming_in_any_pieces_gives_the_whole(seed, cuts):
 def test_a_huge_common_offset_costs_no_precision():
     x, x_hat = data(0, tokens=2000)
     offset = torch.full((5,), 1e6, dtype=torch.float64)
-    assert explained_variance(x.double() + offset, x_hat.double() + offset) == pytest.approx(explained_variance(x, x_hat), rel=1e-6)
+    assert explained_variance(x.double() + offset, x_hat.double() + offset) == pytest.approx(
+        explained_variance(x, x_hat), rel=1e-6
+    )
 
 
 def test_the_two_formulas_can_differ_widely():
@@ -71,6 +75,24 @@ def test_the_two_formulas_can_differ_widely():
     x_hat = x * torch.tensor([1.0, 0.0])  # the large channel kept, the small one lost
     assert explained_variance(x, x_hat) > 0.999
     assert explained_variance_per_channel(x, x_hat) == pytest.approx(0.5, abs=1e-3)
+
+
+@given(seeds, st.integers(1, 6))
+def test_participation_ratio_counts_equal_directions(seed, directions):
+    generator = torch.Generator().manual_seed(seed)
+    axes = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))[0][:directions]
+    coordinates = torch.cat([torch.eye(directions), -torch.eye(directions)]).double()  # equal variance along each axis
+    assert participation_ratio(coordinates @ axes * 7 + 3) == pytest.approx(directions)
+
+
+@given(seeds)
+def test_constant_share_is_the_between_group_share_of_variance(seed):
+    x = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert constant_share(x.mean(1, keepdim=True).expand_as(x)) == pytest.approx(1)
+    assert constant_share(x - x.mean(1, keepdim=True)) == pytest.approx(0, abs=1e-12)
+    within = ((x - x.mean(1, keepdim=True)) ** 2).sum()
+    total = ((x - x.mean((0, 1))) ** 2).sum()
+    assert constant_share(x) == pytest.approx((1 - within / total).item())
 
 
 def test_bootstrap_interval_covers_the_true_mean_about_as_often_as_it_says():

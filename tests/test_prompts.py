@@ -28,7 +28,7 @@ def test_a_text_is_on_the_same_side_of_the_split_wherever_it_stands(lines, rando
 
 
 def test_about_the_stated_share_is_held_out():
-    assert np.mean(load_prompts((f"prompt {i}" for i in range(5000))).held_out) == pytest.approx(HELD_OUT_SHARE, abs=0.02)
+    assert np.mean(load_prompts(f"prompt {i}" for i in range(5000)).held_out) == pytest.approx(HELD_OUT_SHARE, abs=0.02)
 
 
 @pytest.mark.parametrize("source", ["world", "scenes"])
@@ -38,7 +38,11 @@ def test_generated_prompts_depend_only_on_the_seed_and_state_their_factors(sourc
     assert prompts.texts != load_prompts(source, 200, seed=8).texts
     assert len(set(prompts.texts)) > 100
     if source == "scenes":
-        assert all(value in text for text, factors in zip(prompts.texts, prompts.factors, strict=True) for value in factors.values())
+        assert all(
+            value in text
+            for text, factors in zip(prompts.texts, prompts.factors, strict=True)
+            for value in factors.values()
+        )
 
 
 def test_world_factors_are_the_worlds():
@@ -50,7 +54,9 @@ def test_files_of_three_kinds_read_alike(tmp_path):
     lines = ["a fox", 'a "quoted", comma', "line\u2028separator and ünïcode"]
     (tmp_path / "p.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (tmp_path / "p.jsonl").write_text(load_prompts(lines).to_jsonl(), encoding="utf-8")
-    (tmp_path / "p.csv").write_text('id,prompt\n1,a fox\n2,"a ""quoted"", comma"\n3,line\u2028separator and ünïcode\n', encoding="utf-8")
+    (tmp_path / "p.csv").write_text(
+        'id,prompt\n1,a fox\n2,"a ""quoted"", comma"\n3,line\u2028separator and ünïcode\n', encoding="utf-8"
+    )
     for name in ("p.txt", "p.jsonl", "p.csv"):
         assert load_prompts(tmp_path / name).texts == tuple(lines)
         assert load_prompts(tmp_path / name, 2).texts == tuple(lines[:2])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.learning import Learner, auxk_loss, geometric_median
-from sdxl_sae_kit.sae import SAE, SAEConfig, Site
+from sdxl_sae_kit.sae import FORMAT_KEY, SAE, SAEConfig, Site
 from sdxl_sae_kit.sparse import decode_sparse, to_dense, top_k
 
 SITE = Site("tiny-turbo", "abc", "mid.0", 1, 0.0)
@@ -108,9 +108,9 @@ def test_a_saved_sae_reads_back_exactly(tmp_path):
         (lambda t, h: t.update(W_dec=t["W_dec"].T.contiguous()), "tensor W_dec is missing, unknown, misshapen"),
         (lambda t, h: t["b_enc"].fill_(float("nan")), "b_enc .* not finite"),
         (lambda t, h: t.update({"../../x": torch.zeros(1)}), r"tensor \.\./\.\./x is missing, unknown"),
-        (lambda t, h: h.update(version="9"), "version '9'"),
-        (lambda t, h: h.clear(), "header says None"),
-        (lambda t, h: h.update(config=json.dumps({"k": 3, "activation": "gelu"})), "SAEConfig has settings .*activation"),
+        (lambda t, h: h.update(version=9), "in format version 1: it has version 9"),
+        (lambda t, h: h.clear(), "it has no such header"),
+        (lambda t, h: h.update(config={"k": 3, "activation": "gelu"}), "SAEConfig has settings .*activation"),
     ],
 )
 def test_a_harmed_file_is_refused_with_the_reason(tmp_path, harm, complaint):
@@ -119,10 +119,10 @@ def test_a_harmed_file_is_refused_with_the_reason(tmp_path, harm, complaint):
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        header = dict(file.metadata())
+        header = json.loads(file.metadata()[FORMAT_KEY])
     tensors = load_file(path)
     harm(tensors, header)
-    save_file(tensors, path, header)
+    save_file(tensors, path, {FORMAT_KEY: json.dumps(header)})
     with pytest.raises(ArtifactError, match=complaint):
         SAE.load(path)
 

@@ -1,19 +1,16 @@
-"""Causal ablation: what turning one feature off changes in an image, against equal edits along other directions.
-
-Controls edit the same tokens by the same amount, so they show what any edit of that size would do there.
-"""
+"""Causal ablation: what turning one feature off changes in an image, against controls that should change less."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -27,13 +24,11 @@ from sdxl_sae_kit.metrics import bootstrap_interval
 from sdxl_sae_kit.pipelines import describe, generate
 from sdxl_sae_kit.plots import effects_by_group
 from sdxl_sae_kit.sae import FIRES, SAE, Site
+from sdxl_sae_kit.search import MIN_IMAGES, held_out_firing, most_energetic
 
 CONTROLS = ("random direction", "other feature", "untrained SAE")
 CONDITIONS = ("ablated", *CONTROLS)
-MIN_IMAGES = 4
-"""A feature that fires on fewer held-out images is skipped, and the result says so."""
-
-_DEFAULT_FEATURES, _SHOWN, _TILE, _GAP = 12, 3, 96, 4
+_SHOWN, _TILE, _GAP = 3, 96, 4
 _FILE, _PICTURE = "ablation.jsonl", "feature-{:05d}.webp"
 
 Pictures = Float[np.ndarray, "image height width 3"]
@@ -45,7 +40,7 @@ class FeatureEffects:
 
     An effect is the mean of |edited − clean| over pixels and channels, colours being 0 to 1: `inside` the feature's
     region (the tokens on which it fires; `area` is its share of the image), and `outside`, None where there is none.
-    `other_feature` is the one whose decoder row is a control, `gain` how much the picture exaggerates the difference.
+    `other_feature` is the one turned off as a control, `gain` how much the picture exaggerates the difference.
     """
 
     feature: int
@@ -90,6 +85,10 @@ class Ablation:
         Per condition the effect inside the region, outside, and `locality` = inside / outside; per control the paired
         difference ablated − control inside.
         """
+        return self._rows
+
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
         return [{"feature": e.feature, "images": len(e.images), **_summarise(*_arrays(e))} for e in self.measured]
 
     def overall(self) -> dict[str, Any]:
@@ -97,6 +96,10 @@ class Ablation:
 
         `clear` is the number of features of which every difference ablated − control has an interval above 0.
         """
+        return self._overall
+
+    @cached_property
+    def _overall(self) -> dict[str, Any]:
         per_feature = [[_mean_known(values) for values in _arrays(effects)] for effects in self.measured]
         inside, outside = np.array(per_feature).reshape(-1, 2, len(CONDITIONS)).transpose(1, 0, 2)
         clear = sum(all(row[f"ablated − {c} interval"][0] > 0 for c in CONTROLS) for row in self.rows())
@@ -109,7 +112,7 @@ class Ablation:
             return "No feature fires on enough held-out images to be measured."
         row = self.overall()
         smaller = [c for c in CONTROLS if row[f"ablated − {c} interval"][0] <= 0]
-        verdict = f"not clearly larger than: {', '.join(smaller)}" if smaller else "larger than every control"
+        verdict = f"not clearly larger than {' or '.join(smaller)}" if smaller else "larger than every control"
         controls = (f"{c} {html.short(row[c])} ({_with_interval(row, f'ablated − {c}')})" for c in CONTROLS)
         localities = (f"{c} {_with_interval(row, f'{c} locality')}" for c in CONTROLS)
         return (
@@ -125,18 +128,18 @@ class Ablation:
         rows = [*self.rows(), self.overall()] if self.measured else []
         groups = [f"feature {row['feature']}" if "feature" in row else "all features" for row in rows]
         series = {c: [(row[c], *row[f"{c} interval"]) for row in rows] for c in CONDITIONS}
-        title = f"Turning features of {self.hookpoint} off, against edits of the same size"
+        title = f"Turning features of {self.hookpoint} off, against controls"
         return effects_by_group(groups, series, title=title, y="mean |change| inside the region")
 
     def _repr_html_(self) -> str:
         skipped = (f"Feature {e.feature} was skipped: {e.skipped}." for e in self.features if e.skipped)
         paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in [self.sentence(), *skipped])
         table = html.table([_readable(row) for row in self.rows()], "in brackets 95 % bootstrap intervals over images")
-        pictures = map(self._picture, self.measured)
-        return html.fragment(f"<h3>Ablation at {html.words(self.hookpoint)}</h3>", paragraphs, table, *pictures)
+        title = f"<h3>Ablation at {html.words(self.hookpoint)}</h3>"
+        return html.fragment(title, paragraphs, table, *map(self._picture, self.measured))
 
     def _picture(self, effects: FeatureEffects) -> str:
-        columns = f"clean, ablated, difference ×{effects.gain:,.0f}, {', '.join(CONTROLS)}"
+        columns = f"clean, ablated, and the differences from clean ×{effects.gain:,.0f}: {', '.join(CONDITIONS)}"
         prompts = effects.prompts[:_SHOWN]
         alt = f"Images of feature {effects.feature}. Columns: {columns}. Rows: {'; '.join(prompts)}."
         picture = html.picture(self.artifact.file(_PICTURE.format(effects.feature)).read_bytes(), alt)
@@ -156,17 +159,17 @@ def ablate(
 ) -> Ablation:
     """Turn features off one at a time on held-out images on which they fire, and measure what changes where.
 
-    Each image is made again from its prompt and seed in five conditions: clean, ablated (the feature's activation is
-    0), and three controls that subtract the same amounts at the same tokens along another direction: a random one, the
-    decoder row of the alive feature of the nearest density, and a decoder row of an untrained SAE. Killed at any
-    moment, it goes on at the feature in hand.
+    Each image is made again from its prompt and seed in five conditions: clean; ablated (the feature's activation is
+    0); two controls that subtract the same amounts at the same tokens along another direction, a random one and a
+    decoder row of an untrained SAE; and a third in which the alive feature of the nearest density is turned off
+    instead. Effects of all are measured in the feature's own region. Killed at any moment, it goes on at the feature
+    in hand.
 
     Args:
         pipe: the pipeline whose updates the SAE was trained on.
         sae: a trained SAE.
         stats: its feature statistics; they give the held-out images and the regions.
-        features: latents; by default a dozen of those that fire on at least 4 held-out images, at even steps of their
-            rank by `image_density`, from the rarest to the commonest.
+        features: latents; by default the dozen that `most_energetic` gives.
         prompts_per_feature: at most so many images for each, those with the highest spatial mean.
         seed: of the random directions.
         store: folder of artifacts.
@@ -179,7 +182,7 @@ def ablate(
         >>> ablate(pipe, saes["down.2.1", "k10"], stats, [17, 40]).plot()              # doctest: +SKIP
     """
     site = _check_inputs(pipe, sae, stats)
-    chosen = _spread_over_density(stats) if features is None else [int(feature) for feature in features]
+    chosen = most_energetic(stats) if features is None else [int(feature) for feature in features]
     _check_features(stats, chosen)
     if prompts_per_feature < MIN_IMAGES:
         raise KitError(f"ablate: prompts_per_feature={prompts_per_feature}, but {MIN_IMAGES} images are the least.")
@@ -201,25 +204,22 @@ def ablate(
     return Ablation.open(artifact.folder)
 
 
-def directions(
-    sae: SAE, stats: FeatureStats, feature: int, seed: int
-) -> tuple[dict[str, Float[np.ndarray, "d_in"]], int]:
-    """What each condition subtracts along, as long as the feature's decoder row, and which other feature was taken."""
-    rows = sae.W_dec.detach().float().cpu().numpy()
+def edits(sae: SAE, stats: FeatureStats, feature: int, seed: int) -> tuple[dict[str, dict[str, Any]], int]:
+    """What `steer` is told in each condition, and which other feature is turned off in the last."""
     others = stats.alive[stats.alive != feature]
     if not len(others):
         raise KitError(f"{sae.name} has no alive feature but {feature}, so nothing to compare it with.")
     other = int(others[np.abs(stats.density[others] - stats.density[feature]).argmin()])
-    untrained = SAE(replace(sae.config, seed=sae.config.seed + 1), sae.d_in).W_dec.detach().numpy()
-    chosen = {
-        "ablated": rows[feature],
-        "random direction": np.random.default_rng([seed, feature]).standard_normal(sae.d_in, dtype=np.float32),
-        "other feature": rows[other],
-        "untrained SAE": untrained[feature],
-    }
-    length = np.linalg.norm(rows[feature])
-    controls = {name: chosen[name] * (length / np.linalg.norm(chosen[name])) for name in CONTROLS}
-    return {"ablated": rows[feature], **controls}, other
+    random = np.random.default_rng([seed, feature]).standard_normal(sae.d_in)
+    untrained = sae.untrained().W_dec[feature].numpy()
+    length = float(sae.W_dec[feature].norm())
+    off: dict[str, Any] = {"scale": {feature: 0.0}}
+
+    def along(vector: Float[np.ndarray, " d_in"]) -> dict[str, Any]:
+        return {"along": {feature: vector * (length / np.linalg.norm(vector))}}
+
+    chosen = (off, off | along(random), {"scale": {other: 0.0}}, off | along(untrained))
+    return dict(zip(CONDITIONS, chosen, strict=True)), other
 
 
 def _check_inputs(pipe: Any, sae: SAE, stats: FeatureStats) -> Site:
@@ -251,24 +251,16 @@ def _check_features(stats: FeatureStats, features: Sequence[int]) -> None:
         raise KitError(f"ablate: features={list(features)} must name one latent or more, each once.")
 
 
-def _strongest(stats: FeatureStats, feature: int) -> Int[np.ndarray, "image"]:
-    """The held-out images on which a feature fires, strongest by spatial mean first."""
-    firing = np.flatnonzero(stats.prompts.held_out & (stats.image_activations("max")[:, feature] > FIRES))
-    return firing[np.argsort(-stats.image_activations("mean")[firing, feature], kind="stable")]
-
-
-def _spread_over_density(stats: FeatureStats) -> list[int]:
-    enough = [int(feature) for feature in stats.alive if len(_strongest(stats, feature)) >= MIN_IMAGES]
-    if not enough:
-        raise KitError(f"ablate: no latent of {stats.sae} fires on {MIN_IMAGES} held-out images. Measure more prompts.")
-    by_density = sorted(enough, key=lambda feature: stats.image_density[feature])
-    steps = np.linspace(0, len(enough) - 1, min(_DEFAULT_FEATURES, len(enough)))
-    return [by_density[round(step)] for step in steps]
+def _strongest(stats: FeatureStats, features: Sequence[int], n: int) -> dict[int, list[int]]:
+    """For each feature the held-out images on which it fires, strongest by spatial mean first."""
+    firing, means = held_out_firing(stats), stats.image_activations("mean")
+    order = {f: np.argsort(-means[:, f], kind="stable") for f in features}
+    return {f: images[firing[images, f]][:n].tolist() for f, images in order.items()}
 
 
 def _run(pipe: Any, sae: SAE, stats: FeatureStats, artifact: Artifact) -> None:
     recipe = artifact.recipe
-    images = {f: _strongest(stats, f)[: recipe["prompts_per_feature"]] for f in recipe["features"]}
+    images = _strongest(stats, recipe["features"], recipe["prompts_per_feature"])
     done = list(_read(artifact))
     left = recipe["features"][len(done) :]
     cost = sum(len(images[f]) for f in left if len(images[f]) >= MIN_IMAGES) * (1 + len(CONDITIONS))
@@ -280,50 +272,43 @@ def _run(pipe: Any, sae: SAE, stats: FeatureStats, artifact: Artifact) -> None:
 
 
 def _measure(
-    pipe: Any, sae: SAE, stats: FeatureStats, feature: int, images: Int[np.ndarray, "image"], artifact: Artifact
+    pipe: Any, sae: SAE, stats: FeatureStats, feature: int, images: list[int], artifact: Artifact
 ) -> FeatureEffects:
     if len(images) < MIN_IMAGES:
         return FeatureEffects(feature, f"it fires on {len(images)} held-out images, and {MIN_IMAGES} are the least")
-    along, other = directions(sae, stats, feature, artifact.recipe["seed"])
-    texts, seeds = ([values[i] for i in images] for values in (stats.prompts.texts, stats.prompts.seeds))
-    drawn = draw_conditions(pipe, sae, stats.grid, texts, seeds, feature, along)
+    conditions, other = edits(sae, stats, feature, artifact.recipe["seed"])
+    drawn = draw_conditions(pipe, sae, stats, images, conditions)
     gain = float(1 / max(np.abs(drawn["ablated"] - drawn["clean"])[:_SHOWN].max(), 1e-6))
     write_atomically(artifact.file(_PICTURE.format(feature)), _compose(drawn, gain))
-    size = drawn["clean"].shape[1:3]
-    region = np.stack([upsample(stats.heat_map(feature, int(i)) > FIRES, size) for i in images])
+    fires = np.stack([stats.heat_map(feature, i) for i in images]) > FIRES
+    pixels = drawn["clean"].shape[1] // stats.grid[0]
+    region = fires.repeat(pixels, axis=1).repeat(pixels, axis=2)
     changes = {c: np.abs(drawn[c] - drawn["clean"]).mean(axis=3) for c in CONDITIONS}
     inside, outside = ({c: _means(changes[c], where) for c in CONDITIONS} for where in (region, ~region))
     area = region.mean(axis=(1, 2)).tolist()
-    return FeatureEffects(feature, "", other, images.tolist(), texts, seeds, area, gain, inside, outside)
+    return FeatureEffects(feature, "", other, images, *_prompts(stats, images), area, gain, inside, outside)
 
 
 def draw_conditions(
-    pipe: Any,
-    sae: SAE,
-    grid: tuple[int, int],
-    texts: Sequence[str],
-    seeds: Sequence[int],
-    feature: int,
-    along: Mapping[str, Float[np.ndarray, "d_in"]],
+    pipe: Any, sae: SAE, stats: FeatureStats, images: Sequence[int], conditions: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Pictures]:
-    """The same images, colours 0 to 1, clean and with the feature's activations taken away along each direction."""
+    """The same images, colours 0 to 1, clean and in every condition, which are keyword arguments of `steer`."""
     assert sae.site is not None
     pixels = resolve(pipe.unet, sae.site.hookpoint).reduction * pipe.vae_scale_factor  # per token
-    height, width = grid[0] * pixels, grid[1] * pixels
+    height, width = stats.grid[0] * pixels, stats.grid[1] * pixels
     steps, guidance = sae.site.num_inference_steps, sae.site.guidance_scale
     settings = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
+    texts, seeds = _prompts(stats, images)
     draw = partial(generate, pipe, texts, seeds, **settings, output_type="np")
     drawn = {"clean": np.asarray(draw(), dtype=np.float32)}
-    for condition, direction in along.items():
-        with steer(pipe, sae, scale={feature: 0.0}, along={feature: direction}):
+    for condition, edit in conditions.items():
+        with steer(pipe, sae, **edit):
             drawn[condition] = np.asarray(draw(), dtype=np.float32)
     return drawn
 
 
-def upsample(mask: Bool[np.ndarray, "rows columns"], size: tuple[int, int]) -> Bool[np.ndarray, "height width"]:
-    """The mask at the size (height, width) of an image; each pixel takes the value of the token it lies in."""
-    down, across = (np.arange(n) * m // n for n, m in zip(size, mask.shape, strict=True))
-    return np.asarray(mask[np.ix_(down, across)])
+def _prompts(stats: FeatureStats, images: Sequence[int]) -> tuple[list[str], list[int]]:
+    return [stats.prompts.texts[i] for i in images], [stats.prompts.seeds[i] for i in images]
 
 
 def _means(change: Float[np.ndarray, "image y x"], where: Bool[np.ndarray, "image y x"]) -> list[float | None]:
@@ -371,17 +356,17 @@ def _with_interval(row: Mapping[str, Any], name: str) -> str:
 
 def _readable(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the table people see."""
-    means = {"inside": row["ablated"], "outside": row["ablated outside"]}
     names = {"inside / outside": "ablated locality"} | {f"ablated − {c}": f"ablated − {c}" for c in CONTROLS}
-    intervals = {shown: _with_interval(row, name) for shown, name in names.items()}
-    return {"feature": str(row["feature"]), "images": row["images"], **means, **intervals}
+    intervals = {title: _with_interval(row, name) for title, name in names.items()}
+    shown = {"feature": str(row["feature"]), "images": row["images"]}
+    return shown | {"inside": row["ablated"], "outside": row["ablated outside"]} | intervals
 
 
 def _compose(drawn: Mapping[str, Pictures], gain: float) -> bytes:
-    """A row per image: clean, ablated, difference, controls."""
-    difference = np.clip(np.abs(drawn["ablated"] - drawn["clean"]) * gain, 0, 1)
-    columns = [drawn["clean"], drawn["ablated"], difference, *(drawn[c] for c in CONTROLS)]
-    rows, step = min(_SHOWN, len(difference)), _TILE + _GAP
+    """A row per image: clean, ablated, and how each condition differs from clean."""
+    differences = [np.clip(np.abs(drawn[c] - drawn["clean"]) * gain, 0, 1) for c in CONDITIONS]
+    columns = [drawn["clean"], drawn["ablated"], *differences]
+    rows, step = min(_SHOWN, len(columns[0])), _TILE + _GAP
     sheet = Image.new("RGB", (len(columns) * step - _GAP, rows * step - _GAP), "white")
     for across, pictures in enumerate(columns):
         for down in range(rows):

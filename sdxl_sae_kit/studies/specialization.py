@@ -343,13 +343,14 @@ def _cluster(
     described: Sequence[_Described], names: Sequence[str], clusters: int, seed: int
 ) -> tuple[Labels, Labels, Float[np.ndarray, "feature 2"], list[str], Float[np.ndarray, "feature descriptor"]]:
     """Hookpoint and cluster of each feature, its place in the plane, the clusters' names, and the descriptors."""
-    hookpoint = np.repeat(np.arange(len(described)), [len(d.feature) for d in described])
     x = np.concatenate([np.stack([d.descriptors[name] for name in names], axis=1) for d in described])
-    if len(x) < clusters:
+    counts = [len(d.feature) for d in described]
+    if sum(counts) < clusters or min(counts) < 2:
         raise KitError(
-            f"specialize: {len(x)} features fire on {MIN_IMAGES} images or more, too few for {clusters} clusters. "
+            f"specialize: {counts} features fire on {MIN_IMAGES} images or more, too few for {clusters} clusters. "
             f"Measure on more prompts, or ask for fewer clusters."
         )
+    hookpoint = np.repeat(np.arange(len(described)), counts)
     standard = StandardScaler().fit_transform(x)
     fitted = KMeans(clusters, n_init=10, random_state=seed).fit(standard)
     position = PCA(2, random_state=seed).fit_transform(standard)

@@ -1,0 +1,69 @@
+"""Sparse autoencoders on the block updates of SDXL's U-Net: collect, train, look, steer, judge."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdxl_sae_kit.artifacts import Store as Store
+    from sdxl_sae_kit.cache import ActivationCache as ActivationCache
+    from sdxl_sae_kit.collection import collect as collect
+    from sdxl_sae_kit.errors import KitError as KitError
+    from sdxl_sae_kit.evaluation import evaluate as evaluate
+    from sdxl_sae_kit.features import FeatureStats as FeatureStats
+    from sdxl_sae_kit.galleries import gallery as gallery
+    from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS as DEFAULT_HOOKPOINTS
+    from sdxl_sae_kit.hookpoints import list_hookpoints as list_hookpoints
+    from sdxl_sae_kit.hooks import record as record
+    from sdxl_sae_kit.hooks import rewrite as rewrite
+    from sdxl_sae_kit.html import show_images as show_images
+    from sdxl_sae_kit.html import show_table as show_table
+    from sdxl_sae_kit.interventions import steer as steer
+    from sdxl_sae_kit.labels import LabelStore as LabelStore
+    from sdxl_sae_kit.pipelines import generate as generate
+    from sdxl_sae_kit.pipelines import load_pipeline as load_pipeline
+    from sdxl_sae_kit.prompts import load_prompts as load_prompts
+    from sdxl_sae_kit.reports import report as report
+    from sdxl_sae_kit.sae import SAE as SAE
+    from sdxl_sae_kit.sae import SAEConfig as SAEConfig
+    from sdxl_sae_kit.scales import load_scale as load_scale
+    from sdxl_sae_kit.studies.ablation import ablate as ablate
+    from sdxl_sae_kit.studies.specialization import specialize as specialize
+    from sdxl_sae_kit.training import train as train
+
+_NAMES = {
+    "artifacts": ["Store"],
+    "cache": ["ActivationCache"],
+    "collection": ["collect"],
+    "errors": ["KitError"],
+    "evaluation": ["evaluate"],
+    "features": ["FeatureStats"],
+    "galleries": ["gallery"],
+    "hookpoints": ["DEFAULT_HOOKPOINTS", "list_hookpoints"],
+    "hooks": ["record", "rewrite"],
+    "html": ["show_images", "show_table"],
+    "interventions": ["steer"],
+    "labels": ["LabelStore"],
+    "pipelines": ["generate", "load_pipeline"],
+    "prompts": ["load_prompts"],
+    "reports": ["report"],
+    "sae": ["SAE", "SAEConfig"],
+    "scales": ["load_scale"],
+    "studies.ablation": ["ablate"],
+    "studies.specialization": ["specialize"],
+    "training": ["train"],
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = list(_HOMES)  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that importing the kit is quick and silent."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sdxl_sae_kit' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"sdxl_sae_kit.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -1,0 +1,59 @@
+"""How much the notebooks do: one set of numbers for all of them, so that each picks up what the others made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sdxl_sae_kit.errors import KitError, did_you_mean
+from sdxl_sae_kit.prompts import Prompts, load_prompts
+from sdxl_sae_kit.sae import SAEConfig
+from sdxl_sae_kit.tiny import NAMES
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Numbers of one walk through the notebooks."""
+
+    source: str
+    """Where prompts come from: see `load_prompts`."""
+    n_images: int
+    configs: dict[str, SAEConfig]
+    """The SAEs trained at every hookpoint."""
+    batch_size: int
+    """Tokens per training step."""
+    epochs: int
+    n_features: int
+    """Features ablated per hookpoint."""
+
+    def prompts(self) -> Prompts:
+        """The prompts, each with its seed."""
+        return load_prompts(self.source, self.n_images)
+
+
+def _tiny(n_images: int, epochs: int, n_features: int) -> Scale:
+    # Steps are few and tokens narrow here, so the learning rate is higher and death comes sooner than in the paper.
+    configs = {f"k{k}": SAEConfig(k=k, lr=3e-3, dead_after=50_000) for k in (5, 10)}
+    return Scale("world", n_images, configs, 1024, epochs, n_features)
+
+
+def _real(n_images: int, epochs: int, n_features: int) -> Scale:
+    configs = {f"k{k}": SAEConfig(k=k, dead_after=1_000_000) for k in (10, 20)}
+    return Scale("scenes", n_images, configs, 4096, epochs, n_features)
+
+
+SCALES = {
+    "tiny": {"smoke": _tiny(240, 4, 3), "demo": _tiny(2048, 10, 12)},
+    "real": {"smoke": _real(64, 1, 3), "demo": _real(4000, 2, 12)},
+}
+
+
+def load_scale(model: str, scale: str = "demo") -> Scale:
+    """The numbers for a model and a scale: `smoke` shows in a minute that everything runs, `demo` is worth looking at.
+
+    Raises:
+        KitError: no such scale.
+    """
+    sizes = SCALES["tiny" if model in NAMES else "real"]
+    if scale not in sizes:
+        raise KitError(f"SCALE is {' or '.join(map(repr, sizes))}, not {scale!r}.{did_you_mean(scale, sizes)}")
+    return sizes[scale]

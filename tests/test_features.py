@@ -1,0 +1,93 @@
+"""Feature statistics against a brute-force oracle that sees all codes at once."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.features import FeatureStats
+from sdxl_sae_kit.pipelines import generate
+
+
+@pytest.fixture(scope="module")
+def codes(small_saes, small_cache):
+    """(image, token, latent), in float64, from the dense formula."""
+    sae = small_saes["up.0.1", "k8"]
+    x = small_cache.read("up.0.1", range(120))[:, 0].double().numpy()
+    W_enc, b_enc, b_dec = (p.double().numpy() for p in (sae.W_enc, sae.b_enc, sae.b_dec))
+    h = (x - b_dec) @ W_enc + b_enc
+    kth = np.sort(h, axis=2)[..., -sae.k, None]
+    return np.where(h >= kth, np.maximum(h, 0), 0)
+
+
+def test_statistics_are_those_of_all_codes_at_once(small_stats, codes):
+    fires = codes > 1e-3
+    count = fires.sum((0, 1))
+    assert small_stats.n_tokens == fires.shape[0] * fires.shape[1] == 120 * 64
+    assert np.allclose(small_stats.density, count / small_stats.n_tokens, atol=2e-4)
+    assert np.allclose(small_stats.image_density, fires.any(1).mean(0), atol=2e-2)
+    for latent in np.flatnonzero(count > 20):
+        values = codes[..., latent][fires[..., latent]]
+        assert small_stats.mean[latent] == pytest.approx(values.mean(), rel=2e-2)
+        assert small_stats.std[latent] == pytest.approx(values.std(), rel=5e-2, abs=1e-3)
+        assert small_stats.max[latent] == pytest.approx(values.max(), rel=1e-3)
+    assert set(small_stats.alive) >= set(np.flatnonzero(count > 1))
+    assert not small_stats.mean[small_stats.density == 0].any()
+
+
+@pytest.mark.parametrize("by", ["max", "mean"])
+def test_top_examples_are_the_images_with_the_highest_scores(small_stats, codes, by):
+    scores = codes.max(1) if by == "max" else codes.mean(1)
+    for latent in small_stats.alive.tolist()[:: max(1, len(small_stats.alive) // 10)]:
+        examples = small_stats.examples(latent, by)
+        best = np.sort(scores[:, latent])[::-1][: len(examples)]
+        assert [e.value for e in examples] == pytest.approx(best.tolist(), rel=1e-3, abs=1e-4)
+        for example in examples:
+            assert np.allclose(example.heat_map.ravel(), codes[example.image, :, latent], rtol=2e-3, atol=2e-3)
+            assert np.allclose(small_stats.heat_map(latent, example.image), example.heat_map, rtol=2e-3, atol=2e-3)
+
+
+def test_image_activations_are_maxima_and_means_over_the_image(small_stats, codes):
+    assert np.allclose(small_stats.image_activations("max"), codes.max(1), rtol=2e-3, atol=5e-3)
+    assert np.allclose(small_stats.image_activations("mean"), codes.mean(1), rtol=2e-3, atol=5e-3)
+
+
+def test_an_examples_thumbnail_is_the_picture_its_prompt_and_seed_make(pipe, small_stats):
+    example = small_stats.examples(int(small_stats.alive[0]))[0]
+    made = np.asarray(generate(pipe, [example.prompt], [example.seed])[0], dtype=float)
+    shown = np.asarray(Image.open(io.BytesIO(example.thumbnail)), dtype=float)
+    assert np.abs(made - shown).mean() < 6  # WebP is lossy
+
+
+def test_measuring_again_reads_what_was_measured(small_saes, small_cache, small_stats, store, capsys):
+    again = FeatureStats.measure(small_saes["up.0.1", "k8"], small_cache, store=store)
+    assert again.artifact.folder == small_stats.artifact.folder
+    assert np.array_equal(again.density, small_stats.density)
+    assert "Measuring" not in capsys.readouterr().out
+    small_stats.artifact.verify()
+
+
+def test_a_dead_latent_has_no_examples_and_unknown_ones_are_refused(small_stats, unchecked_types):
+    dead = np.flatnonzero(small_stats.density == 0)
+    for latent in dead[:1]:
+        assert small_stats.examples(int(latent)) == []
+    for wrong in (-1, small_stats.d_sae):
+        with pytest.raises(KitError, match=f"latents 0 to {small_stats.d_sae - 1}; there is no {wrong}"):
+            small_stats.examples(wrong)
+    with pytest.raises(KitError, match="by is 'max' or 'mean'"):
+        small_stats.examples(0, "median")
+
+
+def test_an_sae_of_another_hookpoint_is_refused_by_name(pipe, small_saes, store):
+    from sdxl_sae_kit.collection import collect
+
+    other = collect(pipe, ["a red circle"] * 4, ["mid.0"], thumbnails=False, store=store)
+    with pytest.raises(ArtifactError, match=r"was trained on updates of up.0.1; .* has mid.0"):
+        FeatureStats.measure(small_saes["up.0.1", "k8"], other, store=store)
+
+
+def test_a_step_the_cache_does_not_have_is_refused(small_saes, small_cache, store):
+    with pytest.raises(KitError, match="has steps 0 to 0"):
+        FeatureStats.measure(small_saes["up.0.1", "k8"], small_cache, step=1, store=store)

@@ -1,0 +1,211 @@
+"""Steering: exact where nothing is asked, exactly the formula where something is."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from sdxl_sae_kit.errors import ArtifactError, EditError
+from sdxl_sae_kit.hooks import record, rewrite
+from sdxl_sae_kit.interventions import steer
+from sdxl_sae_kit.pipelines import generate, load_pipeline
+from sdxl_sae_kit.sae import SAE, SAEConfig
+
+PROMPTS, SEEDS = (
+    ["a large red circle on a black background", "a small blue star on the left on a gray background"],
+    [3, 8],
+)
+HOOKPOINT = "up.0.1"
+
+
+@pytest.fixture(scope="module")
+def sae(small_saes):
+    return small_saes[HOOKPOINT, "k8"]
+
+
+@pytest.fixture(scope="module")
+def clean(pipe):
+    with record(pipe, [HOOKPOINT]) as recording:
+        generate(pipe, PROMPTS, SEEDS)
+    return recording.update(HOOKPOINT)
+
+
+@pytest.fixture(scope="module")
+def latent(sae, clean):
+    """The latent that fires most on the two images."""
+    return int(sae.encode(clean).sum((0, 1, 2)).argmax())
+
+
+def images(pipe, **settings):
+    return np.asarray(generate(pipe, PROMPTS, SEEDS, output_type="np", **settings))
+
+
+def edited_update(pipe, sae, settings=None, **edits):
+    """The update after steering, read by a rewrite that comes later."""
+    seen = []
+    with steer(pipe, sae, **edits), rewrite(pipe, {HOOKPOINT: lambda u, _: seen.append(u.clone())}):
+        generate(pipe, PROMPTS, SEEDS, **(settings or {}))
+    return seen
+
+
+NOTHING = {
+    "no edits": lambda latent: {},
+    "empty mappings": lambda latent: {"add": {}, "scale": {}},
+    "scaling by one": lambda latent: {"scale": {latent: 1.0, 5: 1.0}},
+    "adding nothing": lambda latent: {"add": {latent: 0.0}},
+    "an empty mask": lambda latent: {"scale": {latent: 0.0}, "where": np.zeros((8, 8))},
+}
+
+
+@pytest.mark.parametrize("edits", NOTHING.values(), ids=NOTHING.keys())
+def test_an_edit_that_changes_nothing_changes_not_a_bit(pipe, edits, sae, latent):
+    for steps, guidance in product((1, 2), (0.0, 3.0)):
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance}
+        before = images(pipe, **settings)
+        with steer(pipe, sae, **edits(latent)):
+            assert np.array_equal(images(pipe, **settings), before)
+
+
+def test_nor_in_bfloat16(sae, latent):
+    half = load_pipeline("tiny-turbo", device="cpu", dtype="bfloat16")
+    draw = lambda: np.asarray(generate(half, PROMPTS[:1], SEEDS[:1], output_type="latent").float())  # noqa: E731
+    before = draw()
+    for edits in NOTHING.values():
+        with steer(half, sae, **edits(latent)):
+            assert np.array_equal(draw(), before)
+    with steer(half, sae, scale={latent: 0.0}):
+        assert not np.array_equal(draw(), before)
+
+
+def test_each_verb_adds_what_its_formula_says(pipe, sae, clean, latent):
+    z, d, mean = sae.encode(clean)[..., latent, None], sae.W_dec[latent], sae.mean_activation[latent]
+    ramp = torch.linspace(0, 1, 64).reshape(8, 8)
+    expected = {
+        "ablate": ({"scale": {latent: 0.0}}, -z * d),
+        "double": ({"scale": {latent: 2.0}}, z * d),
+        "add": ({"add": {latent: 1.5}}, 1.5 * mean * d),
+        "add a map": ({"add": {latent: ramp.numpy()}}, (ramp * mean)[..., None] * d),
+        "clamp": ({"clamp": {latent: 3.0}}, (3 * mean - z) * d),
+        "in a mask": ({"scale": {latent: 0.0}, "where": (ramp > 0.5).numpy()}, -z * d * (ramp > 0.5)[..., None]),
+        "along": ({"scale": {latent: 0.0}, "along": {latent: np.eye(96)[7]}}, -z * torch.eye(96)[7]),
+    }
+    for name, (edits, change) in expected.items():
+        (update,) = edited_update(pipe, sae, **edits)
+        assert torch.allclose(update - clean, change.expand_as(clean), atol=1e-4), name
+        if name != "in a mask":
+            assert change.abs().max() > 1e-2, name
+
+
+def test_edits_of_several_latents_add_up(pipe, sae, clean, latent):
+    other = int(sae.mean_activation.argsort(descending=True)[1])
+    other = other if other != latent else int(sae.mean_activation.argmax())
+    together = edited_update(pipe, sae, scale={latent: 0.0}, add={other: 2.0})[0] - clean
+    apart = sum(edited_update(pipe, sae, **e)[0] - clean for e in ({"scale": {latent: 0.0}}, {"add": {other: 2.0}}))
+    assert torch.allclose(together, apart, atol=1e-4)
+
+
+def test_nested_edits_compose_and_leave_nothing_behind(pipe, sae, small_saes, latent):
+    before = images(pipe)
+    hooks = sum(len(m._forward_hooks) for m in pipe.unet.modules())
+    with (
+        pytest.raises(KeyboardInterrupt),
+        steer(pipe, sae, scale={latent: 0.0}),
+        steer(pipe, small_saes["down.2.1", "k8"], scale={1: 3.0}),
+    ):
+        assert not np.array_equal(images(pipe), before)
+        raise KeyboardInterrupt
+    assert np.array_equal(images(pipe), before)
+    assert sum(len(m._forward_hooks) for m in pipe.unet.modules()) == hooks
+
+
+def test_steps_restrict_an_edit_and_hit_the_same_steps_on_every_image(pipe, sae, latent):
+    settings = {"num_inference_steps": 4}
+    plain = edited_update(pipe, sae, settings)
+    for _ in range(2):
+        with steer(pipe, sae, add={latent: 4.0}, steps=[0]):
+            seen = []
+            with rewrite(pipe, {HOOKPOINT: lambda u, c, seen=seen: seen.append((c.step, u.clone()))}):
+                generate(pipe, PROMPTS, SEEDS, **settings)
+                generate(pipe, PROMPTS, SEEDS, **settings)
+        assert [step for step, _ in seen] == [0, 1, 2, 3] * 2
+        for first, second in zip(seen[:4], seen[4:], strict=True):
+            assert torch.equal(first[1], second[1])
+        change = seen[0][1] - plain[0]
+        assert torch.allclose(
+            change, (4 * sae.mean_activation[latent] * sae.W_dec[latent]).expand_as(change), atol=1e-4
+        )
+
+
+@pytest.mark.parametrize(("cfg", "signs"), [("both", (-1, 1)), ("cond", (0, 1)), ("uncond", (1, 0))])
+def test_with_guidance_an_addition_goes_to_the_halves_it_should(pipe, sae, latent, cfg, signs):
+    settings = {"guidance_scale": 3.0}
+    (plain,) = edited_update(pipe, sae, settings)
+    (update,) = edited_update(pipe, sae, settings, add={latent: 2.0}, cfg=cfg)
+    amount = 2 * sae.mean_activation[latent] * sae.W_dec[latent]
+    for half, sign in zip((update - plain).chunk(2), signs, strict=True):
+        assert torch.allclose(half, (sign * amount).expand_as(half), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "touched"), [("both", (True, True)), ("cond", (False, True)), ("uncond", (True, False))]
+)
+def test_with_guidance_each_half_is_scaled_by_its_own_code(pipe, sae, cfg, touched):
+    settings = {"guidance_scale": 3.0}
+    (plain,) = edited_update(pipe, sae, settings)
+    busiest = int(sae.encode(plain).flatten(0, 2).gt(0).float().mean(0).argmax())
+    (update,) = edited_update(pipe, sae, settings, scale={busiest: 0.0}, cfg=cfg)
+    expected = -sae.encode(plain)[..., busiest, None] * sae.W_dec[busiest]
+    for half, wanted, on in zip((update - plain).chunk(2), expected.chunk(2), touched, strict=True):
+        assert torch.allclose(half, wanted * on, atol=1e-4)
+
+
+def test_an_edit_of_one_image_does_not_depend_on_the_others_in_its_batch(pipe, sae, latent):
+    with steer(pipe, sae, scale={latent: 0.0}):
+        together = images(pipe)
+        alone = np.concatenate(
+            [np.asarray(generate(pipe, [p], [s], output_type="np")) for p, s in zip(PROMPTS, SEEDS, strict=True)]
+        )
+    assert np.allclose(together, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("edits", "complaint"),
+    [
+        ({"scale": {99_999: 0.0}}, "there is no 99999"),
+        ({"scale": {-1: 0.0}}, "there is no -1"),
+        ({"scale": {0: 0.0}, "cfg": "neither"}, "cfg is 'both', 'cond' or 'uncond', not 'neither'"),
+        ({"scale": {0: 0.0}, "along": {1: np.zeros(96)}}, "for a latent that is edited"),
+        ({"scale": {0: 0.0}, "along": {0: np.zeros(3)}}, "vector of 96 numbers"),
+        (
+            {"scale": {0: 0.0}, "where": np.ones((32, 32))},
+            r"where has shape \(32, 32\), but up.0.1 is 8×8 for this image. Resize it to \(8, 8\)",
+        ),
+        ({"scale": {0: np.ones((8, 9))}}, r"scale\[0\] has shape \(8, 9\)"),
+        ({"scale": {0: 0.0}, "steps": [3]}, r"steps=\[3\], but this image is made in 1 step"),
+    ],
+)
+def test_edits_that_make_no_sense_are_refused_and_leave_nothing_hooked(pipe, sae, edits, complaint, unchecked_types):
+    before = images(pipe)
+    with pytest.raises(EditError, match=complaint), steer(pipe, sae, **edits):
+        generate(pipe, PROMPTS, SEEDS)
+    assert np.array_equal(images(pipe), before)
+
+
+def test_adding_a_latent_without_a_unit_is_refused(pipe, sae):
+    silent = SAE(sae.config, 96, sae.site)
+    with (
+        pytest.raises(EditError, match="latent 4 never fired in training, so add has no unit"),
+        steer(pipe, silent, add={4: 1.0}),
+    ):
+        pass
+
+
+def test_an_sae_that_fits_elsewhere_is_refused(pipe, sae):
+    with pytest.raises(ArtifactError, match="never trained"), steer(pipe, SAE(SAEConfig(k=2), 96), scale={0: 0.0}):
+        pass
+    with (
+        pytest.raises(ArtifactError, match=r"reads 24 numbers a token, but up.0.1 of this U-Net has 96"),
+        steer(pipe, SAE(SAEConfig(k=2), 24, sae.site), scale={0: 0.0}),
+    ):
+        pass
