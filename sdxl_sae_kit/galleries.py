@@ -278,7 +278,7 @@ def feature_card(stats: FeatureStats, feature: int, label: str | None) -> str:
         str(feature),
         label,
         _percent(float(stats.density[feature])),
-        _strip(examples, float(stats.max[feature]), alt, tile=64, below=True),
+        _strip(examples, float(stats.max[feature]), alt, tile=64, below=True, places=4),
     )
 
 
@@ -331,10 +331,9 @@ def _examples(stats: FeatureStats, feature: int, by: Ranking) -> str:
     return html.figures(drawn)
 
 
-def _strip(examples: list[Example], peak: float, alt: str, *, tile: int, below: bool) -> str:
-    return html.picture(
-        html.strip([(example.thumbnail, example.heat_map) for example in examples], peak, tile, below), alt
-    )
+def _strip(examples: list[Example], peak: float, alt: str, *, tile: int, below: bool, places: int = 1) -> str:
+    pairs = [(example.thumbnail, example.heat_map) for example in examples]
+    return html.picture(html.strip(pairs, peak, tile, below, places), alt)
 
 
 def _percent(share: float) -> str:

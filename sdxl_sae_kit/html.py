@@ -124,15 +124,19 @@ def overlay(
 
 
 def strip(
-    examples: Sequence[tuple[bytes, Float[np.ndarray, "height width"]]], peak: float, tile: int, below: bool = True
+    examples: Sequence[tuple[bytes, Float[np.ndarray, "height width"]]],
+    peak: float,
+    tile: int,
+    below: bool = True,
+    places: int = 1,
 ) -> bytes:
     """One WebP picture of several examples (WebP thumbnail, heat map), each thumbnail with its overlay below or beside.
 
-    A tile is `tile` pixels wide and high; an empty thumbnail is drawn black. One picture for a whole card takes far
-    fewer bytes than one per example, and a browser shows it at once.
+    A tile is `tile` pixels wide and high; an empty thumbnail is drawn black, and room is left for `places` examples.
+    One picture for a whole card takes far fewer bytes than one per example, and a browser shows it at once.
     """
-    step = tile + GAP
-    columns, rows = (len(examples), 2) if below else (2 * len(examples), 1)
+    step, across = tile + GAP, max(len(examples), places)
+    columns, rows = (across, 2) if below else (2 * across, 1)
     sheet = Image.new("RGBA", (columns * step - GAP, rows * step - GAP))
     for place, (thumbnail, heat_map) in enumerate(examples):
         plain = _opened(thumbnail).resize((tile, tile), Image.Resampling.BICUBIC)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +37,8 @@ class LiveFigure:
     def show(self, figure: Callable[[], go.Figure]) -> None:
         """Draw the figure that this function makes, unless the last drawing is too recent."""
         if self.handle is not None and time.monotonic() - self.drawn > self.every:
-            self.handle.update(figure())
+            # as raw data: a plotly figure would display itself anew instead of taking the old one's place
+            self.handle.update({"application/vnd.plotly.v1+json": json.loads(figure().to_json())}, raw=True)
             self.drawn = time.monotonic()
 
     def __exit__(self, *_: object) -> None:

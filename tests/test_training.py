@@ -79,7 +79,7 @@ def test_the_log_tells_a_falling_loss(small_saes):
     for log in small_saes.logs.values():
         assert [line["step"] for line in log] == sorted({line["step"] for line in log})
         assert log[-1]["unexplained"] < 0.5 * log[0]["unexplained"]
-    assert small_saes.plot().layout.meta["alt"].startswith("Training curves of 2 SAEs")
+    assert "2 lines of unexplained share over step" in small_saes.plot().layout.meta["alt"]
     assert len(small_saes.rows()) == 2
 
 
