@@ -97,7 +97,7 @@ def load_prompts(source: str | Path | Iterable[str], n: int | None = None, *, se
         if not isinstance(text, str) or not text.strip():
             raise PromptError(f"Prompt {i} of {_describe(source)} is {text!r}, not a text. Remove it or write one.")
     if not texts:
-        raise PromptError(f"No prompts in {_describe(source)}.")
+        raise PromptError(f"No prompts in {_describe(source)}. Give at least one.")
     return Prompts(tuple(texts), tuple(range(seed, seed + len(texts))), tuple(factors))
 
 

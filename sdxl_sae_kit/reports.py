@@ -115,7 +115,7 @@ def find_notebooks(notebooks: Path | str | Sequence[Path | str] | None) -> list[
             "pass the folder `notebooks/` of a checkout."
         )
     if missing := [str(path) for path in paths if not path.is_file()]:
-        raise KitError(f"No notebook at {', '.join(missing)}.")
+        raise KitError(f"No notebook at {', '.join(missing)}. Give the paths of .ipynb files.")
     if len(set(map(_slug, paths))) < len(paths):
         raise KitError("Two of the notebooks have the same name. Links in the report need different ones: rename one.")
     return paths
@@ -170,7 +170,9 @@ def _execute(path: Path, model: str, scale: str, store: Store) -> NotebookNode:
     try:
         client.execute(env=environment, cleanup_kc=True)
     except CellExecutionError as failure:
-        raise KitError(f"{_place(started[-1], path)} failed: {failure.ename}: {failure.evalue}") from None
+        raise KitError(
+            f"{_place(started[-1], path)} failed: {failure.ename}: {failure.evalue}. Open it and run that cell."
+        ) from None
     except DeadKernelError:
         raise KitError(f"{_place(started[-1], path)} killed its kernel; often there is too little memory.") from None
     return notebook

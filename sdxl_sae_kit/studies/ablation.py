@@ -114,13 +114,11 @@ class Ablation:
         smaller = [c for c in CONTROLS if row[f"ablated − {c} interval"][0] <= 0]
         verdict = f"not clearly larger than {' or '.join(smaller)}" if smaller else "larger than every control"
         controls = (f"{c} {html.short(row[c])} ({_with_interval(row, f'ablated − {c}')})" for c in CONTROLS)
-        localities = (f"{c} {_with_interval(row, f'{c} locality')}" for c in CONTROLS)
         return (
             f"Turning a feature off changes the colours inside its region by {html.short(row['ablated'])} of their "
             f"range ({html.short(255 * row['ablated'])} of 255 levels), {verdict}. Controls: {', '.join(controls)}, in "
             f"brackets the paired difference with its 95 % interval over {row['features']} features ({row['images']} "
-            f"held-out images). Taken alone, {row['clear']} exceed every control. The change inside the region is "
-            f"{_with_interval(row, 'ablated locality')} times that outside; for the controls: {', '.join(localities)}."
+            f"held-out images). Taken alone, {row['clear']} exceed every control. {_locality(row)}"
         )
 
     def plot(self) -> Any:
@@ -349,9 +347,22 @@ def _ratio(means: Float[np.ndarray, "*draw 2"]) -> Float[np.ndarray, "*draw"]:
     return np.asarray(means[..., 0] / np.maximum(means[..., 1], np.finfo(np.float64).tiny))
 
 
+def _locality(row: Mapping[str, Any]) -> str:
+    if np.isnan(row["ablated locality"]):
+        return "Where they fire they fire everywhere, so there is no outside to compare with."
+    controls = ", ".join(f"{c} {_with_interval(row, f'{c} locality')}" for c in CONTROLS)
+    own = _with_interval(row, "ablated locality")
+    return f"The change inside the region is {own} times that outside; for the controls: {controls}."
+
+
 def _with_interval(row: Mapping[str, Any], name: str) -> str:
-    low, high = row[f"{name} interval"]
-    return f"{html.short(row[name])} [{html.short(low)}, {html.short(high)}]"
+    """Value and interval; a dash for what could not be estimated."""
+    value, low, high = ("–" if np.isnan(x) else html.short(x) for x in (row[name], *row[f"{name} interval"]))
+    return value if value == "–" else f"{value} [{low}, {high}]"
+
+
+def _known(value: float) -> float | str:
+    return "–" if np.isnan(value) else value
 
 
 def _readable(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -359,7 +370,7 @@ def _readable(row: Mapping[str, Any]) -> dict[str, Any]:
     names = {"inside / outside": "ablated locality"} | {f"ablated − {c}": f"ablated − {c}" for c in CONTROLS}
     intervals = {title: _with_interval(row, name) for title, name in names.items()}
     shown = {"feature": str(row["feature"]), "images": row["images"]}
-    return shown | {"inside": row["ablated"], "outside": row["ablated outside"]} | intervals
+    return shown | {"inside": row["ablated"], "outside": _known(row["ablated outside"])} | intervals
 
 
 def _compose(drawn: Mapping[str, Pictures], gain: float) -> bytes:
