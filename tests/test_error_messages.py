@@ -23,7 +23,7 @@ def spoken(message):
     return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
 
 
-@pytest.mark.parametrize("message", raised())
+@pytest.mark.parametrize("message", list(raised()))
 def test_a_message_is_a_sentence_that_says_enough(message):
     text = spoken(message)
     assert len(text) >= (40 if "…" not in text else 18), text

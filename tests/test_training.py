@@ -134,7 +134,7 @@ def test_auxk_brings_dead_latents_back(small_cache, tmp_path):
     dead = {}
     for name, coefficient in {"with": 1 / 32, "without": 1e-30}.items():
         config = SAEConfig(k=8, expansion=2, lr=3e-3, dead_after=10_000, auxk=64, auxk_coef=coefficient)
-        saes = train(small_cache, {name: config}, hookpoints=["up.0.1"], batch_size=512, epochs=40, store=tmp_path)
+        saes = train(small_cache, {name: config}, hookpoints=["up.0.1"], batch_size=512, epochs=24, store=tmp_path)
         dead[name] = saes["up.0.1", name].metrics["dead_share"]
     assert dead["with"] < 0.8 * dead["without"]
 

@@ -1,0 +1,54 @@
+"""Figures: each has alt text that follows its numbers; the live figure replaces itself and leaves nothing behind."""
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+
+from sdxl_sae_kit import plots
+
+LOGS = {"mid.0 k5": [{"step": 1, "unexplained": 0.9}, {"step": 20, "unexplained": 0.123}]}
+FIGURES = {
+    "training curves": (lambda: plots.training_curves(LOGS), "0.123"),
+    "lines": (lambda: plots.line_figure({"a": [(0, 1.0), (1, 7.25)]}, title="t", x="x", y="y"), "a 7.25"),
+    "effects": (
+        lambda: plots.effects_by_group(["f 1"], {"off": [(0.5, 0.4, 0.6)], "on": [(0.2, 0.1, 0.3)]}, title="t", y="y"),
+        "off 0.5 [0.4, 0.6]",
+    ),
+    "responses": (lambda: plots.response_map(["shape"], ["mid.0"], np.array([[0.321]])), "mid.0: shape 0.321"),
+    "clusters": (
+        lambda: plots.cluster_map(
+            np.eye(2), np.array([3, 4]), np.array([0, 0]), ["mid.0"], np.array([0, 1]), ["a", "b"]
+        ),
+        "2 of mid.0",
+    ),
+    "shares": (lambda: plots.cluster_shares(["mid.0"], ["a", "b"], np.array([[0.25, 0.75]])), "mid.0: b 75%"),
+}
+
+
+@pytest.mark.parametrize(("make", "number"), FIGURES.values(), ids=FIGURES.keys())
+def test_alt_text_states_the_numbers_that_are_drawn(make, number):
+    assert number in make().layout.meta["alt"]
+
+
+LIVE = """
+from sdxl_sae_kit.plots import LiveFigure, line_figure
+with LiveFigure(every=-1) as live:
+    for n in range(4):
+        live.show(lambda: line_figure({"a": [(0, n)]}, title="t", x="x", y="y"))
+        LAST
+"""
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_in_a_notebook_the_live_figure_is_one_output_and_is_cleared_at_the_end(interrupted):
+    source = LIVE.replace("LAST", "raise KeyboardInterrupt" if interrupted else "pass")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    NotebookClient(notebook, allow_errors=True, kernel_name="python3").execute()
+    (output,) = (o for o in notebook.cells[0].outputs if o.output_type == "display_data")
+    assert output.data == {"text/plain": ""}
+
+
+def test_outside_a_notebook_it_does_nothing():
+    with plots.LiveFigure(every=-1) as live:
+        live.show(lambda: pytest.fail("nobody is looking"))
