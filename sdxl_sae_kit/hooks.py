@@ -169,7 +169,9 @@ class _Clock:
                 f"The U-Net ran at timestep {timestep.item():g}, which the pipeline's scheduler does not visit. "
                 "Call the pipeline, not its U-Net."
             )
-        self.step, self.n_steps = int(found[0]), len(timesteps)
+        # Second-order schedulers visit a timestep twice; which visit this is, they say themselves.
+        current = getattr(self.pipe.scheduler, "step_index", None)
+        self.step, self.n_steps = current if current in found.tolist() else int(found[0]), len(timesteps)
         self.guided = bool(getattr(self.pipe, "do_classifier_free_guidance", False))
 
 

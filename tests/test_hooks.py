@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import HeunDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 
 from sdxl_sae_kit.errors import HookpointError
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, list_hookpoints, resolve
 from sdxl_sae_kit.hooks import record, rewrite
-from sdxl_sae_kit.pipelines import generate
+from sdxl_sae_kit.pipelines import generate, load_pipeline
 
 PROMPTS, SEEDS = (
     ["a large red circle on a black background", "a small blue star on the left on a gray background"],
@@ -58,6 +59,24 @@ def test_every_step_and_guidance_half_is_told_apart(pipe, steps):
     # at step 0 both runs see the same noise, so the cond half is what the unguided run saw
     assert torch.allclose(plain.update("mid.0"), guided.update("mid.0"), atol=1e-4)
     assert not torch.allclose(plain.update("mid.0"), guided.update("mid.0", half="uncond"), atol=1e-2)
+
+
+def test_a_scheduler_that_visits_timesteps_twice_has_all_its_steps_recorded(pipe):
+    base = load_pipeline("tiny-base", device="cpu", dtype="float32")
+    base.scheduler = HeunDiscreteScheduler.from_config(base.scheduler.config)
+    with record(base, ["mid.0"]) as recording:
+        generate(base, PROMPTS, SEEDS, num_inference_steps=3, guidance_scale=0.0)
+    assert recording.steps == list(range(len(base.scheduler.timesteps))) == list(range(5))
+    assert all(len(recording.update("mid.0", step)) == 2 for step in recording.steps)
+
+
+def test_image_to_image_records_the_steps_it_runs(pipe):
+    redraw = StableDiffusionXLImg2ImgPipeline(**pipe.components)
+    redraw.set_progress_bar_config(disable=True)
+    images = generate(pipe, PROMPTS, SEEDS)
+    with record(redraw, ["mid.0"]) as recording:
+        redraw(PROMPTS, image=images, strength=0.5, num_inference_steps=4, guidance_scale=0.0)
+    assert recording.steps == [2, 3]
 
 
 def test_the_uncond_half_does_not_depend_on_the_prompt(pipe):
