@@ -152,6 +152,8 @@ class Artifact:
     def seal(self, *, known: Mapping[str, str] | None = None, facts: Mapping[str, Any] | None = None) -> Artifact:
         """Finish: hash every file (not those whose sha256 is `known`), then write the stamp in one step."""
         known = known or {}
+        for leftover in self.folder.glob("*.tmp"):  # of a writer that was killed
+            leftover.unlink()
         names = sorted(path.name for path in self.folder.iterdir() if path.name not in (_STAMP, _LOCK))
         files = {
             name: {"bytes": self.file(name).stat().st_size, "sha256": known.get(name) or hash_file(self.file(name))}

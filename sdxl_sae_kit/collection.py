@@ -17,7 +17,7 @@ from sdxl_sae_kit.cache import ActivationCache, CacheWriter
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, resolve
 from sdxl_sae_kit.hooks import record
-from sdxl_sae_kit.pipelines import describe, generate
+from sdxl_sae_kit.pipelines import describe, generate, scheduler
 from sdxl_sae_kit.prompts import Prompts, load_prompts
 
 Dtype = Literal["float16", "bfloat16", "float32"]
@@ -99,6 +99,7 @@ def collect(
     recipe = {
         "model": model.name,
         "revision": model.revision,
+        "scheduler": scheduler(pipe),
         "prompts": prompts.digest,
         "num_inference_steps": steps,
         "guidance_scale": float(guidance),
@@ -115,7 +116,8 @@ def collect(
     artifact = Store.at(store).artifact("activations", readable, recipe)
     if not artifact.finished:
         with artifact.lock():
-            _collect(pipe, prompts, artifact)
+            if not artifact.finished:  # by another process, while this one waited
+                _collect(pipe, prompts, artifact)
     return ActivationCache(artifact)
 
 
@@ -131,7 +133,7 @@ def _collect(pipe: Any, prompts: Prompts, artifact: Artifact) -> None:
     per_image = max(1, plan.nbytes // len(prompts))
     batches_per_shard = max(1, min(_SHARD_IMAGES, _SHARD_BYTES // per_image) // batch_size)
     writer = CacheWriter(artifact, prompts, batches_per_shard * batch_size)
-    tqdm.write(f"Collecting {plan}, into {artifact.folder.parent}.")
+    tqdm.write(f"Collecting {plan}, as {artifact.name}.")
     with tqdm(total=len(prompts), initial=writer.next_image, desc="collect", unit="image") as bar:
         for start in range(writer.next_image, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]

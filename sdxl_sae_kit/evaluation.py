@@ -19,14 +19,14 @@ MAX_IMAGES = 2048
 
 
 @torch.no_grad()
-def evaluate(sae: SAE, cache: ActivationCache, hookpoint: str, split: Split = "held_out") -> dict[str, Any]:
+def evaluate(sae: SAE, cache: ActivationCache, split: Split = "held_out") -> dict[str, Any]:
     """Reconstruction metrics (see `metrics`) and their n; explained variance has a 95 % bootstrap interval over images.
 
     `dead_share` is the share of latents that never fired on the tokens evaluated.
     """
     metrics, fired = ReconstructionMetrics(), torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_enc.device)
     squared_errors, sums, squares = [], [], []
-    for x in _images(cache, hookpoint, split, sae.W_enc.device):
+    for x in _images(cache, sae.hookpoint, split, sae.W_enc.device):
         tokens = x.flatten(0, 1)
         indices, values = sae.encode_sparse(tokens)
         x_hat = sae.decode_sparse(indices, values)
@@ -64,11 +64,11 @@ def pca_explained_variance(cache: ActivationCache, hookpoint: str, k: int) -> fl
 
 
 @torch.no_grad()
-def mean_activation(sae: SAE, cache: ActivationCache, hookpoint: str) -> Float[Tensor, "d_sae"]:
-    """Mean value of each latent over the training tokens on which it fires; 0 for one that never fires."""
+def mean_activation(sae: SAE, cache: ActivationCache) -> Float[Tensor, "d_sae"]:
+    """Mean value of each latent over the tokens on which it fires, of up to 2,048 training images; 0 if none."""
     total = torch.zeros(sae.d_sae, dtype=torch.float64, device=sae.W_enc.device)
     count = torch.zeros_like(total)
-    for x in _images(cache, hookpoint, "train", sae.W_enc.device):
+    for x in _images(cache, sae.hookpoint, "train", sae.W_enc.device):
         indices, values = sae.encode_sparse(x.flatten(0, 1))
         fires = values > FIRES
         total.index_add_(0, indices[fires], values[fires].double())

@@ -86,7 +86,7 @@ class FeatureStats:
         Raises:
             ArtifactError: the SAE was trained at a hookpoint that the cache does not have.
         """
-        hookpoint = sae.site.hookpoint if sae.site else None
+        hookpoint = sae.hookpoint
         if hookpoint not in cache.hookpoints:
             raise ArtifactError(
                 f"{sae.name} was trained on updates of {hookpoint}; {cache.name} has {', '.join(cache.hookpoints)}. "
@@ -96,11 +96,17 @@ class FeatureStats:
             raise KitError(
                 f"measure: step={step}, but {cache.name} has steps 0 to {cache.recipe['num_inference_steps'] - 1}."
             )
-        recipe = {"sae": sae.digest, "cache": cache.artifact.digest, "step": step, "top": top}
+        made, trained = ((r["model"], r["revision"]) for r in (cache.recipe, vars(sae.site)))
+        if made != trained:
+            raise ArtifactError(
+                f"{sae.name} was trained on {trained}, but {cache.name} was made by {made}. Use its own cache."
+            )
+        recipe = {"sae": sae.digest, "name": sae.name, "cache": cache.artifact.digest, "step": step, "top": top}
         artifact = Store.at(store).artifact("features", sae.name.rsplit("-", 1)[0], recipe)
         if not artifact.finished:
             with artifact.lock():
-                _measure(sae, cache, hookpoint, step, top, artifact)
+                if not artifact.finished:
+                    _measure(sae, cache, hookpoint, step, top, artifact)
         return cls.open(artifact.folder)
 
     @classmethod
@@ -326,7 +332,7 @@ class _Leaders:
 
 
 def _store_thumbnails(file: h5py.File, cache: ActivationCache, images: list[int]) -> None:
-    encoded = [cache.thumbnail(image) for image in images]
+    encoded = [cache.thumbnail(image) if cache.recipe["thumbnails"] else b"" for image in images]
     file.create_dataset("thumbnails/image", data=np.array(images, np.int64))
     file.create_dataset("thumbnails/ends", data=np.cumsum([len(data) for data in encoded], dtype=np.int64))
     file.create_dataset("thumbnails/bytes", data=np.frombuffer(b"".join(encoded), np.uint8))

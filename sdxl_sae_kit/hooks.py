@@ -171,7 +171,9 @@ class _Clock:
             )
         # Second-order schedulers visit a timestep twice; which visit this is, they say themselves.
         current = getattr(self.pipe.scheduler, "step_index", None)
-        self.step, self.n_steps = current if current in found.tolist() else int(found[0]), len(timesteps)
+        visits: list[int] = found.tolist()
+        self.step = current if current in visits else visits[0]
+        self.n_steps = len(timesteps)
         self.guided = bool(getattr(self.pipe, "do_classifier_free_guidance", False))
 
 

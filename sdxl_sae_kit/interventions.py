@@ -6,9 +6,10 @@ stays in the update untouched, so an edit that changes nothing changes not a sin
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -62,13 +63,11 @@ def steer(
         >>> with steer(pipe, sae, scale={17: 0.0}):                                    # doctest: +SKIP
         ...     image = pipe("a red circle", num_inference_steps=1, guidance_scale=0.0).images[0]
     """
-    if sae.site is None:
-        raise ArtifactError(f"{sae.name} has no hookpoint: it was never trained. Train it, or load one that was.")
-    hookpoint = resolve(pipe.unet, sae.site.hookpoint)
+    hookpoint = resolve(pipe.unet, sae.hookpoint)
     if hookpoint.d_in != sae.d_in:
         raise ArtifactError(
             f"{sae.name} reads {sae.d_in} numbers a token, but {hookpoint.name} of this U-Net has {hookpoint.d_in}. "
-            f"It was trained on {sae.site.model}."
+            f"Steer with one that was trained here."
         )
     if cfg not in ("both", "cond", "uncond"):
         raise EditError(f"steer: cfg is 'both', 'cond' or 'uncond', not {cfg!r}.")
@@ -94,6 +93,8 @@ class _Edit:
     steps: Sequence[int] | None
     cfg: Cfg
     directions: Float[Tensor, "edited d_in"]
+    placed: dict[torch.device, SAE] = field(default_factory=dict)
+    """Copies of the SAE by device."""
 
     def __call__(self, update: Float[Tensor, "batch height width d_in"], call: Call) -> Tensor | None:
         if self.steps is not None:
@@ -151,8 +152,9 @@ class _Edit:
 
     def _live(self, update: Tensor) -> Float[Tensor, "batch height width edited"]:
         """Activations of the edited latents, without writing out the others'."""
-        self.sae.to(update.device)
-        indices, values = self.sae.encode_sparse(update.float())
+        if update.device not in self.placed:  # a copy: the caller's SAE stays where it is
+            self.placed[update.device] = copy.deepcopy(self.sae).to(update.device)
+        indices, values = self.placed[update.device].encode_sparse(update.float())
         edited = torch.tensor(self.latents, device=update.device)
         return torch.einsum("...k,...ke->...e", values, (indices[..., None] == edited).float())
 
@@ -160,7 +162,7 @@ class _Edit:
 def _directions(sae: SAE, latents: list[int], along: Mapping[int, ArrayLike]) -> Float[Tensor, "edited d_in"]:
     rows = sae.W_dec.detach()[latents].clone()
     for latent, vector in along.items():
-        rows[latents.index(latent)] = torch.as_tensor(np.asarray(vector), dtype=rows.dtype)
+        rows[latents.index(latent)] = torch.as_tensor(vector, dtype=rows.dtype, device=rows.device)
     return rows
 
 
@@ -171,16 +173,18 @@ def _check_latents(
         if not 0 <= latent < sae.d_sae:
             raise EditError(f"steer: {sae.name} has latents 0 to {sae.d_sae - 1}; there is no {latent}.")
     for latent, vector in along.items():
-        if latent not in latents or np.shape(vector) != (sae.d_in,):
+        if latent not in latents or tuple(torch.as_tensor(vector).shape) != (sae.d_in,):
             raise EditError(
                 f"steer: along[{latent}] must be a vector of {sae.d_in} numbers for a latent that is edited; "
                 f"edited are {latents}."
             )
+    if both := sorted(set(strengths["scale"]) & set(strengths["clamp"])):
+        raise EditError(f"steer: latents {both} are both scaled and clamped. Choose one for each.")
     for verb in ("add", "clamp"):
         for latent in strengths[verb]:
             if sae.mean_activation[latent] == 0:
                 raise EditError(
-                    f"steer: latent {latent} never fired in training, so {verb} has no unit for it. "
+                    f"steer: latent {latent} never fired in training as far as measured, so {verb} has no unit for it. "
                     "Choose one that is alive."
                 )
 

@@ -17,6 +17,8 @@ from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.sae import FIRES, SAE
 from sdxl_sae_kit.sparse import decode_sparse, top_k
 
+_MEDIAN_TOKENS = 32_768
+
 
 def geometric_median(
     x: Float[Tensor, "token d_in"], *, iterations: int = 100, tolerance: float = 1e-6
@@ -46,7 +48,7 @@ def auxk_loss(
     h = torch.addmm(sae.b_enc[dead], x - sae.b_dec.detach(), sae.W_enc[:, dead])
     indices, values = top_k(h, min(sae.config.auxk, len(dead)))
     error_hat = decode_sparse(indices, values, sae.W_dec[dead])
-    return (error_hat - error).square().mean() / (error - error.mean(dim=0)).square().mean()
+    return (error_hat - error).square().mean() / (error - error.mean(dim=0)).square().mean().clamp_min(1e-30)
 
 
 @dataclass
@@ -71,7 +73,7 @@ class Learner:
         self.sae, self.step_number = sae, 0
         device = sae.W_enc.device
         with torch.no_grad():
-            sae.b_dec.copy_(geometric_median(sample))
+            sae.b_dec.copy_(geometric_median(sample[:_MEDIAN_TOKENS]))
         self.scale = 1 / (sample - sample.mean(dim=0)).square().mean().to(device)
         self.silent = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.adam = torch.optim.Adam(sae.parameters(), lr=sae.config.lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)

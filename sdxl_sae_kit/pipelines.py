@@ -107,7 +107,15 @@ def describe(pipe: StableDiffusionXLPipeline) -> Model:
         return noted
     source = str(pipe.config.get("_name_or_path") or "unnamed")
     folder = Path(source)
-    return _model(pipe, source, _revision(folder) if folder.is_dir() else "unknown")
+    revision = _revision(folder) if folder.is_dir() else "unknown"
+    pipe.sdxl_sae_kit_model = _model(pipe, source, revision)  # noted, because hashing gigabytes takes seconds
+    return describe(pipe)
+
+
+def scheduler(pipe: StableDiffusionXLPipeline) -> str:
+    """The scheduler a pipeline has now, by class and the beginning of its configuration's sha256; it may be swapped."""
+    settings = json.dumps(dict(pipe.scheduler.config), sort_keys=True, default=str)
+    return f"{type(pipe.scheduler).__name__}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
 def generate(

@@ -59,7 +59,7 @@ def figure(alt: str, *, title: str, x: str = "", y: str = "", height: int = 420)
 def training_curves(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> go.Figure:
     """Unexplained share of each logged batch's variance over steps, one line per SAE, on a log axis."""
     curves = {name: [(line["step"], line["unexplained"]) for line in log] for name, log in logs.items()}
-    title = "Training: unexplained share of variance (1 − explained variance, per batch)"
+    title = "Training: squared error of each batch, as a share of the data's variance"
     return line_figure(curves, title=title, x="step", y="unexplained share").update_yaxes(type="log")
 
 

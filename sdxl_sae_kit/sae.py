@@ -117,6 +117,17 @@ class SAE(nn.Module):
         return self.W_enc.shape[1]
 
     @property
+    def hookpoint(self) -> str:
+        """Where it belongs.
+
+        Raises:
+            ArtifactError: it was never trained.
+        """
+        if self.site is None:
+            raise ArtifactError(f"{self.name} has no hookpoint: it was never trained. Train it, or load one that was.")
+        return self.site.hookpoint
+
+    @property
     def k(self) -> int:
         """Active latents per token, at most."""
         return self.config.k
@@ -161,8 +172,9 @@ class SAE(nn.Module):
 
     @property
     def digest(self) -> str:
-        """sha256 over configuration and weights, for the recipes of what is made with it."""
-        hashed = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        """sha256 over configuration, site and weights, for the recipes of what is made with it."""
+        about = [asdict(self.config), asdict(self.site) if self.site else None]
+        hashed = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
         for _, tensor in sorted(self.state_dict().items()):
             hashed.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return hashed.hexdigest()
@@ -178,7 +190,9 @@ class SAE(nn.Module):
             "metrics": self.metrics,
         }
         tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        save_file(tensors, path, {FORMAT_KEY: json.dumps(header)})
+        temporary = Path(f"{path}.tmp")
+        save_file(tensors, temporary, {FORMAT_KEY: json.dumps(header)})
+        temporary.replace(path)
 
     @classmethod
     def load(cls, path: Path | str) -> SAE:
@@ -196,16 +210,18 @@ class SAE(nn.Module):
             raise ArtifactError(
                 f"{path} cannot be read as safetensors ({cause}). Give the path of an SAE saved by this kit."
             ) from None
-        about = json.loads(header.get(FORMAT_KEY, "{}"))
-        if about.get("version") != FORMAT_VERSION:
-            found = f"version {about['version']}" if "version" in about else "no such header"
+        about = _header(header.get(FORMAT_KEY, "{}"), path)
+        config, site = _parse(SAEConfig, about["config"], path), about["site"] and _parse(Site, about["site"], path)
+        if site and site.kind != "update":
             raise ArtifactError(
-                f"{path} is not an SAE of this kit in format version {FORMAT_VERSION}: it has {found}. "
-                "Give one saved by this kit."
+                f"{path} was trained on {site.kind}s of {site.hookpoint}; this kit works on updates only."
             )
-        config = _parse(SAEConfig, about["config"], path)
-        site = _parse(Site, about["site"], path) if about["site"] else None
-        sae = cls(config, tensors["W_enc"].shape[0] if "W_enc" in tensors else config.k, site, about["name"])
+        shape = tuple(tensors["W_enc"].shape) if "W_enc" in tensors else ()
+        if len(shape) != 2 or shape[1] != shape[0] * config.expansion:
+            raise ArtifactError(
+                f"{path}: W_enc has shape {shape}, not (d_in, {config.expansion}·d_in). The file is damaged."
+            )
+        sae = cls(config, shape[0], site, about["name"])
         _check(tensors, sae.state_dict(), path)
         sae.load_state_dict(tensors)
         sae.metrics = about["metrics"]
@@ -214,6 +230,22 @@ class SAE(nn.Module):
     def __repr__(self) -> str:
         where = f"updates of {self.site.hookpoint} in {self.site.model}" if self.site else "nothing yet"
         return f"SAE {self.name}: {self.d_in} → {self.d_sae} latents, k={self.k}, trained on {where}"
+
+
+def _header(text: str, path: Path | str) -> dict[str, Any]:
+    try:
+        about: dict[str, Any] = dict(json.loads(text))
+    except (ValueError, TypeError):
+        about = {}
+    if about.get("version") != FORMAT_VERSION:
+        found = f"version {about['version']}" if "version" in about else "no such header"
+        raise ArtifactError(
+            f"{path} is not an SAE of this kit in format version {FORMAT_VERSION}: it has {found}. "
+            "Give one saved by this kit."
+        )
+    if missing := {"name", "config", "site", "metrics"} - about.keys():
+        raise ArtifactError(f"{path}: the header lacks {', '.join(sorted(missing))}. The file is damaged.")
+    return about
 
 
 def _parse(kind: type[T], values: Mapping[str, Any], path: Path | str) -> T:

@@ -42,8 +42,8 @@ def _real(n_images: int, epochs: int, n_features: int) -> Scale:
 
 
 SCALES = {
-    "tiny": {"smoke": _tiny(240, 4, 3), "demo": _tiny(2048, 10, 12)},
-    "real": {"smoke": _real(64, 1, 3), "demo": _real(4000, 2, 12)},
+    "tiny": {"smoke": _tiny(240, 4, 3), "demo": _tiny(2048, 10, 10)},
+    "real": {"smoke": _real(64, 1, 3), "demo": _real(4000, 2, 10)},
 }
 
 

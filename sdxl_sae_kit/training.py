@@ -87,7 +87,7 @@ def train(
     Args:
         cache: from `collect`.
         configs: name → configuration, or a single one (then named by its k).
-        hookpoints: by default all of the cache.
+        hookpoints: short names; by default all of the cache.
         batch_size: tokens per step.
         epochs: passes over the training tokens.
         device: by default CUDA if there is one, else the CPU.
@@ -106,7 +106,7 @@ def train(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     runs = [
         _Run(cache, (hookpoint, name), config, batch_size, epochs, Store.at(store))
-        for hookpoint in hookpoints or cache.hookpoints
+        for hookpoint in dict.fromkeys(hookpoints or cache.hookpoints)
         for name, config in named.items()
     ]
     missing = [run for run in runs if not run.artifact.finished]
@@ -162,8 +162,8 @@ class _Run:
     def finish(self, cache: ActivationCache) -> None:
         """Measure, save, seal."""
         sae = self.learner.sae.eval().requires_grad_(False)
-        sae.mean_activation.copy_(mean_activation(sae, cache, self.hookpoint))
-        sae.metrics = evaluate(sae, cache, self.hookpoint)
+        sae.mean_activation.copy_(mean_activation(sae, cache))
+        sae.metrics = evaluate(sae, cache)
         sae.save(self.artifact.file(_SAE))
         self._write_log()
         self.artifact.file(_CHECKPOINT).unlink(missing_ok=True)
@@ -192,9 +192,11 @@ def _train(runs: Sequence[_Run], cache: ActivationCache, batch_size: int, epochs
     with ExitStack() as stack:
         for run in runs:
             stack.enter_context(run.artifact.lock())
+        runs = [run for run in runs if not run.artifact.finished]  # another process may just have been faster
+        for run in runs:
             run.start(cache, device)
         live = stack.enter_context(LiveFigure())
-        first = min(run.learner.step_number for run in runs)
+        first = min((run.learner.step_number for run in runs), default=steps_per_epoch * epochs)
         bar = stack.enter_context(tqdm(total=steps_per_epoch * epochs, initial=first, desc="train", unit="step"))
         for epoch in range(first // steps_per_epoch, epochs):
             for number, batch in enumerate(cache.batches(hookpoints, batch_size, epoch=epoch), epoch * steps_per_epoch):

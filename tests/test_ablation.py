@@ -23,7 +23,8 @@ from sdxl_sae_kit.prompts import load_prompts
 from sdxl_sae_kit.sae import FIRES, SAEConfig
 from sdxl_sae_kit.search import most_energetic
 from sdxl_sae_kit.studies import ablation
-from sdxl_sae_kit.studies.ablation import CONDITIONS, CONTROLS, Ablation, FeatureEffects, ablate
+from sdxl_sae_kit.studies.ablation import Ablation, FeatureEffects, ablate
+from sdxl_sae_kit.studies.controls import CONDITIONS, CONTROLS, edits
 from sdxl_sae_kit.training import train
 
 HOOKPOINT = "up.0.0"
@@ -53,7 +54,7 @@ def result(micro, chosen, store) -> Ablation:
 
 
 def drawn(micro, feature: int, images: list[int]) -> dict[str, np.ndarray]:
-    conditions, _ = ablation.edits(micro.sae, micro.stats, feature, 0)
+    conditions, _ = edits(micro.sae, micro.stats, feature, 0)
     return ablation.draw_conditions(micro.pipe, micro.sae, micro.stats, images, conditions)
 
 
@@ -70,7 +71,7 @@ def test_the_clean_condition_is_the_image_that_was_collected(micro, chosen) -> N
 
 def test_two_controls_change_the_same_tokens_by_the_same_amount_and_the_third_is_another_feature(micro, chosen) -> None:
     feature = chosen[0]
-    conditions, other = ablation.edits(micro.sae, micro.stats, feature, 0)
+    conditions, other = edits(micro.sae, micro.stats, feature, 0)
     changes = {}
     for condition, edit in conditions.items():
         seen = []
@@ -194,9 +195,8 @@ def made_up(feature: int, ablated: list[float], control: list[float]) -> Feature
     inside = {"ablated": ablated, **dict.fromkeys(CONTROLS, control)}
     outside = {c: [value / 4 if i else None for i, value in enumerate(values)] for c, values in inside.items()}
     texts = [f"prompt {i}" for i in range(len(ablated))]
-    return FeatureEffects(
-        feature, "", 0, range(len(ablated)), texts, range(len(ablated)), [0.5] * 4, 1.0, inside, outside
-    )
+    n = len(ablated)
+    return FeatureEffects(feature, "", 0, 0.25, range(n), texts, range(n), [0.5] * n, 1.0, inside, outside)
 
 
 def test_rows_and_overall_are_the_means_of_what_was_measured(result) -> None:
@@ -221,7 +221,17 @@ def test_the_sentence_follows_the_numbers(result) -> None:
     assert "larger than every control" in sentence(2, 1)
     assert f"not clearly larger than {' or '.join(CONTROLS)}" in sentence(1, 1)
     assert "not clearly larger" in sentence(1, 2)
-    assert "2 features (8 held-out images)" in sentence(1, 2)
+    assert "2 features (8 held-out images). The other feature fires on 25% of the region" in sentence(1, 2)
+
+
+def test_without_any_change_outside_there_is_no_locality_to_speak_of(result) -> None:
+    still = replace(made_up(1, [1] * 4, [1] * 4), outside={c: [0.0] * 4 for c in CONDITIONS})
+    nowhere = replace(made_up(1, [1] * 4, [1] * 4), outside={c: [None] * 4 for c in CONDITIONS})
+    for effects in (still, nowhere):
+        made = replace(result, features=(effects, replace(effects, feature=2)))
+        assert np.isnan(made.overall()["ablated locality"])
+        assert "no outside to compare with" in made.sentence()
+        assert "nan" not in made.sentence()
 
 
 def test_prompts_are_shown_and_never_run(result) -> None:

@@ -117,6 +117,17 @@ def test_a_second_writer_is_refused_by_the_name_of_the_first_and_a_killed_one_fr
         holder.kill()
 
 
+def test_what_a_killed_writer_left_half_written_is_not_sealed_in(tmp_path):
+    artifact = Store.at(tmp_path).artifact("studies", "x", {})
+    with artifact.lock():
+        artifact.file("stamp.json.tmp").write_text("{")
+        artifact.file("result.json.tmp").write_text("[")
+        artifact.file("result.json").write_text("[]")
+        sealed = artifact.seal()
+    assert list(sealed.stamp["files"]) == ["result.json"]
+    sealed.verify()
+
+
 def test_the_store_lists_what_it_holds(made):
     store = Store(made.folder.parent.parent)
     store.artifact("saes", "half", {}).folder.mkdir(parents=True)

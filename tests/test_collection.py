@@ -10,13 +10,15 @@ import time
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 
 from sdxl_sae_kit import collection
+from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.cache import read_manifest
 from sdxl_sae_kit.collection import collect, plan_collection
 from sdxl_sae_kit.errors import ArtifactError, HookpointError, KitError
 from sdxl_sae_kit.hooks import record
-from sdxl_sae_kit.pipelines import generate
+from sdxl_sae_kit.pipelines import generate, load_pipeline
 from sdxl_sae_kit.prompts import load_prompts
 
 PROMPTS = load_prompts("world", 20, seed=5)
@@ -62,6 +64,25 @@ def test_a_second_call_returns_what_is_there_without_running_the_model(pipe, tmp
     assert collect(pipe, PROMPTS, ["mid.0"], store=tmp_path).artifact.digest == first.artifact.digest
     with pytest.raises(TypeError):
         collect(pipe, PROMPTS, ["mid.0"], batch_size=5, store=tmp_path)  # another recipe
+
+
+def test_another_scheduler_is_another_cache(tmp_path):
+    pipe = load_pipeline("tiny-turbo", device="cpu", dtype="float32")
+    settings = {"num_inference_steps": 2, "dtype": "float32", "thumbnails": False, "store": tmp_path}
+    one = collect(pipe, PROMPTS[:2], ["mid.0"], **settings)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    other = collect(pipe, PROMPTS[:2], ["mid.0"], **settings)
+    assert one.name != other.name
+    assert not torch.allclose(one.read("mid.0", [0])[:, 1], other.read("mid.0", [0])[:, 1], atol=0.1)
+
+
+def test_one_that_another_process_finished_meanwhile_is_left_alone(pipe, tmp_path, monkeypatch):
+    first = collect(pipe, PROMPTS[:2], ["mid.0"], store=tmp_path)
+    stamp = (first.artifact.folder / "stamp.json").read_bytes()
+    looks = iter([False])  # the first look comes too early, the one under the lock does not
+    monkeypatch.setattr(Artifact, "finished", property(lambda self: next(looks, True)))
+    collect(pipe, PROMPTS[:2], ["mid.0"], store=tmp_path)
+    assert (first.artifact.folder / "stamp.json").read_bytes() == stamp
 
 
 def test_an_exception_at_one_image_loses_nothing_and_the_resumed_cache_is_bit_identical(pipe, tmp_path, monkeypatch):
@@ -113,7 +134,7 @@ def test_killed_again_and_again_it_still_ends_bit_identical(tmp_path, kills):
     assert process.wait(timeout=120) == 0
     duration = time.monotonic() - began
     rng = random.Random(0)
-    committed = 0
+    committed = midway = 0
     for _ in range(kills):
         process = start_collector(tmp_path / "killed")
         time.sleep(rng.uniform(0, duration * 0.6))
@@ -123,6 +144,8 @@ def test_killed_again_and_again_it_still_ends_bit_identical(tmp_path, kills):
         now = sum(shard["images"] for folder in folders for shard in read_manifest(folder))
         assert now >= committed  # what was entered stays entered
         committed = now
+        midway += 0 < now < 48
+    assert midway, "no kill landed between the first shard and the last"
     assert start_collector(tmp_path / "killed").wait(timeout=120) == 0
     whole, killed = (next((tmp_path / name / "activations").glob("*")) for name in ("whole", "killed"))
     assert {p.name for p in whole.iterdir()} == {p.name for p in killed.iterdir()}

@@ -1,14 +1,18 @@
 """Feature statistics against a brute-force oracle that sees all codes at once."""
 
+import copy
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from sdxl_sae_kit.collection import collect
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.pipelines import generate
+from sdxl_sae_kit.prompts import load_prompts
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +85,6 @@ def test_a_dead_latent_has_no_examples_and_unknown_ones_are_refused(small_stats,
 
 
 def test_an_sae_of_another_hookpoint_is_refused_by_name(pipe, small_saes, store):
-    from sdxl_sae_kit.collection import collect
-
     other = collect(pipe, ["a red circle"] * 4, ["mid.0"], thumbnails=False, store=store)
     with pytest.raises(ArtifactError, match=r"was trained on updates of up.0.1; .* has mid.0"):
         FeatureStats.measure(small_saes["up.0.1", "k8"], other, store=store)
@@ -91,3 +93,32 @@ def test_an_sae_of_another_hookpoint_is_refused_by_name(pipe, small_saes, store)
 def test_a_step_the_cache_does_not_have_is_refused(small_saes, small_cache, store):
     with pytest.raises(KitError, match="has steps 0 to 0"):
         FeatureStats.measure(small_saes["up.0.1", "k8"], small_cache, step=1, store=store)
+
+
+def test_saes_of_different_hookpoints_never_share_statistics(small_saes, small_cache, store):
+    both = [FeatureStats.measure(sae.untrained(), small_cache, store=store) for sae in small_saes.values()]
+    assert {stats.hookpoint for stats in both} == {"down.2.1", "up.0.1"}
+
+
+def test_another_models_cache_is_refused(small_saes, small_cache, store):
+    stranger = copy.deepcopy(small_saes["up.0.1", "k8"])
+    stranger.site = replace(stranger.site, model="someone/else")
+    with pytest.raises(ArtifactError, match=r"was trained on \('someone/else', .*, but .* was made by \('tiny-turbo'"):
+        FeatureStats.measure(stranger, small_cache, store=store)
+
+
+def test_with_guidance_the_cond_half_of_the_step_is_measured_and_images_are_not_needed(pipe, small_saes, store):
+    cache = collect(
+        pipe,
+        load_prompts("world", 6),
+        ["up.0.1"],
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        thumbnails=False,
+        store=store,
+    )
+    sae = small_saes["up.0.1", "k8"]
+    stats = FeatureStats.measure(sae, cache, step=1, store=store)
+    cond = sae.encode(cache.read("up.0.1", range(6))[:, 3].float())
+    assert np.allclose(stats.density, (cond > 1e-3).float().mean((0, 1)), atol=1e-3)
+    assert stats.examples(int(stats.density.argmax()))[0].thumbnail == b""

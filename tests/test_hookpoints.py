@@ -47,6 +47,18 @@ def test_the_four_default_hookpoints_of_sdxl_are_1280_wide_and_16_by_16_at_512_p
     assert hookpoint.grid(1024 // 8, 1024 // 8) == (32, 32)
 
 
+def test_a_forward_pass_at_512_px_gives_updates_of_that_shape(sdxl):
+    shapes = {}
+    for name in DEFAULT_HOOKPOINTS:
+        module = sdxl.get_submodule(resolve(sdxl, name).path).proj_out
+        module.register_forward_hook(lambda _m, _a, out, name=name: shapes.update({name: tuple(out.shape)}))
+    meta = {"device": "meta"}
+    added = {"text_embeds": torch.empty(1, 1280, **meta), "time_ids": torch.empty(1, 6, **meta)}
+    sample, text = torch.empty(1, 4, 64, 64, **meta), torch.empty(1, 77, 2048, **meta)
+    sdxl(sample, torch.zeros((), **meta), encoder_hidden_states=text, added_cond_kwargs=added)
+    assert shapes == dict.fromkeys(DEFAULT_HOOKPOINTS, (1, 16 * 16, 1280))
+
+
 def test_the_outer_hookpoints_of_sdxl_are_640_wide_on_a_grid_twice_as_fine(sdxl):
     for name in ("down.1.0", "up.1.2"):
         assert (resolve(sdxl, name).d_in, resolve(sdxl, name).grid(64, 64)) == (640, (32, 32))

@@ -182,6 +182,7 @@ def test_an_edit_of_one_image_does_not_depend_on_the_others_in_its_batch(pipe, s
             r"where has shape \(32, 32\), but up.0.1 is 8×8 for this image. Resize it to \(8, 8\)",
         ),
         ({"scale": {0: np.ones((8, 9))}}, r"scale\[0\] has shape \(8, 9\)"),
+        ({"scale": {0: 0.0}, "clamp": {0: 1.0}}, r"latents \[0\] are both scaled and clamped"),
         ({"scale": {0: 0.0}, "steps": [3]}, r"steps=\[3\], but this image is made in 1 step"),
     ],
 )
@@ -195,7 +196,7 @@ def test_edits_that_make_no_sense_are_refused_and_leave_nothing_hooked(pipe, sae
 def test_adding_a_latent_without_a_unit_is_refused(pipe, sae):
     silent = SAE(sae.config, 96, sae.site)
     with (
-        pytest.raises(EditError, match="latent 4 never fired in training, so add has no unit"),
+        pytest.raises(EditError, match="latent 4 never fired in training as far as measured, so add has no unit"),
         steer(pipe, silent, add={4: 1.0}),
     ):
         pass

@@ -110,6 +110,12 @@ def test_a_saved_sae_reads_back_exactly(tmp_path):
         (lambda t, h: t.update({"../../x": torch.zeros(1)}), r"tensor \.\./\.\./x is missing, unknown"),
         (lambda t, h: h.update(version=9), "in format version 1: it has version 9"),
         (lambda t, h: h.clear(), "it has no such header"),
+        (lambda t, h: h.pop("site"), "the header lacks site"),
+        (
+            lambda t, h: h["site"].update(kind="output"),
+            "was trained on outputs of mid.0; this kit",
+        ),
+        (lambda t, h: h["config"].update(expansion=10**9), r"W_enc has shape \(6, 24\), not \(d_in, 1000000000·d_in\)"),
         (lambda t, h: h.update(config={"k": 3, "activation": "gelu"}), "SAEConfig has settings .*activation"),
     ],
 )

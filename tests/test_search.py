@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
+from sdxl_sae_kit import search
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.search import areas_under_curve, best_latents, most_energetic
@@ -42,6 +43,15 @@ def test_the_planted_latent_is_found_and_noise_is_measured_near_chance(unchecked
     for row in best_latents({"mid.0": stats_of(noise, factors)}):
         assert abs(row["AUC"] - 0.5) < 0.1  # chosen as the best of 17, measured on other images
         assert row["interval"][0] <= row["AUC"] <= row["interval"][1]
+
+
+def test_the_interval_covers_the_true_auc_about_as_often_as_it_says(unchecked_types):
+    rng, hits, truth = np.random.default_rng(1), 0, 0.7602499389  # Φ(1/√2): normal(1, 1) against normal(0, 1)
+    for _ in range(300):
+        shows = np.arange(240) < 40
+        row = search._measured(rng.normal(shows.astype(float)), shows, "mid.0", 0)
+        hits += row["interval"][0] <= truth <= row["interval"][1]
+    assert 0.90 <= hits / 300 <= 0.99
 
 
 def test_images_of_which_a_factor_is_unknown_do_not_count(unchecked_types):

@@ -21,13 +21,12 @@ from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.hookpoints import resolve
 from sdxl_sae_kit.interventions import steer
 from sdxl_sae_kit.metrics import bootstrap_interval
-from sdxl_sae_kit.pipelines import describe, generate
+from sdxl_sae_kit.pipelines import describe, generate, scheduler
 from sdxl_sae_kit.plots import effects_by_group
 from sdxl_sae_kit.sae import FIRES, SAE, Site
 from sdxl_sae_kit.search import MIN_IMAGES, held_out_firing, most_energetic
+from sdxl_sae_kit.studies.controls import CONDITIONS, CONTROLS, edits
 
-CONTROLS = ("random direction", "other feature", "untrained SAE")
-CONDITIONS = ("ablated", *CONTROLS)
 _SHOWN, _TILE, _GAP = 3, 96, 4
 _FILE, _PICTURE = "ablation.jsonl", "feature-{:05d}.webp"
 
@@ -40,13 +39,15 @@ class FeatureEffects:
 
     An effect is the mean of |edited − clean| over pixels and channels, colours being 0 to 1: `inside` the feature's
     region (the tokens on which it fires; `area` is its share of the image), and `outside`, None where there is none.
-    `other_feature` is the one turned off as a control, `gain` how much the picture exaggerates the difference.
+    `other_feature` is the one turned off as a control, `overlap` the share of the region on which it fires too, and
+    `gain` how much the picture exaggerates the difference.
     """
 
     feature: int
     skipped: str = ""
     """Why nothing was measured; empty when it was."""
     other_feature: int = -1
+    overlap: float = 0
     images: Sequence[int] = ()
     prompts: Sequence[str] = ()
     seeds: Sequence[int] = ()
@@ -103,7 +104,9 @@ class Ablation:
         per_feature = [[_mean_known(values) for values in _arrays(effects)] for effects in self.measured]
         inside, outside = np.array(per_feature).reshape(-1, 2, len(CONDITIONS)).transpose(1, 0, 2)
         clear = sum(all(row[f"ablated − {c} interval"][0] > 0 for c in CONTROLS) for row in self.rows())
-        counts = {"features": len(inside), "images": sum(len(e.images) for e in self.measured), "clear": clear}
+        overlap = float(np.mean([e.overlap for e in self.measured]))
+        images = sum(len(e.images) for e in self.measured)
+        counts = {"features": len(inside), "images": images, "clear": clear, "overlap": overlap}
         return counts | _summarise(inside, outside)
 
     def sentence(self) -> str:
@@ -118,7 +121,9 @@ class Ablation:
             f"Turning a feature off changes the colours inside its region by {html.short(row['ablated'])} of their "
             f"range ({html.short(255 * row['ablated'])} of 255 levels), {verdict}. Controls: {', '.join(controls)}, in "
             f"brackets the paired difference with its 95 % interval over {row['features']} features ({row['images']} "
-            f"held-out images). Taken alone, {row['clear']} exceed every control. {_locality(row)}"
+            f"held-out images). The other feature fires on {row['overlap']:.0%} of the region. Taken alone, "
+            f"{row['clear']} of the features exceed every control, not corrected for looking at several. "
+            f"{_locality(row)}"
         )
 
     def plot(self) -> Any:
@@ -151,17 +156,18 @@ def ablate(
     stats: FeatureStats,
     features: Sequence[int] | None = None,
     *,
-    prompts_per_feature: int = 8,
+    prompts_per_feature: int = 12,
     seed: int = 0,
     store: Store | Path | str | None = None,
 ) -> Ablation:
     """Turn features off one at a time on held-out images on which they fire, and measure what changes where.
 
-    Each image is made again from its prompt and seed in five conditions: clean; ablated (the feature's activation is
-    0); two controls that subtract the same amounts at the same tokens along another direction, a random one and a
-    decoder row of an untrained SAE; and a third in which the alive feature of the nearest density is turned off
-    instead. Effects of all are measured in the feature's own region. Killed at any moment, it goes on at the feature
-    in hand.
+    Each image is made again from its prompt and seed in six conditions: clean; ablated (the feature's activation is
+    0); three controls that subtract the same amounts at the same tokens along another direction: a random one, a
+    decoder row of an untrained SAE, and a random mixture of all features in proportion to their spread, which varies
+    as the updates themselves do and is the hardest to beat; and one in which the alive feature of the nearest density
+    is turned off instead. Effects of all are measured in the feature's own region. Killed at any moment, it goes on
+    at the feature in hand.
 
     Args:
         pipe: the pipeline whose updates the SAE was trained on.
@@ -193,41 +199,24 @@ def ablate(
         "features": chosen,
         "prompts_per_feature": prompts_per_feature,
         "seed": seed,
+        "scheduler": scheduler(pipe),
         "compute_dtype": str(pipe.unet.dtype).removeprefix("torch."),
     }
     artifact = Store.at(store).artifact("studies", f"ablation_{sae.name.rsplit('-', 1)[0]}", recipe)
     if not artifact.finished:
         with artifact.lock():
-            _run(pipe, sae, stats, artifact)
+            if not artifact.finished:
+                _run(pipe, sae, stats, artifact)
     return Ablation.open(artifact.folder)
 
 
-def edits(sae: SAE, stats: FeatureStats, feature: int, seed: int) -> tuple[dict[str, dict[str, Any]], int]:
-    """What `steer` is told in each condition, and which other feature is turned off in the last."""
-    others = stats.alive[stats.alive != feature]
-    if not len(others):
-        raise KitError(f"{sae.name} has no alive feature but {feature}, so nothing to compare it with.")
-    other = int(others[np.abs(stats.density[others] - stats.density[feature]).argmin()])
-    random = np.random.default_rng([seed, feature]).standard_normal(sae.d_in)
-    untrained = sae.untrained().W_dec[feature].numpy()
-    length = float(sae.W_dec[feature].norm())
-    off: dict[str, Any] = {"scale": {feature: 0.0}}
-
-    def along(vector: Float[np.ndarray, " d_in"]) -> dict[str, Any]:
-        return {"along": {feature: vector * (length / np.linalg.norm(vector))}}
-
-    chosen = (off, off | along(random), {"scale": {other: 0.0}}, off | along(untrained))
-    return dict(zip(CONDITIONS, chosen, strict=True)), other
-
-
 def _check_inputs(pipe: Any, sae: SAE, stats: FeatureStats) -> Site:
-    if sae.site is None:
-        raise ArtifactError(f"{sae.name} has no hookpoint: it was never trained. Train it, or load one that was.")
-    site, model = sae.site, describe(pipe)
-    if (stats.sae, stats.hookpoint) != (sae.name, site.hookpoint):
+    hookpoint, site, model = sae.hookpoint, sae.site, describe(pipe)
+    assert site is not None  # or it would have no hookpoint
+    if (stats.sae, stats.hookpoint) != (sae.name, hookpoint):
         raise ArtifactError(
             f"ablate: the statistics are of {stats.sae} at {stats.hookpoint}, but the SAE is {sae.name} at "
-            f"{site.hookpoint}. Measure this SAE with FeatureStats.measure."
+            f"{hookpoint}. Measure this SAE with FeatureStats.measure."
         )
     if (model.name, model.revision) != (site.model, site.revision):
         raise ArtifactError(
@@ -262,7 +251,7 @@ def _run(pipe: Any, sae: SAE, stats: FeatureStats, artifact: Artifact) -> None:
     done = list(_read(artifact))
     left = recipe["features"][len(done) :]
     cost = sum(len(images[f]) for f in left if len(images[f]) >= MIN_IMAGES) * (1 + len(CONDITIONS))
-    tqdm.write(f"Ablating {len(left)} features of {sae.name}: {cost:,} images to make, into {artifact.folder.parent}.")
+    tqdm.write(f"Ablating {len(left)} features of {sae.name}: {cost:,} images to make, as {artifact.name}.")
     for feature in tqdm(left, desc="ablate", unit="feature"):
         done.append(_measure(pipe, sae, stats, feature, images[feature], artifact))
         write_atomically(artifact.file(_FILE), "".join(json.dumps(asdict(e)) + "\n" for e in done).encode())
@@ -284,7 +273,8 @@ def _measure(
     changes = {c: np.abs(drawn[c] - drawn["clean"]).mean(axis=3) for c in CONDITIONS}
     inside, outside = ({c: _means(changes[c], where) for c in CONDITIONS} for where in (region, ~region))
     area = region.mean(axis=(1, 2)).tolist()
-    return FeatureEffects(feature, "", other, images, *_prompts(stats, images), area, gain, inside, outside)
+    overlap = float((np.stack([stats.heat_map(other, i) for i in images]) > FIRES)[fires].mean())
+    return FeatureEffects(feature, "", other, overlap, images, *_prompts(stats, images), area, gain, inside, outside)
 
 
 def draw_conditions(
@@ -344,12 +334,13 @@ def _estimate(name: str, values: Float[np.ndarray, "unit"]) -> dict[str, Any]:
 
 
 def _ratio(means: Float[np.ndarray, "*draw 2"]) -> Float[np.ndarray, "*draw"]:
-    return np.asarray(means[..., 0] / np.maximum(means[..., 1], np.finfo(np.float64).tiny))
+    inside, outside = means[..., 0], means[..., 1]
+    return np.asarray(np.divide(inside, outside, out=np.full_like(inside, np.nan), where=outside > 0))
 
 
 def _locality(row: Mapping[str, Any]) -> str:
     if np.isnan(row["ablated locality"]):
-        return "Where they fire they fire everywhere, so there is no outside to compare with."
+        return "There is no outside to compare with: they fire all over the image, or nothing changes elsewhere."
     controls = ", ".join(f"{c} {_with_interval(row, f'{c} locality')}" for c in CONTROLS)
     own = _with_interval(row, "ablated locality")
     return f"The change inside the region is {own} times that outside; for the controls: {controls}."

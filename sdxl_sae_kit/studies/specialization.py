@@ -36,7 +36,7 @@ COLOUR = ("brightness", "red − green", "yellow − blue")
 
 _TABLES, _ARRAYS = "specialization.json", "specialization.h5"
 
-Labels = Int[np.ndarray, "feature"]
+Integers = Int[np.ndarray, "feature"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Specialization:
     permutations: int
     control_information: float | None
     """The same mutual information for the controls' features, clustered among themselves; None for fewer than two."""
+    control_shuffled: float | None
     table: Sequence[Mapping[str, Any]] = field(repr=False)
 
     @classmethod
@@ -97,11 +98,11 @@ class Specialization:
         )
 
     def _against_control(self) -> str:
-        if self.control_information is None:
+        if self.control_information is None or self.control_shuffled is None:
             return "Without untrained SAEs at two hookpoints it stays open whether that is the SAEs' doing."
-        less = self.control_information < self.information
-        verdict = "less" if less else "no less, so the difference is in the updates themselves, not owed to training"
-        return f"Clusters of untrained SAEs' features tell {self.control_information:.3f} bits: {verdict}."
+        own, control = self.information - self.shuffled, self.control_information - self.control_shuffled
+        verdict = "less" if control < own else "no less, so the difference is in the updates and need not be learnt"
+        return f"Above chance that is {own:.3f} bits; for untrained SAEs' features it is {control:.3f}: {verdict}."
 
     def _best_explained(self) -> str:
         rows = [row for row in self.table if row["kind"] == "factor"]
@@ -184,7 +185,8 @@ def specialize(
     artifact = Store.at(store).artifact("studies", f"specialization_{len(stats)}hookpoints", recipe)
     if not artifact.finished:
         with artifact.lock():
-            _run(stats, controls, artifact)
+            if not artifact.finished:
+                _run(stats, controls, artifact)
     return Specialization.open(artifact.folder)
 
 
@@ -222,7 +224,7 @@ def morans_i(heat_maps: Float[np.ndarray, "map height width"]) -> Float[np.ndarr
     return np.asarray((down + across) / pairs / np.where(variance > 0, variance, np.nan))
 
 
-def association(hookpoint: Labels, cluster: Labels, permutations: int, seed: int) -> tuple[float, float, float]:
+def association(hookpoint: Integers, cluster: Integers, permutations: int, seed: int) -> tuple[float, float, float]:
     """Mutual information of two labellings in bits, its mean over shuffles of the first, and the permutation p-value.
 
     p = (1 + shuffles with as much information) / (1 + shuffles), so it is never 0.
@@ -253,7 +255,7 @@ def _check(stats: Sequence[FeatureStats], controls: Sequence[FeatureStats]) -> N
 class _Described:
     """Features of one SAE with their descriptors."""
 
-    feature: Labels
+    feature: Integers
     descriptors: dict[str, Float[np.ndarray, "feature"]]
 
 
@@ -276,7 +278,7 @@ def _run(stats: Sequence[FeatureStats], controls: Sequence[FeatureStats], artifa
         "shuffled": shuffled,
         "p_value": p_value,
         "permutations": recipe["permutations"],
-        "control_information": _control_information(control, names, recipe) if len(controls) > 1 else None,
+        **_control_information(control, names, recipe),
         "table": [_row(name, columns) for name in names],
     }
     arrays = {"hookpoint": hookpoint, "cluster": cluster, "position": position, "descriptors": x}
@@ -285,7 +287,7 @@ def _run(stats: Sequence[FeatureStats], controls: Sequence[FeatureStats], artifa
     artifact.seal(facts={"features": len(hookpoint), "information": information, "p_value": p_value})
 
 
-def _describable(stats: FeatureStats) -> Labels:
+def _describable(stats: FeatureStats) -> Integers:
     return np.flatnonzero(stats.image_density * stats.n_images >= MIN_IMAGES - 0.5)
 
 
@@ -341,7 +343,7 @@ def _colour(examples: Sequence[Example], weights: Float[np.ndarray, "example hei
 
 def _cluster(
     described: Sequence[_Described], names: Sequence[str], clusters: int, seed: int
-) -> tuple[Labels, Labels, Float[np.ndarray, "feature 2"], list[str], Float[np.ndarray, "feature descriptor"]]:
+) -> tuple[Integers, Integers, Float[np.ndarray, "feature 2"], list[str], Float[np.ndarray, "feature descriptor"]]:
     """Hookpoint and cluster of each feature, its place in the plane, the clusters' names, and the descriptors."""
     x = np.concatenate([np.stack([d.descriptors[name] for name in names], axis=1) for d in described])
     counts = [len(d.feature) for d in described]
@@ -363,9 +365,14 @@ def _name(centre: Float[np.ndarray, "descriptor"], names: Sequence[str]) -> str:
     return ", ".join(f"{'high' if centre[i] > 0 else 'low'} {names[i]}" for i in strongest)
 
 
-def _control_information(control: Sequence[_Described], names: Sequence[str], recipe: Mapping[str, Any]) -> float:
+def _control_information(
+    control: Sequence[_Described], names: Sequence[str], recipe: Mapping[str, Any]
+) -> dict[str, float | None]:
+    if len(control) < 2:
+        return {"control_information": None, "control_shuffled": None}
     hookpoint, cluster, *_ = _cluster(control, names, recipe["clusters"], recipe["seed"])
-    return association(hookpoint, cluster, 1, recipe["seed"])[0]
+    information, shuffled, _p = association(hookpoint, cluster, recipe["permutations"], recipe["seed"])
+    return {"control_information": information, "control_shuffled": shuffled}
 
 
 def _row(name: str, columns: Mapping[str, _Described]) -> dict[str, Any]:
