@@ -3,8 +3,10 @@ PYTHON ?= python3
 MODEL  ?= tiny-turbo
 SCALE  ?= demo
 
-# More threads than this buy nothing for matrices of the tiny model and fight each other in the notebooks' kernels.
+# Two threads help a little on a free machine; that they wait passively keeps them from fighting for a busy one.
 export OMP_NUM_THREADS ?= 2
+export OMP_WAIT_POLICY ?= passive
+export KMP_BLOCKTIME ?= 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 BIN   := .venv/bin

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.sae import SAE as SAE
     from sdxl_sae_kit.sae import SAEConfig as SAEConfig
     from sdxl_sae_kit.scales import load_scale as load_scale
+    from sdxl_sae_kit.search import most_energetic as most_energetic
     from sdxl_sae_kit.studies.ablation import ablate as ablate
     from sdxl_sae_kit.studies.specialization import specialize as specialize
     from sdxl_sae_kit.training import train as train
@@ -50,6 +51,7 @@ _NAMES = {
     "reports": ["report"],
     "sae": ["SAE", "SAEConfig"],
     "scales": ["load_scale"],
+    "search": ["most_energetic"],
     "studies.ablation": ["ablate"],
     "studies.specialization": ["specialize"],
     "training": ["train"],

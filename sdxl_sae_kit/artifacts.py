@@ -170,6 +170,17 @@ class Artifact:
         write_atomically(self.file(_STAMP), json.dumps(stamp, indent=1).encode())
         return Artifact(self.folder, self.recipe)
 
+    def check(self, name: str) -> Path:
+        """Path of one of its files, hashed again: for files small enough to be read whole anyway.
+
+        Raises:
+            ArtifactError: it is missing or has changed.
+        """
+        path = self.file(name)
+        if not path.is_file() or hash_file(path) != self.stamp["files"][name]["sha256"]:
+            raise ArtifactError(f"{path} is missing or has changed. Delete its folder and make it again.")
+        return path
+
     def verify(self) -> None:
         """Hash everything again.
 

@@ -40,6 +40,7 @@ Split = Literal["train", "held_out", "all"]
 _MANIFEST, _PROMPTS, _VIRTUAL = "manifest.jsonl", "prompts.jsonl", "all.h5"
 _LIBVER = ("v108", "v110")  # readable by every HDF5 tool since 1.10
 _SHUFFLE_BYTES = 256 * 2**20
+_OPEN_FILES = 64
 
 
 class ActivationCache:
@@ -204,6 +205,10 @@ class ActivationCache:
     def _file(self, name: str) -> h5py.File:
         key = (os.getpid(), name)  # a handle must not cross a fork
         if key not in self._open:
+            if len(self._open) == _OPEN_FILES:
+                self._open.pop(next(iter(self._open))).close()
+            if not self.artifact.file(name).is_file():
+                raise ArtifactError(f"{self.name} has lost {name}. Delete its folder and collect again.")
             self._open[key] = h5py.File(self.artifact.file(name), "r")
         return self._open[key]
 

@@ -117,7 +117,7 @@ class FeatureStats:
             ArtifactError: no finished feature statistics there.
         """
         artifact = Artifact.open(folder, "features")
-        with h5py.File(artifact.file(_FILE), "r") as file:
+        with h5py.File(artifact.check(_FILE), "r") as file:
             arrays = {name: file[name][()] for name in _PER_LATENT}
             a = file.attrs
             grid = (int(a["height"]), int(a["width"]))

@@ -85,7 +85,7 @@ def record(
 ) -> Iterator[Recording]:
     """Record the updates of these hookpoints for every image made inside the with block.
 
-    Each block's own update is read, before any `rewrite` of the same hookpoint. With `stop_early` the pipeline call is
+    Updates are kept on the CPU. Each block's own update is read, before any `rewrite` of the same hookpoint. With `stop_early` the pipeline call is
     broken off after the last hookpoint of the last step, and the with block ends there: for when only updates are
     wanted.
 
@@ -110,7 +110,7 @@ def record(
     last = max(names, key=order.index) if names else None
 
     def read(update: Tensor, call: Call) -> None:
-        recording._add(update.detach().to(dtype=dtype or update.dtype, copy=True), call)
+        recording._add(update.detach().to("cpu", dtype or update.dtype, copy=True), call)
         if stop_early and call.hookpoint == last and call.step == call.n_steps - 1:
             raise _Stopped
 

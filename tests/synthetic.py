@@ -16,28 +16,14 @@ from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.features import Example, FeatureStats, Ranking
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.sae import FIRES
+from sdxl_sae_kit.tiny.world import BACKGROUNDS, COLOURS
 
-COLOURS = {
-    "red": (222, 38, 38),
-    "green": (40, 175, 60),
-    "blue": (45, 95, 235),
-    "yellow": (248, 222, 50),
-    "purple": (150, 60, 195),
-    "orange": (248, 140, 30),
-}
 PLACES = {
     "on the left": (18, 32),
     "on the right": (46, 32),
     "at the top": (32, 18),
     "at the bottom": (32, 46),
     "in the center": (32, 32),
-}
-BACKGROUNDS = {
-    "black": (20, 20, 24),
-    "white": (240, 240, 238),
-    "gray": (128, 128, 130),
-    "navy": (25, 34, 100),
-    "teal": (14, 112, 105),
 }
 GRID = (8, 8)
 N_IMAGES = 90

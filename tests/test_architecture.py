@@ -79,7 +79,7 @@ def test_environment_yml_leaves_the_bounds_to_pyproject():
     assert environment.keys() == {"name", "channels", "dependencies"}
     assert (environment["name"], environment["channels"]) == (PROJECT["name"], ["conda-forge"])
     python, pip, pip_block = environment["dependencies"]
-    assert pip.startswith("pip>=") and pip_block == {"pip": ["-e ."]}
+    assert pip.startswith("pip>=") and pip_block == {"pip": ["-e .[dev]"]}
     minor = int(python.removeprefix("python=3."))
     lowest, end = map(int, re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["requires-python"]).groups())
     assert lowest <= minor < end

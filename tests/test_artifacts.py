@@ -80,6 +80,13 @@ def edit_stamp(folder, change):
     (folder / "stamp.json").write_text(json.dumps(stamp))
 
 
+def test_one_file_can_be_checked_alone(made):
+    assert made.check("result.json").read_text() == "[1, 2]"
+    made.file("result.json").write_text("[1, 3]")
+    with pytest.raises(ArtifactError, match="result.json is missing or has changed. Delete its folder"):
+        made.check("result.json")
+
+
 def test_an_unfinished_foreign_or_newer_artifact_is_not_opened(made, tmp_path):
     with pytest.raises(ArtifactError, match="No finished artifact"):
         Artifact.open(tmp_path / "nothing", "studies")

@@ -178,6 +178,17 @@ def test_verify_finds_a_flipped_bit_and_so_does_reading(tmp_path):
         ActivationCache.open(cache.artifact.folder).read("mid.0", [4])
 
 
+def test_a_lost_shard_is_missed_by_name_and_many_shards_need_few_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("sdxl_sae_kit.cache._OPEN_FILES", 2)
+    batches = random_batches([1] * 7)
+    cache = write(tmp_path, batches, images_per_shard=1)
+    assert np.array_equal(cache.read("mid.0", range(7)).numpy(), join(batches, "mid.0"))
+    assert len(cache._open) == 2
+    (cache.artifact.folder / "shard-00003.h5").unlink()
+    with pytest.raises(ArtifactError, match="has lost shard-00003.h5. Delete its folder and collect again"):
+        cache.read("mid.0", [3])
+
+
 def test_plain_h5py_reads_all_shards_as_one_from_anywhere(tmp_path):
     batches = random_batches([4, 4, 3], rows=2)
     cache = write(tmp_path, batches, n_steps=2)

@@ -122,3 +122,13 @@ def test_with_guidance_the_cond_half_of_the_step_is_measured_and_images_are_not_
     cond = sae.encode(cache.read("up.0.1", range(6))[:, 3].float())
     assert np.allclose(stats.density, (cond > 1e-3).float().mean((0, 1)), atol=1e-3)
     assert stats.examples(int(stats.density.argmax()))[0].thumbnail == b""
+
+
+def test_a_changed_file_is_noticed_when_it_is_opened(small_saes, small_cache, tmp_path):
+    stats = FeatureStats.measure(small_saes["up.0.1", "k8"], small_cache, store=tmp_path)
+    path = stats.artifact.file("features.h5")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="features.h5 is missing or has changed"):
+        FeatureStats.open(stats.artifact.folder)
