@@ -62,10 +62,13 @@ __all__ = list(_HOMES)  # noqa: PLE0604
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for, so that importing the kit is quick and silent."""
+    if name == "__version__":
+        return importlib.import_module("sdxl_sae_kit.artifacts").kit_version()
     if name not in _HOMES:
-        raise AttributeError(f"module 'sdxl_sae_kit' has no attribute {name!r}")
+        hint = importlib.import_module("sdxl_sae_kit.errors").did_you_mean(name, _HOMES)
+        raise AttributeError(f"module 'sdxl_sae_kit' has no attribute {name!r}.{hint}")
     return getattr(importlib.import_module(f"sdxl_sae_kit.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    return [*_HOMES, "__version__"]
