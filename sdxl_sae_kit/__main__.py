@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +14,19 @@ from sdxl_sae_kit.errors import ArtifactError, KitError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 1 after a mistake, which one line on stderr explains."""
+    """Run one command and return its exit code: 1 after a mistake and 130 after Ctrl-C, which one line explains."""
     options = _parser().parse_args(arguments)
+    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         options.run(options)
     except KitError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("Interrupted; what was made is kept, run it again to go on.", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
     return 0
 
 

@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from sdxl_sae_kit.errors import ArtifactError
+from sdxl_sae_kit.errors import ArtifactError, KitError
 
 FORMATS = {"activations": 1, "saes": 1, "features": 1, "studies": 1, "reports": 1}
 """Kinds of artifacts and the version of each one's format; raised whenever the format changes."""
@@ -127,6 +128,19 @@ class Artifact:
         """Path of one of its files."""
         return self.folder / name
 
+    def read_text(self, name: str) -> str:
+        """Content of one of its text files.
+
+        Raises:
+            ArtifactError: the file is lost or is no text.
+        """
+        try:
+            return self.file(name).read_text(encoding="utf-8")
+        except (OSError, ValueError) as cause:
+            raise ArtifactError(
+                f"{name} of {self.name} cannot be read ({cause}). Delete its folder {self.folder} and make it again."
+            ) from None
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder (made if need be) for writing; freed when the process ends, however it ends.
@@ -203,6 +217,18 @@ class Artifact:
         faults += [f"{name} does not belong to it" for name in sorted(present - stamp["files"].keys())]
         if faults:
             raise ArtifactError(f"{self.folder}: {'; '.join(faults)}. Delete the folder and make it again.")
+
+
+def whole_number(name: str, value: Any, *, least: int = 1, multiple_of: int = 1) -> int:
+    """A setting as a plain int, which is what recipes take.
+
+    Raises:
+        KitError: it is something else, too small or no multiple.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least or value % multiple_of:
+        kind = "an integer" if multiple_of == 1 else f"a multiple of {multiple_of}"
+        raise KitError(f"{name} must be {kind} of at least {least}, not {value!r}.")
+    return int(value)
 
 
 def canonical_json(value: Any) -> str:

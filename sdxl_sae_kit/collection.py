@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sdxl_sae_kit.artifacts import Artifact, Store, human_bytes
-from sdxl_sae_kit.cache import ActivationCache, CacheWriter
-from sdxl_sae_kit.errors import KitError, did_you_mean
+from sdxl_sae_kit.artifacts import Artifact, Store, human_bytes, whole_number
+from sdxl_sae_kit.cache import ActivationCache
+from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, resolve
 from sdxl_sae_kit.hooks import record
-from sdxl_sae_kit.pipelines import describe, generate, scheduler
+from sdxl_sae_kit.pipelines import chosen, describe, dtype_name, generate, scheduler
 from sdxl_sae_kit.prompts import Prompts, load_prompts
-
-Dtype = Literal["float16", "bfloat16", "float32"]
+from sdxl_sae_kit.shards import ShardWriter
 
 _SHARD_IMAGES, _SHARD_BYTES = 256, 256 * 2**20
 
@@ -63,7 +62,7 @@ def collect(
     width: int | None = None,
     batch_size: int = 32,
     thumbnails: bool = True,
-    dtype: Dtype = "float16",
+    dtype: torch.dtype | str = "float16",
     store: Store | Path | str | None = None,
 ) -> ActivationCache:
     """Make an image of every prompt and cache the updates of `hookpoints`; returns at once what was collected before.
@@ -74,28 +73,27 @@ def collect(
     Args:
         pipe: from `load_pipeline`, or any SDXL pipeline of diffusers.
         prompts: from `load_prompts`, or texts (the i-th gets seed i).
-        hookpoints: short names or module paths.
+        hookpoints: short names or module paths, or one of them.
         num_inference_steps, guidance_scale, height, width: by default the model's preset.
         batch_size: images at once.
         thumbnails: keep a small picture of every image, for galleries.
-        dtype: how numbers are stored.
+        dtype: how numbers are stored: float16, bfloat16 or float32.
         store: folder of artifacts.
 
     Raises:
         HookpointError: unknown hookpoint.
         ArtifactError: another process is collecting the same.
-        KitError: an update does not fit into float16.
+        KitError: an impossible setting, or an update that does not fit into float16.
     """
-    if dtype not in ("float16", "bfloat16", "float32"):
-        raise KitError(
-            f"collect: dtype is float16, bfloat16 or float32, not {dtype!r}."
-            f"{did_you_mean(dtype, ['float16', 'bfloat16', 'float32'])}"
-        )
+    hookpoints = [hookpoints] if isinstance(hookpoints, str) else hookpoints
+    if not hookpoints:
+        raise KitError(f"collect needs at least one hookpoint, such as {DEFAULT_HOOKPOINTS[0]!r}.")
     prompts = prompts if isinstance(prompts, Prompts) else load_prompts(prompts)
     model = describe(pipe)
-    steps = num_inference_steps or model.num_inference_steps
+    steps = chosen("num_inference_steps", num_inference_steps, model.num_inference_steps)
     guidance = model.guidance_scale if guidance_scale is None else guidance_scale
-    height, width = height or model.height, width or model.width
+    height = chosen("height", height, model.height, pipe.vae_scale_factor)
+    width = chosen("width", width, model.width, pipe.vae_scale_factor)
     recipe = {
         "model": model.name,
         "revision": model.revision,
@@ -107,9 +105,9 @@ def collect(
         "height": height,
         "width": width,
         "hookpoints": _shapes(pipe, hookpoints, height, width),
-        "batch_size": batch_size,
+        "batch_size": whole_number("batch_size", batch_size),
         "thumbnails": thumbnails,
-        "dtype": dtype,
+        "dtype": dtype_name(dtype),
         "compute_dtype": str(pipe.unet.dtype).removeprefix("torch."),
     }
     readable = f"{Path(model.name).name}_{steps}step_{len(prompts)}images"
@@ -132,7 +130,7 @@ def _collect(pipe: Any, prompts: Prompts, artifact: Artifact) -> None:
     plan = plan_collection(recipe, len(prompts))
     per_image = max(1, plan.nbytes // len(prompts))
     batches_per_shard = max(1, min(_SHARD_IMAGES, _SHARD_BYTES // per_image) // batch_size)
-    writer = CacheWriter(artifact, prompts, batches_per_shard * batch_size)
+    writer = ShardWriter(artifact, prompts, batches_per_shard * batch_size)
     tqdm.write(f"Collecting {plan}, as {artifact.name}.")
     with tqdm(total=len(prompts), initial=writer.next_image, desc="collect", unit="image") as bar:
         for start in range(writer.next_image, len(prompts), batch_size):

@@ -26,6 +26,9 @@ MOST_CARDS = 48
 SEARCHED = 12
 """Images of each latent, the strongest, whose prompts the filter looks through."""
 
+KEY = "Share of tokens on which the latent fires · below each image, where: dark grey 0 … pale yellow strongest"
+STATIC = "Static copy: sort, filter and label it in JupyterLab."
+
 ORDERS = {
     "density": "density",
     "max": "maximum",
@@ -169,13 +172,14 @@ class Overview(widgets.VBox):  # type: ignore[misc]
         latents = self.chosen()
         counted = f"{min(most, len(latents)):,} of {len(latents):,} latents{self._left_out()}"
         filtered = f", filter: {html.words(self.filter.value)}" if self.filter.value.strip() else ""
-        how = f"{counted}, order: {ORDERS[self.sort.value]}{filtered}. Below each image, where in it the latent fires."
+        how = f"{counted}, order: {ORDERS[self.sort.value]}{filtered}."
         heading = html.heading(self._stats.sae, how)
-        return html.fragment(heading, self._cards(latents[:most]))
+        return html.fragment(html.quiet(STATIC), heading, self._cards(latents[:most]))
 
     def _cards(self, latents: np.ndarray) -> str:
         named = self._labels.all()
-        return html.grid(feature_card(self._stats, latent, named.get(latent)) for latent in latents.tolist())
+        cards = [feature_card(self._stats, latent, named.get(latent)) for latent in latents.tolist()]
+        return (html.quiet(KEY) if cards else "") + html.grid(cards)
 
     def _left_out(self) -> str:
         dead = self._stats.d_sae - len(self._stats.alive)
@@ -247,7 +251,7 @@ class Detail(widgets.VBox):  # type: ignore[misc]
     def static_html(self) -> str:
         """The same without controls, the label as text."""
         label = self._labels.get(self.feature)
-        return html.fragment(feature_html(self._stats, self.feature, label or "no label"))
+        return html.fragment(html.quiet(STATIC), feature_html(self._stats, self.feature, label or "no label"))
 
     def _save(self) -> None:
         try:

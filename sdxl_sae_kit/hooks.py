@@ -85,9 +85,9 @@ def record(
 ) -> Iterator[Recording]:
     """Record the updates of these hookpoints for every image made inside the with block.
 
-    Updates are kept on the CPU. Each block's own update is read, before any `rewrite` of the same hookpoint. With `stop_early` the pipeline call is
-    broken off after the last hookpoint of the last step, and the with block ends there: for when only updates are
-    wanted.
+    Updates are kept on the CPU. Each block's own update is read, before any `rewrite` of the same hookpoint. With
+    `stop_early` the pipeline call is broken off after the last hookpoint of the last step, and the with block ends
+    there: for when only updates are wanted.
 
     Args:
         pipe: an SDXL pipeline of diffusers.

@@ -39,6 +39,7 @@ STYLE = """<style>
 .sae-kit h3 { font-size: 15px; font-weight: 600; margin: 0 0 8px; }
 .sae-kit h3 .sae-quiet { font-weight: 400; font-size: 13px; }
 .sae-kit h4 { font-size: 13px; font-weight: 600; margin: 16px 0 6px; }
+.sae-kit p + h3 { margin-top: 6px; }
 .sae-kit h3 + p { margin: -4px 0 10px; }
 .sae-kit img { display: block; height: auto; border-radius: 3px; }
 .sae-quiet { color: var(--sae-quiet); }
@@ -62,13 +63,19 @@ STYLE = """<style>
   border-bottom: 1px solid var(--sae-line); background: none; color: inherit; white-space: normal; }
 .sae-kit tbody tr:nth-child(n) { background: none; }
 .sae-kit th { color: var(--sae-quiet); font-weight: 600; }
-.sae-kit td.sae-number { text-align: right; }
+.sae-kit table .sae-number { text-align: right; white-space: nowrap; }
+.sae-kit table .sae-text { text-align: left; }
+.sae-kit table .sae-short { text-align: left; white-space: nowrap; }
 .sae-key { font-weight: 400; font-size: 12px; margin-left: 12px; }
 .sae-scale { display: inline-block; width: 96px; height: 9px; border-radius: 2px;
   background: linear-gradient(to right, HEAT); }
 </style>""".replace("HEAT", ", ".join(f"rgb({red:.0f} {green:.0f} {blue:.0f})" for red, green, blue in HEAT))
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+FIGURE = r"[+−-]?[\d.,]+(e[+−-]?\d+)?"
+NUMBER = re.compile(rf"–|nan|{FIGURE}( %)?( \[{FIGURE}, {FIGURE}\])?")
+UNBROKEN = 32
+"""Characters up to which a table's text keeps to one line."""
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
 
@@ -159,6 +166,11 @@ def to_webp(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
+def quiet(text: str) -> str:
+    """A line of text that stands back."""
+    return f'<p class="sae-quiet">{escape(text)}</p>'
+
+
 def heading(title: str, body: str) -> str:
     """A title, which may be a stranger's words, over a quiet line of HTML."""
     return f'<h3>{words(title)}</h3><p class="sae-quiet">{body}</p>'
@@ -187,33 +199,48 @@ def figures(pictures: Iterable[tuple[str, str, str]]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> str:
-    """A small table with the keys of the first row as its head; numbers stand right, texts left.
+    """A small table with the keys of the first row as its head; columns of numbers stand right, others left.
 
     >>> table([{"hookpoint": "mid.0", "L0": 10}]).count("<td")
     2
     """
     columns = list(rows[0]) if rows else []
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
-    body = "".join("<tr>" + "".join(_cell(row[column]) for column in columns) + "</tr>" for row in rows)
+    numeric = {column for column in columns if all(_is_number(row[column]) for row in rows)}
+    kinds = {column: "sae-number" if column in numeric else "sae-text" for column in columns}
+    head = "".join(f'<th scope="col" class="{kinds[column]}">{escape(column)}</th>' for column in columns)
+    body = "".join("<tr>" + "".join(_cell(row[column], kinds[column]) for column in columns) + "</tr>" for row in rows)
     titled = f"<caption>{escape(caption)}</caption>" if caption else ""
     return f"<table>{titled}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        return f"<td>{words(value)}</td>"
-    return (
-        f'<td class="sae-number">{short(float(value)) if isinstance(value, float | np.floating) else f"{value:,}"}</td>'
-    )
+def _is_number(value: object) -> bool:
+    """Whether it is a number, or the text of one, perhaps with a percent sign or an interval."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number):
+        return bool(NUMBER.fullmatch(str(value)))
+    return True
+
+
+def _cell(value: object, kind: str) -> str:
+    if isinstance(value, float | np.floating):
+        text = short(float(value))
+    elif isinstance(value, int | np.integer) and not isinstance(value, bool):
+        text = f"{value:,}"
+    else:
+        text = words(value)
+    if kind == "sae-text" and len(str(value)) <= UNBROKEN:
+        kind = "sae-short"
+    return f'<td class="{kind}">{text}</td>'
 
 
 def short(value: float) -> str:
     """A number in three figures.
 
-    >>> short(0.012), short(1234.5), short(100.0)
-    ('0.0120', '1,234', '100')
+    >>> short(0.012), short(1234.5), short(100.0), short(2.5e7), short(0.0000529)
+    ('0.0120', '1,234', '100', '2.50e+07', '5.29e-05')
     """
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".removesuffix(".")
+    if abs(value) >= 999_999.5 or 0 < abs(value) < 1e-4:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:#.3g}".removesuffix(".")
 
 
 def scale(peak: float) -> str:

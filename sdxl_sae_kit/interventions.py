@@ -7,6 +7,7 @@ stays in the update untouched, so an edit that changes nothing changes not a sin
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,7 +72,8 @@ def steer(
         )
     if cfg not in ("both", "cond", "uncond"):
         raise EditError(f"steer: cfg is 'both', 'cond' or 'uncond', not {cfg!r}.")
-    strengths = {"add": dict(add or {}), "scale": dict(scale or {}), "clamp": dict(clamp or {})}
+    strengths = {verb: _read(verb, edits) for verb, edits in (("add", add), ("scale", scale), ("clamp", clamp))}
+    steps = None if steps is None else _integers("steps, such as steps=[0],", steps)
     latents = list(dict.fromkeys(latent for edits in strengths.values() for latent in edits))
     if not latents:
         yield
@@ -157,6 +159,35 @@ class _Edit:
         indices, values = self.placed[update.device].encode_sparse(update.float())
         edited = torch.tensor(self.latents, device=update.device)
         return torch.einsum("...k,...ke->...e", values, (indices[..., None] == edited).float())
+
+
+def _read(verb: str, edits: Any) -> dict[int, float | ArrayLike]:
+    """Edits of one verb, with latents as plain integers."""
+    edits, example = {} if edits is None else edits, f"such as {verb}={{17: 2.0}},"
+    if not isinstance(edits, Mapping):
+        raise EditError(f"steer: {verb} must say how strongly for each latent, {example} not {edits!r}.")
+    for latent, strength in edits.items():
+        if not _is_finite(strength):
+            raise EditError(
+                f"steer: {verb}[{latent!r}] must be a finite number or a map of them, {example} not {strength!r}."
+            )
+    return dict(zip(_integers(f"latents of {verb}, {example}", edits), edits.values(), strict=True))
+
+
+def _integers(name: str, values: Any) -> list[int]:
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        found = list(values) if isinstance(values, Mapping) else values
+        raise EditError(f"steer: {name} must be integers, not {found!r}.") from None
+
+
+def _is_finite(strength: Any) -> bool:
+    try:
+        array = np.asarray(strength)
+    except (TypeError, ValueError):  # a ragged list
+        return False
+    return array.dtype.kind in "biuf" and bool(np.isfinite(array).all())
 
 
 def _directions(sae: SAE, latents: list[int], along: Mapping[int, ArrayLike]) -> Float[Tensor, "edited d_in"]:

@@ -37,6 +37,10 @@ class OfAnSAE(Protocol):
         """The SAE's name."""
 
     @property
+    def d_sae(self) -> int:
+        """How many latents it has."""
+
+    @property
     def artifact(self) -> Artifact:
         """Where it is kept."""
 
@@ -90,8 +94,9 @@ class LabelStore:
     'red, round'
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, d_sae: int | None = None) -> None:
         self.file = Path(file)
+        self.d_sae = d_sae
 
     @classmethod
     def of(cls, stats: OfAnSAE | str, store: Path | str | None = None) -> LabelStore:
@@ -105,15 +110,20 @@ class LabelStore:
             raise ArtifactError(
                 f"Labels are kept in a file named after their SAE, and {name!r} cannot name one. Pass the SAE's name."
             )
-        return cls(Store.at(store or beside).root / "labels" / f"{name}.jsonl")
+        d_sae = None if isinstance(stats, str) else stats.d_sae
+        return cls(Store.at(store or beside).root / "labels" / f"{name}.jsonl", d_sae)
 
     def set(self, feature: SupportsIndex, text: str, *, author: str | None = None) -> Label:
         """Name a latent, as `author` (by default the user logged in).
 
         Raises:
-            KitError: the text is empty or longer than 500 characters, or the latent is no integer from 0 on.
+            KitError: the text is empty or longer than 500 characters, or the SAE has no such latent (how many it has is
+                known where the labels were opened for its statistics).
         """
-        return self._append(_latent(feature), _tidy(text), author)
+        latent = _latent(feature)
+        if self.d_sae is not None and latent >= self.d_sae:
+            raise KitError(f"No latent {latent} in {self.file.stem}; it has 0 to {self.d_sae - 1:,}.")
+        return self._append(latent, _tidy(text), author)
 
     def withdraw(self, feature: SupportsIndex, *, author: str | None = None) -> Label:
         """Take a latent's label back; its history stays.
@@ -147,7 +157,8 @@ class LabelStore:
         return sorted(chosen, key=lambda label: label.time)  # a stable sort: equal times keep the order of the file
 
     def __repr__(self) -> str:
-        return f"LabelStore({str(self.file)!r})"
+        count = len(self.all())
+        return f"LabelStore({count:,} label{'' if count == 1 else 's'} in {self.file.name})"
 
     def _read(self) -> bytes:
         return self.file.read_bytes() if self.file.exists() else b""

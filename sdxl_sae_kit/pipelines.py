@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdxl_sae_kit.artifacts import whole_number
 from sdxl_sae_kit.errors import ModelError, PromptError, did_you_mean
 from sdxl_sae_kit.tiny import NAMES as TINY_NAMES
 from sdxl_sae_kit.tiny import weights_folder
@@ -80,9 +81,9 @@ def load_pipeline(
     >>> pipe("a large red circle", num_inference_steps=1, guidance_scale=0.0).images[0].size
     (64, 64)
     """
-    device = _device(device)
+    device = choose_device(device)
     numbers = _dtype(dtype, device)
-    local = _local_folder(name)
+    local = local_folder(name)
     if local is not None and revision is not None:
         raise ModelError(f"revision={revision!r} is for models on the hub; {name} is local. Leave revision out.")
     folder = local or _look_up(str(name), revision)
@@ -139,26 +140,44 @@ def generate(
 
     Raises:
         PromptError: there are no prompts, or not as many seeds as prompts.
+        KitError: impossible steps or size.
     """
+    if isinstance(prompts, str) or not hasattr(seeds, "__len__"):
+        raise PromptError(
+            f'generate takes lists, such as ["a red circle"] and [0]; it got prompts {prompts!r} and seeds {seeds!r}.'
+        )
     if not prompts or len(prompts) != len(seeds):
         raise PromptError(f"generate needs one seed per prompt; it got {len(prompts)} prompts and {len(seeds)} seeds.")
-    model = describe(pipe)
+    model, factor = describe(pipe), pipe.vae_scale_factor
     return pipe(
         list(prompts),
         generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
-        num_inference_steps=model.num_inference_steps if num_inference_steps is None else num_inference_steps,
+        num_inference_steps=chosen("num_inference_steps", num_inference_steps, model.num_inference_steps),
         guidance_scale=model.guidance_scale if guidance_scale is None else guidance_scale,
-        height=height or model.height,
-        width=width or model.width,
+        height=chosen("height", height, model.height, factor),
+        width=chosen("width", width, model.width, factor),
         output_type=output_type,
     ).images
+
+
+def chosen(name: str, value: int | None, default: int, multiple_of: int = 1) -> int:
+    """A positive setting of `generate`, or the model's where it is None.
+
+    Raises:
+        KitError: it is no positive multiple.
+    """
+    return default if value is None else whole_number(name, value, least=multiple_of, multiple_of=multiple_of)
 
 
 # Where a model is ---------------------------------------------------------------------------------------------------
 
 
-def _local_folder(name: str | Path) -> Path | None:
-    """The folder that holds the model, or None where only the hub can tell."""
+def local_folder(name: str | Path) -> Path | None:
+    """The folder that holds the model, or None where only the hub can tell.
+
+    Raises:
+        ModelError: it is neither a folder nor a name that the hub could know.
+    """
     folder, text = Path(name).expanduser(), str(name)
     if name in TINY_NAMES:
         return weights_folder(text)
@@ -234,7 +253,12 @@ def _read(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _device(device: str | None) -> str:
+def choose_device(device: str | None) -> str:
+    """The device given, or the best there is.
+
+    Raises:
+        ModelError: torch does not have it.
+    """
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if device is None:
         return next(kind for kind, count in counts.items() if count)
@@ -250,11 +274,20 @@ def _device(device: str | None) -> str:
 def _dtype(dtype: torch.dtype | str | None, device: str) -> torch.dtype:
     if dtype is None:
         return torch.float32 if device == "cpu" else torch.float16
+    return DTYPES[dtype_name(dtype)]
+
+
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """Name in `DTYPES` of a torch dtype, its name or a shorthand such as "fp16".
+
+    Raises:
+        ModelError: it is none of them.
+    """
     name = str(dtype).removeprefix("torch.")
     name = DTYPE_SHORTHANDS.get(name, name)
     if name not in DTYPES:
-        raise ModelError(f"No dtype {str(dtype)!r}; weights can be {', '.join(DTYPES)}.{did_you_mean(name, DTYPES)}")
-    return DTYPES[name]
+        raise ModelError(f"No dtype {str(dtype)!r}; it can be {', '.join(DTYPES)}.{did_you_mean(name, DTYPES)}")
+    return name
 
 
 # Loading and describing it ------------------------------------------------------------------------------------------

@@ -79,12 +79,12 @@ def load_prompts(source: str | Path | Iterable[str], n: int | None = None, *, se
 
     Args:
         source: `"world"`, `"scenes"`, a .txt, .jsonl (key `text` or `prompt`) or .csv file (column `text` or `prompt`),
-            or strings.
+            or strings. Files are UTF-8; empty lines are skipped.
         n: how many; needed for `"world"` and `"scenes"`, otherwise the first n.
         seed: what the generated sources and the images' noise start from.
 
     Raises:
-        PromptError: unknown source, a missing file or column, an empty prompt, or no prompts at all.
+        PromptError: unknown source, a missing or unreadable file or column, an empty prompt, or no prompts at all.
     """
     if source in ("world", "scenes"):
         if n is None:
@@ -139,26 +139,31 @@ def _read(source: str | Path | Iterable[str]) -> Iterable[Any]:
         return source
     path = Path(source)
     readers = {".txt": _from_txt, ".jsonl": _from_jsonl, ".csv": _from_csv}
-    if path.suffix not in readers:
+    read = readers.get(path.suffix.lower())
+    if read is None:
         raise PromptError(
             f"Unknown prompt source {str(source)!r}; it is 'world', 'scenes', a .txt, .jsonl or .csv file, "
             f"or a list of texts.{did_you_mean(str(source), ['world', 'scenes'])}"
         )
     if not path.is_file():
         raise PromptError(f"There is no file {path}. Give the path of a .txt, .jsonl or .csv file.")
-    return readers[path.suffix](path.read_text(encoding="utf-8"))
+    try:
+        return read(path.read_text(encoding="utf-8-sig"))  # spreadsheets put a byte-order mark first
+    except UnicodeDecodeError as cause:
+        raise PromptError(f"{path} is not UTF-8 (byte {cause.start}: {cause.reason}). Save it as UTF-8.") from None
 
 
 def _from_txt(text: str) -> list[str]:
-    return text.rstrip("\n").split("\n")  # not splitlines: a prompt may hold other Unicode line separators
+    # not splitlines: a prompt may hold other Unicode line separators
+    return [line for line in text.split("\n") if line.strip()]
 
 
 def _from_jsonl(text: str) -> list[Any]:
     rows: list[Any] = []
     for i, line in enumerate(text.split("\n"), 1):
         try:
-            rows += [_pick(json.loads(line), f"line {i}")] if line.strip() else []
-        except ValueError as cause:
+            rows += [_pick(json.loads(line), f"Line {i}")] if line.strip() else []
+        except json.JSONDecodeError as cause:
             raise PromptError(
                 f"Line {i} is not JSON ({cause}). Mend it, or give a .txt file with one prompt a line."
             ) from None
@@ -166,15 +171,18 @@ def _from_jsonl(text: str) -> list[Any]:
 
 
 def _from_csv(text: str) -> list[Any]:
-    return [_pick(row, f"row {i}") for i, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1)]
+    return [_pick(row, f"Row {i}") for i, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1)]
 
 
-def _pick(row: dict[str, Any], place: str) -> Any:
+def _pick(row: Any, place: str) -> Any:
+    if not isinstance(row, dict):
+        raise PromptError(f'{place} is {row!r}, not an object. Write it as {{"text": "a prompt"}}.')
     for key in ("text", "prompt"):
         if key in row:
             return row[key]
     raise PromptError(
-        f"{place} has neither 'text' nor 'prompt', only {', '.join(row)}. Rename the field that holds the prompts."
+        f"{place} has neither 'text' nor 'prompt', only {', '.join(map(str, row))}. "
+        "Rename the field that holds the prompts."
     )
 
 

@@ -18,24 +18,22 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import plotly.io
 from bs4 import BeautifulSoup, Tag
-from ipykernel.kernelspec import make_ipkernel_cmd
 from jinja2 import DictLoader, Environment
-from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 from plotly.offline import get_plotlyjs
 
-from sdxl_sae_kit.artifacts import STORE_VARIABLE, Store, hash_file, kit_version, write_atomically
+from sdxl_sae_kit.artifacts import Store, hash_file, kit_version, write_atomically
 from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.notebooks import cell_place, execute, find_notebooks, slug, tagged
+from sdxl_sae_kit.scales import load_scale
 
 PACKAGES = ("torch", "diffusers", "transformers", "h5py", "numpy", "scikit-learn", "plotly", "nbconvert")
 PLOTLY, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
+PROGRESS_BAR = re.compile(r"\d(%\||it).*\[\d+:\d\d[<,].*\]")
+"""What tqdm's bar is as plain text."""
 PICTURES = ("image/svg+xml", "image/png", "image/jpeg")
 POLICY = (
     "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; font-src data:; "
@@ -71,19 +69,21 @@ def report(
     default to a new artifact in the store: a report shows one moment, so its time is part of its recipe.
 
     Raises:
-        KitError: there are no notebooks, a cell failed, or a picture has no alt text; it names notebook and cell.
+        KitError: no notebooks, no such scale, `out` cannot be written, or a cell failed or shows a picture without alt
+            text; then it names notebook and cell.
+        KeyboardInterrupt: also on SIGTERM; the kernel is shut down before.
 
     Example:
         >>> report(scale="smoke")  # doctest: +SKIP
         PosixPath('artifacts/reports/tiny-turbo_smoke-1a2b3c4d/report.html')
     """
     home, paths, now = Store.at(store), find_notebooks(notebooks), datetime.now(UTC)
-    seen = {"contents", *map(_slug, paths)}
+    load_scale(model, scale)
+    target = None if out is None else _writable(Path(out).expanduser().resolve())
+    seen = {"contents", *map(slug, paths)}
     sections = [_section(path, f"[{i}/{len(paths)}]", model, scale, home, seen) for i, path in enumerate(paths, 1)]
     page = _page(sections, model, scale, now).encode()
-    if out is not None:
-        target = Path(out).expanduser().resolve()
-        target.parent.mkdir(parents=True, exist_ok=True)
+    if target is not None:
         write_atomically(target, page)
         return target
     sources = {path.name: hash_file(path) for path in paths}
@@ -95,41 +95,27 @@ def report(
     return artifact.file("report.html")
 
 
-def find_notebooks(notebooks: Path | str | Sequence[Path | str] | None) -> list[Path]:
-    """The notebook files of a folder in the order of their names, or those of a list in its order.
-
-    Raises:
-        KitError: there are none, one of the list is missing, or two have the same name.
-    """
-    if notebooks is None:
-        notebooks = Path(__file__).parent.parent / "notebooks"
-    if not isinstance(notebooks, Path | str):
-        paths = [Path(path).resolve() for path in notebooks]
-    elif Path(notebooks).suffix == ".ipynb":
-        paths = [Path(notebooks).resolve()]
-    else:
-        paths = sorted(Path(notebooks).resolve().glob("*.ipynb"))
-    if not paths:
-        raise KitError(
-            f"No notebooks in {notebooks}. An installed package comes without them: "
-            "pass the folder `notebooks/` of a checkout."
-        )
-    if missing := [str(path) for path in paths if not path.is_file()]:
-        raise KitError(f"No notebook at {', '.join(missing)}. Give the paths of .ipynb files.")
-    if len(set(map(_slug, paths))) < len(paths):
-        raise KitError("Two of the notebooks have the same name. Links in the report need different ones: rename one.")
-    return paths
+def _writable(target: Path) -> Path:
+    """The path, in a folder that is there now and takes files."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KitError(f"The report cannot go to {target}: {error}. Choose another place.") from None
+    if target.is_dir() or not os.access(target.parent, os.W_OK):
+        why = "it is a folder" if target.is_dir() else "its folder is read-only"
+        raise KitError(f"The report cannot go to {target}: {why}. Name a file that may be written.")
+    return target
 
 
 def _section(path: Path, progress: str, model: str, scale: str, store: Store, seen: set[str]) -> Section:
     """Run one notebook and turn it into HTML, saying so; ids already `seen` in the report are renamed."""
     started = time.monotonic()
     sys.stderr.write(f"{progress} {path.name} runs\n")
-    notebook = _execute(path, model, scale, store)
+    notebook = execute(path, model, scale, store)
     seconds = time.monotonic() - started
     sys.stderr.write(f"{progress} {path.name} took {seconds:.1f} s\n")
     # What the parameters were is on the front page.
-    notebook.cells = [cell for cell in notebook.cells if not _tagged(cell, "parameters", "injected-parameters")]
+    notebook.cells = [cell for cell in notebook.cells if not tagged(cell, "parameters", "injected-parameters")]
     scripts = [script for cell in notebook.cells for script in _make_static(cell, path)]
     soup = BeautifulSoup(_export(notebook, path), "html.parser")
     for pilcrow in soup.select("a.anchor-link"):
@@ -138,76 +124,17 @@ def _section(path: Path, progress: str, model: str, scale: str, store: Store, se
     _make_ids_unique(soup, seen)
     title = soup.find("h1")
     headings = [(str(h2["id"]), h2.get_text()) for h2 in soup.select("h2[id]")]
-    return Section(_slug(path), title.get_text() if title else path.stem, headings, str(soup), scripts, seconds)
-
-
-class _ThisPython(KernelSpecManager):
-    """Starts kernels with the Python that runs this, whatever kernels are installed on the machine."""
-
-    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        return KernelSpec(argv=make_ipkernel_cmd(), display_name="Python", language="python")
-
-
-def _execute(path: Path, model: str, scale: str, store: Store) -> NotebookNode:
-    """The executed notebook, its cells named `<slug>-<number>` by their place in the file."""
-    notebook: NotebookNode = nbformat.read(path, as_version=4)
-    notebook.nbformat_minor = 5
-    notebook.metadata.pop("widgets", None)
-    for number, cell in enumerate(notebook.cells, 1):
-        cell.id = f"{_slug(path)}-{number}"
-    _inject_parameters(notebook, path, {"MODEL": model, "SCALE": scale})
-    started: list[str] = []
-    client = NotebookClient(
-        notebook,
-        km=AsyncKernelManager(kernel_spec_manager=_ThisPython()),
-        timeout=None,
-        store_widget_state=False,
-        resources={"metadata": {"path": str(path.parent)}},
-        on_cell_start=lambda cell, cell_index: started.append(cell.id),
-    )
-    # A progress bar is news while it moves and noise in a report.
-    environment = {**os.environ, STORE_VARIABLE: str(store.root), "TQDM_DISABLE": "1"}
-    try:
-        client.execute(env=environment, cleanup_kc=True)
-    except CellExecutionError as failure:
-        raise KitError(
-            f"{_place(started[-1], path)} failed: {failure.ename}: {failure.evalue}. Open it and run that cell."
-        ) from None
-    except DeadKernelError:
-        raise KitError(f"{_place(started[-1], path)} killed its kernel; often there is too little memory.") from None
-    return notebook
-
-
-def _inject_parameters(notebook: NotebookNode, path: Path, values: dict[str, str]) -> None:
-    """Put a cell that sets the values right behind the one tagged `parameters`."""
-    places = (i for i, cell in enumerate(notebook.cells) if _tagged(cell, "parameters"))
-    if (place := next(places, None)) is None:
-        raise KitError(f"{path.name} has no cell tagged 'parameters'. Tag the one that sets {' and '.join(values)}.")
-    source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
-    injected = nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-parameters"]})
-    injected.id = f"{_slug(path)}-parameters"
-    notebook.cells.insert(place + 1, injected)
-
-
-def _tagged(cell: NotebookNode, *tags: str) -> bool:
-    return any(tag in cell.metadata.get("tags", []) for tag in tags)
-
-
-def _slug(path: Path) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem)[:48]
-
-
-def _place(cell_id: str, path: Path) -> str:
-    """How a person finds the cell."""
-    return f"{path.name}, cell {cell_id.rsplit('-', 1)[1]}"
+    return Section(slug(path), title.get_text() if title else path.stem, headings, str(soup), scripts, seconds)
 
 
 def _make_static(cell: NotebookNode, path: Path) -> Iterable[str]:
     """Turn figures, pictures and widgets among a cell's outputs into plain HTML; yields each figure's script."""
+    if "outputs" in cell:
+        cell.outputs = [output for output in cell.outputs if not _is_progress_bar(output.get("data", {}))]
     for number, output in enumerate(cell.get("outputs", [])):
         data = output.get("data", {})
         if PLOTLY in data:
-            markup, script = _figure(data[PLOTLY], f"figure-{cell.id}-{number}", _place(cell.id, path))
+            markup, script = _figure(data[PLOTLY], f"figure-{cell.id}-{number}", cell_place(cell.id, path))
             output.data = {"text/html": markup}
             yield script
         elif "text/html" in data:
@@ -216,7 +143,11 @@ def _make_static(cell: NotebookNode, path: Path) -> Iterable[str]:
             output.data = {"text/html": "<p>An interactive view: open the notebook to use it.</p>"}
         elif kind := next((kind for kind in PICTURES if kind in data), None):
             metadata = output.metadata.get(kind, output.metadata)
-            output.data = {"text/html": _picture(kind, data[kind], metadata.get("alt"), _place(cell.id, path))}
+            output.data = {"text/html": _picture(kind, data[kind], metadata.get("alt"), cell_place(cell.id, path))}
+
+
+def _is_progress_bar(data: dict[str, Any]) -> bool:
+    return WIDGET in data and "text/html" not in data and bool(PROGRESS_BAR.search(data.get("text/plain", "")))
 
 
 def _figure(spec: dict[str, Any], name: str, place: str) -> tuple[str, str]:
@@ -267,7 +198,7 @@ def _check_pictures(soup: BeautifulSoup, path: Path) -> None:
     """Refuse pictures that are not in the file, and those whose alt text nbconvert had to make up."""
     for image in soup.find_all("img"):
         cell = image.find_parent(id=re.compile("^cell-id="))
-        place = _place(str(cell["id"]), path) if cell else path.name
+        place = cell_place(str(cell["id"]), path) if cell else path.name
         if not str(image.get("src", "")).startswith("data:"):
             raise KitError(f"{place}: the picture {image.get('src')} lies elsewhere; embed it in the notebook.")
         if str(image["alt"]).startswith("No description has been provided"):

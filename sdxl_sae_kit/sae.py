@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from sdxl_sae_kit.artifacts import whole_number, write_atomically
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.sparse import decode_sparse, to_dense, top_k
 
@@ -52,9 +54,13 @@ class SAEConfig:
     """Start of the weights."""
 
     def __post_init__(self) -> None:
-        for name in ("k", "expansion", "auxk", "dead_after", "lr"):
-            if getattr(self, name) <= 0:
-                raise KitError(f"SAEConfig: {name} must be positive, not {getattr(self, name)}.")
+        for name in ("k", "expansion", "auxk", "dead_after", "seed"):
+            number = whole_number(f"SAEConfig: {name}", getattr(self, name), least=0 if name == "seed" else 1)
+            object.__setattr__(self, name, number)  # how a frozen dataclass is normalised
+        for name in ("lr", "auxk_coef"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise KitError(f"SAEConfig: {name} must be a finite positive number, not {value!r}.")
 
 
 @dataclass(frozen=True)
@@ -190,9 +196,8 @@ class SAE(nn.Module):
             "metrics": self.metrics,
         }
         tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        temporary = Path(f"{path}.tmp")
-        save_file(tensors, temporary, {FORMAT_KEY: json.dumps(header)})
-        temporary.replace(path)
+        # not save_file, which lets nobody but the owner read the file
+        write_atomically(Path(path), save(tensors, {FORMAT_KEY: json.dumps(header)}))
 
     @classmethod
     def load(cls, path: Path | str) -> SAE:

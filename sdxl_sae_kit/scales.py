@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sdxl_sae_kit.errors import KitError, did_you_mean
+from sdxl_sae_kit.pipelines import local_folder
 from sdxl_sae_kit.prompts import Prompts, load_prompts
 from sdxl_sae_kit.sae import SAEConfig
 from sdxl_sae_kit.tiny import NAMES
@@ -51,8 +52,9 @@ def load_scale(model: str, scale: str = "demo") -> Scale:
     """The numbers for a model and a scale: `smoke` shows in a minute that everything runs, `demo` is worth looking at.
 
     Raises:
-        KitError: no such scale.
+        KitError: no such scale or model.
     """
+    local_folder(model)  # refuses a misspelt name, which would otherwise count as a real model
     sizes = SCALES["tiny" if model in NAMES else "real"]
     if scale not in sizes:
         raise KitError(f"SCALE is {' or '.join(map(repr, sizes))}, not {scale!r}.{did_you_mean(scale, sizes)}")

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import Store, write_atomically
+from sdxl_sae_kit.artifacts import Store, whole_number, write_atomically
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.evaluation import evaluate, mean_activation
 from sdxl_sae_kit.learning import Learner
+from sdxl_sae_kit.pipelines import choose_device
 from sdxl_sae_kit.plots import LiveFigure, training_curves
 from sdxl_sae_kit.sae import SAE, SAEConfig, Site
 
@@ -87,7 +88,7 @@ def train(
     Args:
         cache: from `collect`.
         configs: name → configuration, or a single one (then named by its k).
-        hookpoints: short names; by default all of the cache.
+        hookpoints: short names, or one of them; by default all of the cache.
         batch_size: tokens per step.
         epochs: passes over the training tokens.
         device: by default CUDA if there is one, else the CPU.
@@ -96,17 +97,24 @@ def train(
     Raises:
         HookpointError: the cache has no such hookpoint.
         ArtifactError: another process is training one of them.
-        KitError: a loss is not finite.
+        KitError: an impossible setting, or a loss that is not finite.
 
     Example:
         >>> saes = train(cache, {"k10": SAEConfig(k=10), "k20": SAEConfig(k=20)})      # doctest: +SKIP
         >>> saes["down.2.1", "k10"].metrics["explained_variance"]                      # doctest: +SKIP
     """
     named = {f"k{configs.k}": configs} if isinstance(configs, SAEConfig) else dict(configs)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    hookpoints = [hookpoints] if isinstance(hookpoints, str) else cache.hookpoints if hookpoints is None else hookpoints
+    if not named or not hookpoints:
+        raise KitError(
+            f"train needs at least one configuration and one hookpoint, such as {{'k10': SAEConfig(k=10)}} and "
+            f"{cache.hookpoints[0]!r}; it got {len(named)} and {len(hookpoints)}."
+        )
+    batch_size, epochs = whole_number("batch_size", batch_size), whole_number("epochs", epochs)
+    device = choose_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     runs = [
         _Run(cache, (hookpoint, name), config, batch_size, epochs, Store.at(store))
-        for hookpoint in dict.fromkeys(hookpoints or cache.hookpoints)
+        for hookpoint in dict.fromkeys(hookpoints)
         for name, config in named.items()
     ]
     missing = [run for run in runs if not run.artifact.finished]
@@ -155,9 +163,8 @@ class _Run:
             self.log.append({"step": number, **asdict(seen)})
         if number % _CHECKPOINT_STEPS == 0:
             self._write_log()
-            temporary = self.artifact.file(_CHECKPOINT + ".tmp")
-            save_file({key: value.contiguous() for key, value in self.learner.state().items()}, temporary)
-            temporary.replace(self.artifact.file(_CHECKPOINT))
+            state = {key: value.contiguous() for key, value in self.learner.state().items()}
+            write_atomically(self.artifact.file(_CHECKPOINT), save(state))
 
     def finish(self, cache: ActivationCache) -> None:
         """Measure, save, seal."""
@@ -171,7 +178,7 @@ class _Run:
 
     def read_log(self) -> list[dict[str, float]]:
         """The training log: step, unexplained, auxk, l0, dead_share."""
-        return [json.loads(line) for line in self.artifact.file(_LOG).read_text().splitlines()]
+        return [json.loads(line) for line in self.artifact.read_text(_LOG).splitlines()]
 
     def _write_log(self) -> None:
         write_atomically(self.artifact.file(_LOG), "".join(json.dumps(line) + "\n" for line in self.log).encode())

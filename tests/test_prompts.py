@@ -52,7 +52,7 @@ def test_world_factors_are_the_worlds():
 
 def test_files_of_three_kinds_read_alike(tmp_path):
     lines = ["a fox", 'a "quoted", comma', "line\u2028separator and ünïcode"]
-    (tmp_path / "p.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (tmp_path / "p.txt").write_text("\n\n".join(lines) + "\n", encoding="utf-8-sig")
     (tmp_path / "p.jsonl").write_text(load_prompts(lines).to_jsonl(), encoding="utf-8")
     (tmp_path / "p.csv").write_text(
         'id,prompt\n1,a fox\n2,"a ""quoted"", comma"\n3,line\u2028separator and ünïcode\n', encoding="utf-8"
@@ -65,7 +65,7 @@ def test_files_of_three_kinds_read_alike(tmp_path):
 @pytest.mark.parametrize(
     ("content", "name", "complaint"),
     [
-        ("a\n\nb\n", "p.txt", "Prompt 1 of .* is ''"),
+        ('["a fox"]\n', "p.jsonl", "Line 1 is .*, not an object"),
         ('{"caption": "x"}\n', "p.jsonl", "neither 'text' nor 'prompt', only caption"),
         ("{oops\n", "p.jsonl", "Line 1 is not JSON"),
         ('{"text": null}\n', "p.jsonl", "Prompt 0 of .* is None"),

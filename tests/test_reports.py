@@ -127,15 +127,15 @@ def test_ids_are_unique_and_every_link_of_the_page_leads_somewhere(page):
 
 
 def test_the_index_names_the_notebooks_in_order(page):
-    entries = [item.find("a").get_text() for item in page.select("nav > ol > li")]
+    entries = [item.find("a").get_text() for item in page.select("nav > ul > li")]
     assert entries == ["Figures & more", "Pictures"]
-    second = page.select("nav > ol > li")[1].select("ul a")[0]
+    second = page.select("nav > ul > li")[1].select("li li a")[0]
     assert page.find(id=second["href"][1:]).find_parent("section")["id"] == "01_second"
 
 
 def test_notebooks_get_the_parameters_and_the_store(page, page_path):
     printed = page.find(id="01_second").find(attrs={"data-mime-type": "text/plain"}).get_text()
-    assert printed.split() == [str(page_path.parents[2]), "smoke"]
+    assert printed.split() == ["artifacts", "smoke"]  # what the store is called, wherever it lies
     assert sum('"title":{"text":"tiny-turbo"}' in script for script in scripts(page)) == 2
     assert "MODEL =" not in page.get_text()
 

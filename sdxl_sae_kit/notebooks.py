@@ -1,0 +1,176 @@
+"""Finds the kit's notebooks and runs them, each in a fresh kernel of this Python."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import nbformat
+from ipykernel.kernelspec import make_ipkernel_cmd
+from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbformat import NotebookNode
+
+from sdxl_sae_kit import errors
+from sdxl_sae_kit.artifacts import STORE_VARIABLE, Store
+from sdxl_sae_kit.errors import KitError
+
+
+def find_notebooks(notebooks: Path | str | Sequence[Path | str] | None) -> list[Path]:
+    """The notebook files of a folder in the order of their names, or those of a list in its order.
+
+    Raises:
+        KitError: there are none, one of the list is missing, or two have the same name.
+    """
+    if notebooks is None:
+        notebooks = Path(__file__).parent.parent / "notebooks"
+    if not isinstance(notebooks, Path | str):
+        paths = [Path(path).resolve() for path in notebooks]
+    elif Path(notebooks).suffix == ".ipynb":
+        paths = [Path(notebooks).resolve()]
+    else:
+        paths = sorted(Path(notebooks).resolve().glob("*.ipynb"))
+    if not paths:
+        raise KitError(
+            f"No notebooks in {notebooks}. An installed package comes without them: "
+            "pass the folder `notebooks/` of a checkout."
+        )
+    if missing := [str(path) for path in paths if not path.is_file()]:
+        raise KitError(f"No notebook at {', '.join(missing)}. Give the paths of .ipynb files.")
+    if len(set(map(slug, paths))) < len(paths):
+        raise KitError("Two of the notebooks have the same name. Links in the report need different ones: rename one.")
+    return paths
+
+
+class _ThisPython(KernelSpecManager):
+    """Starts kernels with the Python that runs this, whatever kernels are installed on the machine."""
+
+    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+        # A warning of every kernel says that others on this machine could listen to it; there are no secrets to hear.
+        command = make_ipkernel_cmd(extra_arguments=["--log-level=ERROR"])
+        return KernelSpec(argv=command, display_name="Python", language="python")
+
+
+def execute(path: Path, model: str, scale: str, store: Store) -> NotebookNode:
+    """Run a notebook in a fresh kernel; its cells are named `<slug>-<number>` by their place in the file.
+
+    Outputs carry no paths of this machine.
+
+    Raises:
+        KitError: it has no cell tagged `parameters`, or a cell failed; the message names it.
+        KeyboardInterrupt: also on SIGTERM; the kernel is shut down before.
+    """
+    notebook: NotebookNode = nbformat.read(path, as_version=4)
+    notebook.nbformat_minor = 5
+    notebook.metadata.pop("widgets", None)
+    for number, cell in enumerate(notebook.cells, 1):
+        cell.id = f"{slug(path)}-{number}"
+    _inject_parameters(notebook, path, {"MODEL": model, "SCALE": scale})
+    started: list[str] = []
+    interrupted: list[bool] = []
+
+    def heed_signals(notebook: NotebookNode) -> None:
+        # nbclient's own handlers shut the kernel down while it is being read, which ends in a traceback.
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task
+
+        def stop() -> None:
+            interrupted.append(True)
+            client.shutdown_kernel = "immediate"
+            task.cancel()
+
+        with suppress(RuntimeError):  # only a program's main thread hears signals
+            loop.add_signal_handler(signal.SIGINT, stop)
+            loop.add_signal_handler(signal.SIGTERM, stop)
+
+    client = NotebookClient(
+        notebook,
+        km=AsyncKernelManager(kernel_spec_manager=_ThisPython()),
+        timeout=None,
+        store_widget_state=False,
+        resources={"metadata": {"path": str(path.parent)}},
+        on_notebook_start=heed_signals,
+        on_cell_start=lambda cell, cell_index: started.append(cell.id),
+    )
+    # A progress bar is news while it moves and noise in a report.
+    environment = {**os.environ, STORE_VARIABLE: str(store.root), "TQDM_DISABLE": "1"}
+    terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        client.execute(env=environment, cleanup_kc=True)
+    except CellExecutionError as failure:
+        raise KitError(
+            f"{cell_place(started[-1], path)} failed: {_cause(failure)} Open it and run that cell."
+        ) from None
+    except (DeadKernelError, asyncio.CancelledError):
+        if interrupted:
+            raise KeyboardInterrupt from None
+        raise KitError(
+            f"{cell_place(started[-1], path)} killed its kernel; often there is too little memory."
+        ) from None
+    finally:
+        with suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, terminate)
+    _hide_places(notebook, path, store)
+    return notebook
+
+
+def _cause(failure: CellExecutionError) -> str:
+    """The error of a cell as a sentence; the kit's own errors are not named, since they explain themselves."""
+    message = str(failure.evalue).strip()
+    if not hasattr(errors, failure.ename):
+        message = f"{failure.ename}: {message}" if message else failure.ename
+    return message if message.endswith((".", "?", "!")) else f"{message}."
+
+
+def _hide_places(notebook: NotebookNode, path: Path, store: Store) -> None:
+    """Call the store `artifacts` in what the cells put out, and leave out where on this machine things lie."""
+    names = {f"{store.root}": "artifacts"}
+    for folder in (path.parent, Path.cwd(), Path(sys.prefix), Path.home()):
+        if folder != Path(folder.anchor):
+            names |= {f"{folder}/": "", f"{folder}": "."}
+    names |= {html.escape(place): name for place, name in names.items()}
+    # Longer ones first, since one may lie in another; a path ends where its last folder's name does.
+    places = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    pattern = re.compile(rf"(?<![\w/+.-])(?:{places})(?:(?<=/)|(?![\w-]))")
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+        for holder, key in (
+            (output, "text"),
+            *((output.get("data", {}), f"text/{kind}") for kind in ("plain", "html")),
+        ):
+            if key in holder:
+                holder[key] = pattern.sub(lambda found: names[found[0]], holder[key])
+
+
+def _inject_parameters(notebook: NotebookNode, path: Path, values: dict[str, str]) -> None:
+    """Put a cell that sets the values right behind the one tagged `parameters`."""
+    places = (i for i, cell in enumerate(notebook.cells) if tagged(cell, "parameters"))
+    if (place := next(places, None)) is None:
+        raise KitError(f"{path.name} has no cell tagged 'parameters'. Tag the one that sets {' and '.join(values)}.")
+    source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    injected = nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-parameters"]})
+    injected.id = f"{slug(path)}-parameters"
+    notebook.cells.insert(place + 1, injected)
+
+
+def tagged(cell: NotebookNode, *tags: str) -> bool:
+    """Whether a cell carries one of these tags."""
+    return any(tag in cell.metadata.get("tags", []) for tag in tags)
+
+
+def slug(path: Path) -> str:
+    """A notebook's name as an id in HTML."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem)[:48]
+
+
+def cell_place(cell_id: str, path: Path) -> str:
+    """How a person finds the cell."""
+    return f"{path.name}, cell {cell_id.rsplit('-', 1)[1]}"
