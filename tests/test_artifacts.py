@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdxl_sae_kit.artifacts import Artifact, Store, canonical_json
-from sdxl_sae_kit.errors import ArtifactError
+from sdxl_sae_kit.artifacts import Artifact, Store, canonical_json, whole_number
+from sdxl_sae_kit.errors import ArtifactError, KitError
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -133,6 +133,24 @@ def test_what_a_killed_writer_left_half_written_is_not_sealed_in(tmp_path):
         sealed = artifact.seal()
     assert list(sealed.stamp["files"]) == ["result.json"]
     sealed.verify()
+
+
+@given(st.integers(min_value=1), st.integers(1, 9))
+def test_a_whole_number_is_kept_as_it_is_or_refused_by_name(value, multiple):
+    if value % multiple:
+        with pytest.raises(KitError, match=f"size must be a multiple of {multiple} of at least 1, not {value}"):
+            whole_number("size", value, multiple_of=multiple)
+    else:
+        assert whole_number("size", value, multiple_of=multiple) == value
+
+
+def test_a_lost_text_file_is_missed_by_name(made):
+    assert made.read_text("result.json") == "[1, 2]"
+    with pytest.raises(ArtifactError, match="gone.json of .* cannot be read .* make it again"):
+        made.read_text("gone.json")
+    with pytest.raises(ArtifactError, match="picture.png of .* cannot be read"):
+        made.file("picture.png").write_bytes(b"\xff\xfe")
+        made.read_text("picture.png")
 
 
 def test_the_store_lists_what_it_holds(made):

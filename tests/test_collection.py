@@ -186,7 +186,21 @@ def test_mistakes_are_refused_before_anything_is_made(pipe, tmp_path, unchecked_
         collect(pipe, PROMPTS, ["mid.O"], store=tmp_path)
     with pytest.raises(KitError, match="No dtype 'float61'; .* Did you mean 'float16'"):
         collect(pipe, PROMPTS, ["mid.0"], dtype="float61", store=tmp_path)
+    for settings, complaint in [
+        ({"num_inference_steps": 0}, "num_inference_steps must be an integer of at least 1, not 0"),
+        ({"num_inference_steps": "1"}, "num_inference_steps must be an integer of at least 1, not '1'"),
+        ({"batch_size": 2.5}, "batch_size must be an integer of at least 1, not 2.5"),
+        ({"height": 63}, "height must be a multiple of 2 of at least 2, not 63"),
+        ({"hookpoints": []}, "collect needs at least one hookpoint, such as 'down.2.1'"),
+    ]:
+        with pytest.raises(KitError, match=complaint):
+            collect(pipe, PROMPTS, **{"hookpoints": ["mid.0"], **settings}, store=tmp_path)
     assert not list(tmp_path.rglob("*.h5"))
+
+
+def test_one_hookpoint_may_be_named_without_a_list(pipe, tmp_path):
+    one, listed = (collect(pipe, PROMPTS[:2], given, store=tmp_path) for given in ("mid.0", ["mid.0"]))
+    assert one.name == listed.name and one.hookpoints == ("mid.0",)
 
 
 def test_numbers_too_large_for_float16_stop_it_with_advice(pipe, tmp_path, monkeypatch):

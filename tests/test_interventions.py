@@ -183,6 +183,12 @@ def test_an_edit_of_one_image_does_not_depend_on_the_others_in_its_batch(pipe, s
         ),
         ({"scale": {0: np.ones((8, 9))}}, r"scale\[0\] has shape \(8, 9\)"),
         ({"scale": {0: 0.0}, "clamp": {0: 1.0}}, r"latents \[0\] are both scaled and clamped"),
+        ({"scale": {0.5: 0.0}}, r"latents of scale, such as scale=\{17: 2.0\}, must be integers, not \[0.5\]"),
+        ({"add": [1, 2]}, r"add must say how strongly for each latent, .* not \[1, 2\]"),
+        ({"scale": {0: float("nan")}}, r"scale\[0\] must be a finite number or a map of them, .* not nan"),
+        ({"clamp": {0: [[1.0], [1.0, 2.0]]}}, r"clamp\[0\] must be a finite number or a map"),
+        ({"scale": {0: "off"}}, r"scale\[0\] must be a finite number or a map of them, .* not 'off'"),
+        ({"scale": {0: 0.0}, "steps": 0}, r"steps, such as steps=\[0\], must be integers, not 0"),
         ({"scale": {0: 0.0}, "steps": [3]}, r"steps=\[3\], but this image is made in 1 step"),
     ],
 )

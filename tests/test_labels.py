@@ -91,6 +91,14 @@ def test_bad_labels_are_refused_and_nothing_is_written(
     assert labels.all() == {}
 
 
+def test_a_latent_that_the_sae_lacks_gets_no_label(tmp_path: Path) -> None:
+    labels = LabelStore(tmp_path / "sae.jsonl", d_sae=40)
+    labels.set(39, "red")
+    with pytest.raises(KitError, match="No latent 40 in sae; it has 0 to 39"):
+        labels.set(40, "red")
+    assert labels.all() == {39: "red"}
+
+
 @pytest.mark.parametrize("name", ["", "../other", "a/b", "..", "."])
 def test_a_name_that_leaves_the_folder_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="cannot name one"):

@@ -2,8 +2,13 @@
 
 import base64
 import hashlib
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -180,6 +185,74 @@ def test_without_notebooks_the_error_says_what_to_pass(tmp_path):
         report(tmp_path)
     with pytest.raises(KitError, match=r"No notebook at .*gone\.ipynb"):
         report([tmp_path / "gone.ipynb"])
+
+
+@pytest.mark.parametrize("place", ["", "file.txt/report.html"])
+def test_a_place_that_takes_no_file_is_refused_before_anything_runs(tmp_path, place):
+    (tmp_path / "file.txt").write_text("")
+    notebook(tmp_path, "costly", f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(KitError, match="The report cannot go to .*"):
+        report(tmp_path, out=tmp_path / place)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_cells_print_names_no_place_of_this_machine(tmp_path):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    says = (
+        "import os, pathlib, sys",
+        "from IPython.display import HTML, display",
+        "store = os.environ['SDXL_SAE_KIT_STORE']",
+        "print(store + '/saes/x', pathlib.Path('data.csv').resolve(), sys.prefix + '/bin', pathlib.Path.home())",
+        "print(store + '-other')",
+        "display(HTML(f'<p>{store}/saes</p>'))",
+        "pathlib.Path(store)",
+    )
+    written = report([notebook(folder, "one", "\n".join(says))], store=tmp_path / "store", out=tmp_path / "page.html")
+    soup = BeautifulSoup(written.read_text("utf-8"), "html.parser")
+    shown = " ".join(output.get_text() for output in soup.select(".jp-OutputArea-output"))
+    assert "artifacts/saes/x data.csv bin ." in shown and "PosixPath('artifacts')" in shown
+    assert f"{tmp_path / 'store'}-other" in shown  # another folder, whose name begins the same
+    assert shown.count(str(tmp_path)) == 1
+
+
+def test_progress_bars_stay_out_of_the_report_and_other_widgets_do_not(tmp_path):
+    bars = "import os\nos.environ.pop('TQDM_DISABLE')\nfrom tqdm.notebook import tqdm\nlist(tqdm(range(3), desc='bar'))"
+    written = report(
+        [notebook(tmp_path, "bars", bars, "import ipywidgets\nipywidgets.IntSlider()")], out=tmp_path / "page.html"
+    )
+    text = BeautifulSoup(written.read_text("utf-8"), "html.parser").get_text()
+    assert "100%" not in text and text.count("An interactive view: open the notebook to use it.") == 1
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_ends_in_one_line_and_takes_the_kernel_along(tmp_path, stop):
+    path = notebook(
+        tmp_path,
+        "long",
+        "import os, pathlib, time",
+        f"pathlib.Path({str(tmp_path / 'kernel')!r}).write_text(str(os.getpid()))\ntime.sleep(60)",
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sdxl_sae_kit", "report", str(path), "--out", str(tmp_path / "page.html")],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"SDXL_SAE_KIT_STORE": str(tmp_path / "store")},
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (kernel := tmp_path / "kernel").exists() or not kernel.read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(stop)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "Interrupted; what was made is kept, run it again to go on."
+    assert "Traceback" not in said and not (tmp_path / "page.html").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(kernel.read_text()), 0)
 
 
 def test_a_report_without_figures_carries_no_script(tmp_path):

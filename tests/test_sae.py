@@ -140,12 +140,23 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path):
             SAE.load(path)
 
 
-@pytest.mark.parametrize("wrong", [{"k": 0}, {"lr": -1.0}, {"expansion": 0}])
-def test_impossible_settings_are_refused_by_name(wrong):
-    with pytest.raises(KitError, match=next(iter(wrong))):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"k": 0}, {"k": "10"}, {"k": 2.5}, {"k": True}, {"lr": -1.0}, {"lr": float("nan")}, {"lr": float("inf")},
+        {"lr": "fast"}, {"expansion": 0}, {"seed": -1}, {"auxk_coef": 0.0},
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused_by_name(wrong, unchecked_types):
+    (name,) = wrong
+    with pytest.raises(KitError, match=rf"SAEConfig: {name} must be"):
         SAEConfig(**wrong)
     with pytest.raises(KitError, match="k=100 is more than the 24 latents"):
         SAE(SAEConfig(k=100, expansion=4), 6)
+
+
+def test_whole_numbers_of_other_kinds_become_plain_ones(unchecked_types):
+    assert type(SAEConfig(k=np.int64(7)).k) is int  # or the recipe could not be written
 
 
 # Learning -----------------------------------------------------------------------------------------------------------

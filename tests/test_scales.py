@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.errors import KitError, ModelError
 from sdxl_sae_kit.scales import SCALES, load_scale
 
 
@@ -22,3 +22,8 @@ def test_real_models_get_everyday_prompts():
 def test_an_unknown_scale_is_refused():
     with pytest.raises(KitError, match=r"SCALE is 'smoke' or 'demo', not 'dem'. Did you mean 'demo'\?"):
         load_scale("tiny-turbo", "dem")
+
+
+def test_a_misspelt_model_is_refused_and_not_taken_for_a_real_one():
+    with pytest.raises(ModelError, match=r"No model 'tiny-turb'.* Did you mean 'tiny-turbo'\?"):
+        load_scale("tiny-turb")
