@@ -66,11 +66,13 @@ def _parser() -> argparse.ArgumentParser:
         "train", help="train it again, going on from what the folder holds", argument_default=argparse.SUPPRESS
     )
     train.add_argument("folder", type=Path, help="where checkpoints, log and sample grids go")
-    train.add_argument("--samples", type=int, help="pictures that the U-Net sees in all")
+    train.add_argument("--samples", type=int, help="pictures that the base sees in all")
+    train.add_argument("--turbo-samples", type=int, help="pictures that the turbo sees in all")
     train.add_argument("--vae-samples", type=int, help="pictures that the VAE sees in all")
+    train.add_argument("--judge-samples", type=int, help="pictures that the judge sees in all")
     train.add_argument("--processes", type=int, help="how many train side by side")
     train.add_argument("--seed", type=int, help="of weights, scenes, captions and noise")
-    train.add_argument("--stage", choices=("all", "vae", "unet"))
+    train.add_argument("--stage", choices=("all", "vae", "judge", "base", "turbo"))
     train.set_defaults(run=_train)
     return parser
 

@@ -89,10 +89,6 @@ def load_pipeline(
     folder = local or _look_up(str(name), revision)
     _check_sdxl(str(name), folder)
     pipe = _load(str(name), folder, numbers, on_hub=local is None)
-    if name == "tiny-base":
-        from diffusers import EulerDiscreteScheduler
-
-        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     pipe.sdxl_sae_kit_model = _model(pipe, str(name), _revision(folder))
     return pipe if device == "cpu" else pipe.to(device)

@@ -14,22 +14,23 @@ from safetensors.torch import load_file
 
 from sdxl_sae_kit.errors import ModelError
 from sdxl_sae_kit.pipelines import load_pipeline
-from sdxl_sae_kit.tiny import checkpoints, networks, train, weights_folder
-from sdxl_sae_kit.tiny.train import Recipe
+from sdxl_sae_kit.tiny import checkpoints, judge_training, networks, runs, unet_training, weights_folder
+from sdxl_sae_kit.tiny.runs import Recipe, Run
+from sdxl_sae_kit.tiny.train import train
 from sdxl_sae_kit.tiny.world import WORDS, sample_scene
 
 WEIGHTS = weights_folder("tiny-turbo")
 # Two passes through pools of four, so that pools change; half size turns to full size between two checkpoints.
 MICRO = Recipe(
-    batch_size=2,
-    pool_scenes=4,
+    batch_size=4,
+    pool_scenes=8,
     pool_passes=1,
-    half_size_samples=2,
+    half_size_samples=4,
     warmup_steps=2,
-    checkpoint_every=4,
+    checkpoint_every=8,
     prompts=("a star",),
 )
-SAMPLES = 8
+SAMPLES = 16
 
 
 class Stop(Exception):
@@ -52,7 +53,8 @@ def folder(tmp_path):
 
 
 def run(folder, stage, **settings):
-    return train.train(folder, samples=SAMPLES, vae_samples=SAMPLES, processes=1, stage=stage, recipe=MICRO, **settings)
+    amounts = dict.fromkeys(("samples", "turbo_samples", "vae_samples", "judge_samples"), SAMPLES)
+    return train(folder, **amounts, processes=1, stage=stage, recipe=MICRO, **settings)
 
 
 def run_interrupted(folder, stage, monkeypatch):
@@ -79,20 +81,61 @@ def tensors(state):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """The checkpoint of a run that nothing stopped, with its VAE."""
+    """The folder of a run of base and turbo that nothing stopped, with its VAE."""
     folder = tmp_path_factory.mktemp("unbroken")
     shutil.copytree(WEIGHTS / "vae", folder / "vae")
     torch.set_num_threads(1)
-    return run(folder, "unet")
+    run(folder, "base")
+    return run(folder, "turbo")
 
 
-def test_unet_resumes_bit_for_bit(unbroken, folder, monkeypatch):
-    resumed = run_interrupted(folder, "unet", monkeypatch)
-    expected, found = checkpoints.load(unbroken), checkpoints.load(resumed)
+@pytest.mark.parametrize(("stage", "file"), [("base", checkpoints.BASE), ("turbo", checkpoints.TURBO)])
+def test_unet_resumes_bit_for_bit(unbroken, folder, monkeypatch, stage, file):
+    if stage == "turbo":
+        shutil.copy(unbroken / checkpoints.BASE, folder)
+    resumed = run_interrupted(folder, stage, monkeypatch)
+    expected, found = checkpoints.load(unbroken / file), checkpoints.load(resumed / file)
     assert (found["it"], found["n"]) == (expected["it"], expected["n"]) == (4, SAMPLES)
     expected, found = tensors(expected), tensors(found)
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_turbo_is_the_base_with_another_unet(unbroken):
+    base, turbo = (checkpoints.load(unbroken / file) for file in (checkpoints.BASE, checkpoints.TURBO))
+    for encoder in ("t1", "t2"):
+        assert all(torch.equal(turbo[encoder][name], tensor) for name, tensor in base[encoder].items())
+    moved = {name: (turbo["u_raw"][name] - tensor).norm() / tensor.norm() for name, tensor in base["u"].items()}
+    assert max(moved.values()) > 0 and np.median(list(moved.values())) < 0.1
+
+
+def test_turbo_sees_only_the_timesteps_of_four_steps_and_mostly_the_first(monkeypatch):
+    pipe = load_pipeline("tiny-turbo", device="cpu")
+    pipe.scheduler.set_timesteps(4)
+    assert unet_training.FEW_STEPS.tolist() == pipe.scheduler.timesteps.tolist()
+    seen = []
+    monkeypatch.setattr(
+        pipe.unet, "forward", lambda noisy, t, *_, **__: seen.append(t) or type("Out", (), {"sample": noisy * 0})
+    )
+    networks_ = torch.nn.ModuleList([pipe.unet, pipe.text_encoder, pipe.text_encoder_2])
+    scenes = [sample_scene(np.random.RandomState(0))] * 4
+    draws = np.random.RandomState(1), torch.Generator().manual_seed(1)
+    recipe = Recipe()
+    latents = torch.zeros(4, 4, 32, 32)
+    unet_training.denoising_loss(networks_, pipe.tokenizer, scenes, latents, recipe, unet_training.FEW_STEPS, *draws)
+    (timesteps,) = seen
+    assert set(timesteps.tolist()) <= set(unet_training.FEW_STEPS.tolist())
+    assert (timesteps[: 2 * recipe.pairs] == 999).all() and recipe.pairs == 3
+
+
+def test_judge_resumes_bit_for_bit(tmp_path, monkeypatch):
+    for name in ("unbroken", "stopped"):
+        shutil.copytree(WEIGHTS / "vae", tmp_path / name / "vae")
+    monkeypatch.setattr(judge_training, "_CALIBRATION", 64)
+    run(tmp_path / "unbroken", "judge")
+    run_interrupted(tmp_path / "stopped", "judge", monkeypatch)
+    file = "judge/judge.safetensors"
+    assert (tmp_path / "unbroken" / file).read_bytes() == (tmp_path / "stopped" / file).read_bytes()
 
 
 def test_vae_resumes_bit_for_bit(tmp_path, monkeypatch):
@@ -104,28 +147,30 @@ def test_vae_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 def test_draws_depend_on_seed_process_and_step_only(tmp_path):
     def draws(seed, rank, step):
-        rng, generator = train._Run(tmp_path, MICRO, seed, rank, 2).random(step)
+        rng, generator = Run(tmp_path, MICRO, seed, rank, 2).random(step)
         return rng.rand(), torch.rand(1, generator=generator).item()
 
     places = [(seed, rank, step) for seed in (0, 1) for rank in (0, 1) for step in (0, 1)]
     assert len({value for place in places for value in draws(*place)}) == 2 * len(places)
     assert all(draws(*place) == draws(*place) for place in places)
-    scenes = [train._Run(tmp_path, MICRO, seed, rank, 2).scenes(pool) for seed, rank, pool in places]
+    scenes = [Run(tmp_path, MICRO, seed, rank, 2).scenes(pool) for seed, rank, pool in places]
     assert all(a != b for i, a in enumerate(scenes) for b in scenes[:i])
 
 
 def test_processes_step_along_their_mean_gradient(monkeypatch):
     weight = torch.nn.Parameter(torch.zeros(1))
-    monkeypatch.setattr(train.dist, "all_reduce", lambda gradient: gradient.add_(0.1))  # what the other process found
-    train._update((0.3 * weight).sum(), torch.optim.SGD([weight], 1.0), [weight], rate=0.5, processes=2)
+    monkeypatch.setattr(runs.dist, "all_reduce", lambda gradient: gradient.add_(0.1))  # what the other process found
+    runs.update((0.3 * weight).sum(), torch.optim.SGD([weight], 1.0), [weight], rate=0.5, processes=2)
     torch.testing.assert_close(weight.detach(), torch.tensor([-0.5 * (0.3 + 0.1) / 2]))
 
 
 def test_checkpoint_goes_on_from_earlier_runs_and_holds_the_same(unbroken):
-    assert checkpoints.load(unbroken).keys() == {"u", "u_raw", "t1", "t1_raw", "t2", "t2_raw", "opt", "it", "n"}
-    lines = [json.loads(line) for line in (unbroken.parent / "log.jsonl").read_text().splitlines()]
-    assert [line["samples"] for line in lines] == [4, 8]
-    assert (unbroken.parent / "samples-00000008.png").exists()
+    expected = {"u", "u_raw", "t1", "t1_raw", "t2", "t2_raw", "opt", "it", "n", "spread"}
+    assert checkpoints.load(unbroken / checkpoints.BASE).keys() == expected
+    lines = [json.loads(line) for line in (unbroken / "log.jsonl").read_text().splitlines()]
+    stages = [(line["stage"], line["samples"]) for line in lines]
+    assert stages == [("base", 8), ("base", 16), ("turbo", 8), ("turbo", 16)]
+    assert (unbroken / "base-00000016.png").exists() and (unbroken / "turbo-00000016.png").exists()
 
 
 def test_a_stop_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
@@ -141,14 +186,16 @@ def test_a_stop_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert checkpoints.load(path)["n"] == 1
 
 
-def test_export_is_a_pipeline_of_the_averaged_weights_and_tells_no_paths(unbroken, tmp_path):
-    folder = checkpoints.export(unbroken, unbroken.parent / "vae", tmp_path / "exported")
-    averaged = checkpoints.load(unbroken)["u"]
-    for name, tensor in load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").items():
-        assert torch.equal(tensor, averaged[name].half()), name
-    assert load_pipeline(folder, device="cpu").unet.dtype == torch.float32
-    assert all(str(tmp_path.parent) not in path.read_text() for path in folder.rglob("*.json"))
-    shipped = {path.relative_to(WEIGHTS) for path in WEIGHTS.rglob("*") if path.is_file()}
+@pytest.mark.parametrize(("name", "file"), [("tiny-base", checkpoints.BASE), ("tiny-turbo", checkpoints.TURBO)])
+def test_export_is_a_pipeline_of_the_averaged_weights_and_tells_no_paths(unbroken, name, file):
+    folder, averaged = unbroken / name, checkpoints.load(unbroken / file)["u"]
+    for key, tensor in load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").items():
+        assert torch.equal(tensor, averaged[key].half()), key
+    pipe = load_pipeline(folder, device="cpu")
+    assert pipe.unet.dtype == torch.float32
+    assert type(pipe.scheduler) is type(load_pipeline(name, device="cpu").scheduler)
+    assert all(str(unbroken.parent) not in path.read_text() for path in folder.rglob("*.json"))
+    shipped = {path.relative_to(weights_folder(name)) for path in weights_folder(name).rglob("*") if path.is_file()}
     assert shipped == {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 
 
@@ -156,7 +203,7 @@ def test_whitening_changes_the_latents_scale_and_no_picture():
     torch.manual_seed(0)
     vae = networks.autoencoder().eval()
     rng = np.random.RandomState(0)
-    pictures = train._pictures([sample_scene(rng) for _ in range(8)])
+    pictures = runs.pictures([sample_scene(rng) for _ in range(8)])
     with torch.no_grad():
         before = vae.encode(pictures).latent_dist
         drawn = vae.decode(before.mean).sample
@@ -175,11 +222,13 @@ def test_shipped_weights_predict_v():
     pipe = load_pipeline("tiny-turbo", device="cpu")
     rng = np.random.RandomState(0)
     scenes = [sample_scene(rng) for _ in range(16)]
-    latents = train._vae_latents(pipe.vae, train._pictures(scenes), half_size=False)
+    latents = unet_training.vae_latents(pipe.vae, runs.pictures(scenes), half_size=False)
     shipped = torch.nn.ModuleList([pipe.unet, pipe.text_encoder, pipe.text_encoder_2])
     with torch.no_grad():
         draws = np.random.RandomState(1), torch.Generator().manual_seed(1)
-        loss = train._unet_loss(shipped, pipe.tokenizer, scenes, latents, Recipe(), *draws)
+        loss = unet_training.denoising_loss(
+            shipped, pipe.tokenizer, scenes, latents, Recipe(), unet_training.FEW_STEPS, *draws
+        )
     assert loss < 0.35
 
 
@@ -206,16 +255,19 @@ def test_text_encoders_pool_at_the_end_of_the_caption():
 
 
 def test_unknown_stage_and_missing_vae_say_what_to_do(tmp_path):
-    with pytest.raises(ModelError, match="'vae', 'unet' and 'all'"):
-        run(tmp_path, "u-net")
-    with pytest.raises(ModelError, match="Train it first"):
-        run(tmp_path, "unet")
+    with pytest.raises(ModelError, match="'vae', 'judge', 'base', 'turbo' and 'all'. Did you mean 'turbo'"):
+        run(tmp_path, "turob")
+    for stage in ("judge", "base"):
+        with pytest.raises(ModelError, match="There is no finished VAE in .* Train it first"):
+            run(tmp_path, stage)
+    with pytest.raises(ModelError, match="There is no base in .* Train it first: stage='base'"):
+        run(tmp_path, "turbo")
 
 
 @pytest.mark.slow
 def test_two_processes_train_one_model(unbroken, folder):
-    path = train.train(folder, samples=SAMPLES, processes=2, stage="unet", recipe=MICRO)
-    together = checkpoints.load(path)
+    path = train(folder, samples=SAMPLES, processes=2, stage="base", recipe=MICRO)
+    together = checkpoints.load(path / checkpoints.BASE)
     assert (together["it"], together["n"]) == (2, SAMPLES)
-    assert tensors(together).keys() == tensors(checkpoints.load(unbroken)).keys()
+    assert tensors(together).keys() == tensors(checkpoints.load(unbroken / checkpoints.BASE)).keys()
     assert all(tensor.isfinite().all() for tensor in tensors(together).values())

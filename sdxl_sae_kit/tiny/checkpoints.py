@@ -38,6 +38,7 @@ PROMPTS = (
     "a star",
     "a circle on a white background",
 )
+BASE, TURBO = "ck.pt", "turbo.pt"
 NETWORKS = ("u", "t1", "t2")
 """Checkpoint keys of the averaged U-Net and text encoders; with `_raw` added, of those that are being trained."""
 
@@ -63,7 +64,7 @@ def load_vae(folder: Path) -> AutoencoderKL:
     # from_pretrained would note the path that the VAE came from, and the export would carry it along.
     path = folder / "diffusion_pytorch_model.safetensors"
     if not path.exists():
-        raise ModelError(f"There is no finished VAE in {folder}. Train it first, with stage='vae' or 'all'.")
+        raise ModelError(f"There is no finished VAE in {folder}. Train it first, with stage='vae'.")
     vae = networks.autoencoder().eval()
     vae.load_state_dict(load_file(path))
     return vae
@@ -94,14 +95,19 @@ def _draw(pipe: Any, prompts: Sequence[str], **settings: float) -> list[Image.Im
     return pictures
 
 
-def export(checkpoint: str | Path, vae: str | Path, folder: str | Path) -> Path:
-    """Write the averaged networks of a checkpoint and a finished VAE as an ordinary fp16 pipeline folder; return it."""
-    folder, state = Path(folder), load(Path(checkpoint))
+def export(run: str | Path, name: str, folder: str | Path) -> Path:
+    """Write the averaged networks and the VAE of a run's folder as an ordinary fp16 pipeline folder; return it.
+
+    `name` is "tiny-base", with Euler's scheduler, or "tiny-turbo", with Euler ancestral.
+    """
+    folder, state = Path(folder), load(Path(run) / (TURBO if name == "tiny-turbo" else BASE))
     tokenizer = networks.load_tokenizer(weights_folder("tiny-turbo") / "tokenizer")
     averaged = nn.ModuleList([networks.unet(), *networks.text_encoders(tokenizer)])
     for key, network in zip(NETWORKS, averaged, strict=True):
         network.load_state_dict(state[key])
-    pipe = pipeline(averaged.half(), load_vae(Path(vae)).half())
+    pipe = pipeline(averaged.half(), load_vae(Path(run) / "vae").half())
+    if name == "tiny-base":
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     with tempfile.TemporaryDirectory() as unfinished, quiet():
         pipe.save_pretrained(unfinished)
         # safetensors files are written for their owner's eyes only, but a package is read by everyone.

@@ -108,6 +108,12 @@ def factors(scene: Scene) -> dict[str, str]:
     return {name: str(getattr(scene, name)) for name in FACTORS if name not in absent}
 
 
+def visible_factors(scene: Scene) -> dict[str, str]:
+    """Return the factors that a picture of this scene shows: not the pose of a plain circle, which looks the same."""
+    hidden = {"pose"} if scene.shape == "circle" and scene.material == "plain" else set()
+    return {name: value for name, value in factors(scene).items() if name not in hidden}
+
+
 def sample_scene(rng: np.random.RandomState) -> Scene:
     """Draw a random scene: 30 % have two objects, plain materials and flat pictures are the commonest."""
 
@@ -222,14 +228,15 @@ _DISTANCES: dict[str, Callable[[Plane, Plane], Plane]] = {
 
 def render(scene: Scene) -> UInt8[np.ndarray, "64 64 3"]:
     """Draw the scene as an RGB picture."""
-    picture = _backdrop(scene)
+    picture = backdrop(scene)
     for thing in _objects(scene):
         picture = _paint(picture, thing, scene.style)
     pixels: UInt8[np.ndarray, "64 64 3"] = np.clip(np.rint(picture), 0, 255).astype(np.uint8)
     return pixels
 
 
-def _backdrop(scene: Scene) -> Float32[np.ndarray, "64 64 3"]:
+def backdrop(scene: Scene) -> Float32[np.ndarray, "64 64 3"]:
+    """The scene without its objects."""
     colour = np.array(BACKGROUNDS[scene.background], np.float32)
     picture = np.broadcast_to(colour, (SIZE, SIZE, 3)).copy()
     if scene.pattern == "grid":

@@ -1,0 +1,177 @@
+"""The yardstick: how true the embedded model, its judge and its updates are to a world whose every factor is known.
+
+Nothing here needs trust in another network than the judge, and the judge is itself measured on renders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tqdm.auto import tqdm
+
+from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
+from sdxl_sae_kit.hooks import record
+from sdxl_sae_kit.metrics import bootstrap_interval, constant_share, participation_ratio
+from sdxl_sae_kit.pipelines import generate
+from sdxl_sae_kit.tiny.judge import Judge, Verdicts, load_judge
+from sdxl_sae_kit.tiny.judge_training import ask
+from sdxl_sae_kit.tiny.world import FACTORS, Scene, caption, object_mask, render, sample_scene, visible_factors
+
+Row = dict[str, Any]
+SEED = 90_000
+"""Scenes and noise start from it here, and nowhere in training."""
+_BATCH = 50
+
+
+def measure_adherence(
+    pipe: Any, n: int = 1000, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
+) -> list[Row]:
+    """How often a model of the world draws what the caption says, factor by factor, as the judge sees it.
+
+    One row per factor: the share of pictures in which the judge names the caption's value (abstaining counts as wrong),
+    its 95 % bootstrap interval over pictures, and their number; then the mean over factors. The pose of a plain circle
+    cannot be seen and is not asked.
+
+    Args:
+        pipe: "tiny-turbo", "tiny-base" or another model of the world.
+        n: captions, each naming every factor of a scene, and as many seeds.
+        num_inference_steps, guidance_scale: by default the model's preset.
+    """
+    judge, scenes = load_judge(), draw_scenes(n)
+    seen: list[Verdicts] = []
+    for start in tqdm(range(0, n, _BATCH), desc="adherence", unit="batch"):
+        batch = scenes[start : start + _BATCH]
+        texts, seeds = [caption(scene) for scene in batch], range(SEED + start, SEED + start + len(batch))
+        drawn = generate(pipe, texts, seeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+        seen.append(judge.read(drawn))
+    rows = [_row(factor, right) for factor, right in _right(seen, scenes).items()]
+    return [*rows, {"factor": "mean", "share": float(np.mean([row["share"] for row in rows])), "interval": "", "n": n}]
+
+
+def measure_judge(vae: Any, n: int = 1000, judge: Judge | None = None) -> list[Row]:
+    """How often the judge is right on renders it never saw: clean, blurred (σ 0.7 px), noisy (σ 0.05), through the VAE.
+
+    One row per factor with the share of right answers in each condition, and the calibration error: the mean of
+    |confidence − share right| over ten bins of confidence, over all four conditions (ECE, Naeini et al. 2015). The last
+    rows give the mean IoU of the masks, and the share of blobs whose shape the judge does not claim to know.
+    """
+    judge, scenes = judge or load_judge(), draw_scenes(n)
+    renders = [render(scene) for scene in scenes]
+    conditions: dict[str, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
+        "clean": lambda picture: picture,
+        "blurred": lambda picture: np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(0.7))),
+        "noisy": _noisy(np.random.default_rng(SEED)),
+        "VAE": lambda picture: _through(vae, picture),
+    }
+    verdicts = {name: judge.read(np.stack([change(r) for r in renders])) for name, change in conditions.items()}
+    right = {name: _right([verdict], scenes) for name, verdict in verdicts.items()}
+    rows: list[Row] = [
+        {"factor": factor, "n": len(right["clean"][factor])}
+        | {name: float(right[name][factor].mean()) for name in conditions}
+        | {"calibration error": _calibration_error(factor, verdicts.values(), right.values(), scenes)}
+        for factor in FACTORS
+    ]
+    masks = np.stack([object_mask(scene) for scene in scenes])
+    overlap = {name: _iou(verdict.mask, masks) for name, verdict in verdicts.items()}
+    rng = np.random.RandomState(SEED)
+    blobs = judge.read(np.stack([ask(rng, "blob").picture for _ in range(n)])).values["shape"]
+    abstained = {"clean": float(np.mean([shape is None for shape in blobs]))}
+    blank = dict.fromkeys([*conditions, "calibration error"], "–")
+    return [*rows, {"factor": "mask IoU", "n": n} | blank | overlap, {"factor": "blobs", "n": n} | blank | abstained]
+
+
+def measure_richness(pipe: Any, n: int = 1000, hookpoints: Sequence[str] = DEFAULT_HOOKPOINTS) -> list[Row]:
+    """How much the updates of one-object scenes have to say, at one step.
+
+    One row per hookpoint: participation ratio and share of variance within images (see `metrics`), and the accuracy of
+    linear probes for shape, colour and position on a held-out quarter of the images (logistic regression on the update
+    averaged over its four quadrants).
+    """
+    scenes = [scene for scene in draw_scenes(2 * n) if scene.count == "one"][:n]
+    updates: dict[str, list[torch.Tensor]] = {hookpoint: [] for hookpoint in hookpoints}
+    for start in tqdm(range(0, n, _BATCH), desc="richness", unit="batch"):
+        texts = [caption(scene) for scene in scenes[start : start + _BATCH]]
+        with record(pipe, hookpoints, stop_early=True) as recording:
+            generate(pipe, texts, range(SEED + start, SEED + start + len(texts)), num_inference_steps=1)
+        for hookpoint in hookpoints:
+            updates[hookpoint].append(recording.update(hookpoint).float())
+    return [_rich(hookpoint, torch.cat(parts), scenes) for hookpoint, parts in updates.items()]
+
+
+def draw_scenes(n: int) -> list[Scene]:
+    """Random scenes that no training drew."""
+    rng = np.random.RandomState(SEED)
+    return [sample_scene(rng) for _ in range(n)]
+
+
+def _right(seen: Sequence[Verdicts], scenes: Sequence[Scene]) -> dict[str, Bool[np.ndarray, " picture"]]:
+    """For each factor whether the judge named its value, over the scenes that show it."""
+    expected = [visible_factors(scene) for scene in scenes]
+    right = {}
+    for factor in FACTORS:
+        named = [value for verdicts in seen for value in verdicts.values[factor]]
+        pairs = zip(named, expected, strict=True)
+        right[factor] = np.array([value == known[factor] for value, known in pairs if factor in known], dtype=bool)
+    return right
+
+
+def _row(factor: str, right: Bool[np.ndarray, " picture"]) -> Row:
+    interval = bootstrap_interval(right.astype(float))
+    return {"factor": factor, "share": float(right.mean()), "interval": interval, "n": len(right)}
+
+
+def _calibration_error(
+    factor: str,
+    verdicts: Iterable[Verdicts],
+    right: Iterable[Mapping[str, NDArray[np.bool_]]],
+    scenes: Sequence[Scene],
+) -> float:
+    shows = np.array([factor in visible_factors(scene) for scene in scenes])
+    confidence = np.concatenate([verdict.confidence[factor][shows] for verdict in verdicts])
+    hits = np.concatenate([each[factor] for each in right])
+    bins = np.minimum((confidence * 10).astype(int), 9)
+    gaps = [abs(confidence[bins == b].mean() - hits[bins == b].mean()) * (bins == b).mean() for b in set(bins.tolist())]
+    return float(sum(gaps))
+
+
+def _iou(found: Bool[np.ndarray, "picture 64 64"], true: Bool[np.ndarray, "picture 64 64"]) -> float:
+    return float(((found & true).sum((1, 2)) / (found | true).sum((1, 2))).mean())
+
+
+def _noisy(rng: np.random.Generator) -> Callable[[NDArray[np.uint8]], NDArray[np.uint8]]:
+    return lambda picture: np.clip(picture + rng.normal(0, 0.05 * 255, picture.shape), 0, 255).astype(np.uint8)
+
+
+@torch.no_grad()
+def _through(vae: Any, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None].to(vae.dtype) / 127.5 - 1
+    drawn = vae.decode(vae.encode(x).latent_dist.mean).sample[0].float().permute(1, 2, 0)
+    pixels: NDArray[np.uint8] = ((drawn.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+    return pixels
+
+
+def _rich(hookpoint: str, updates: Float[torch.Tensor, "image height width d_in"], scenes: Sequence[Scene]) -> Row:
+    tokens = updates.flatten(1, 2)
+    quadrants = torch.nn.functional.adaptive_avg_pool2d(updates.permute(0, 3, 1, 2), 2).flatten(1).numpy()
+    row: Row = {
+        "hookpoint": hookpoint,
+        "images": len(scenes),
+        "participation ratio": participation_ratio(tokens.flatten(0, 1)),
+        "within images": 1 - constant_share(tokens),
+    }
+    training = len(scenes) * 3 // 4
+    for factor in ("shape", "colour", "position"):
+        values = np.array([getattr(scene, factor) for scene in scenes])
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+        probe.fit(quadrants[:training], values[:training])
+        row[f"probe {factor}"] = float(probe.score(quadrants[training:], values[training:]))
+    return row
