@@ -1,4 +1,4 @@
-"""The command line: `sdxl-sae-kit report`, `sdxl-sae-kit artifacts list|verify`, `sdxl-sae-kit tiny train`."""
+"""The command line: `sdxl-sae-kit report`, `sdxl-sae-kit artifacts list|verify`, `sdxl-sae-kit tiny train|measure`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sdxl_sae_kit.errors import ArtifactError, KitError
 
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        options.run(options)
+        options.command(options)
     except KitError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--model", default="tiny-turbo", help="what the notebooks call MODEL (default: %(default)s)")
     report.add_argument("--out", type=Path, help="the HTML file to write (default: a new artifact in the store)")
     _add_store(report)
-    report.set_defaults(run=_report)
+    report.set_defaults(command=_report)
 
     artifacts = commands.add_parser("artifacts", help="what the store holds").add_subparsers(
         required=True, metavar="COMMAND"
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = artifacts.add_parser(name, help=text)
         _add_store(command)
-        command.set_defaults(run=run)
+        command.set_defaults(command=run)
 
     tiny = commands.add_parser("tiny", help="the embedded model").add_subparsers(required=True, metavar="COMMAND")
     train = tiny.add_parser(
@@ -71,9 +72,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--vae-samples", type=int, help="pictures that the VAE sees in all")
     train.add_argument("--judge-samples", type=int, help="pictures that the judge sees in all")
     train.add_argument("--processes", type=int, help="how many train side by side")
+    train.add_argument("--device", help="cpu, cuda, cuda:1 or mps")
     train.add_argument("--seed", type=int, help="of weights, scenes, captions and noise")
     train.add_argument("--stage", choices=("all", "vae", "judge", "base", "turbo"))
-    train.set_defaults(run=_train)
+    train.set_defaults(command=_train)
+    measure = tiny.add_parser(
+        "measure", help="how often it draws what it is told, how good the judge is, how rich updates are"
+    )
+    measure.add_argument(
+        "--captions", type=int, default=1000, help="how many captions and seeds (default: %(default)s)"
+    )
+    measure.add_argument("--run", type=Path, help="a folder that `tiny train` made (default: what is in the package)")
+    measure.set_defaults(command=_measure)
     return parser
 
 
@@ -116,8 +126,45 @@ def _verify(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from sdxl_sae_kit.tiny.train import train
 
-    settings = {name: value for name, value in vars(options).items() if name not in ("run", "folder")}
+    settings = {name: value for name, value in vars(options).items() if name not in ("command", "folder")}
     print(train(options.folder, **settings))
+
+
+def _measure(options: argparse.Namespace) -> None:
+    from sdxl_sae_kit.pipelines import load_pipeline
+    from sdxl_sae_kit.tiny import WEIGHTS
+    from sdxl_sae_kit.tiny.judge import load_judge
+    from sdxl_sae_kit.yardstick import measure_adherence, measure_judge, measure_richness
+
+    folder = options.run or WEIGHTS
+    turbo, base = (load_pipeline(folder / name) for name in ("tiny-turbo", "tiny-base"))
+    judge = load_judge(folder / "judge")
+    settings = {
+        "turbo, 1 step": (turbo, 1, 0.0),
+        "turbo, 4 steps": (turbo, 4, 0.0),
+        "base, 20 steps, guidance 3": (base, 20, 3.0),
+    }
+    print(f"Share of {options.captions:,} pictures that show what their caption says, as the judge sees it")
+    for name, (pipe, steps, guidance) in settings.items():
+        rows = measure_adherence(
+            pipe, options.captions, num_inference_steps=steps, guidance_scale=guidance, judge=judge
+        )
+        print(f"\n{name}\n{_table(rows)}")
+    print(f"\nThe judge on renders\n{_table(measure_judge(turbo.vae, options.captions, judge))}")
+    print(f"\nUpdates of turbo at one step\n{_table(measure_richness(turbo, options.captions))}")
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows with the same keys as aligned text."""
+    texts = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in texts)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return "[{}]".format(", ".join(map(_text, value)))
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

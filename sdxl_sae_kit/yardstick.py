@@ -5,7 +5,7 @@ Nothing here needs trust in another network than the judge, and the judge is its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,28 +33,42 @@ _BATCH = 50
 
 
 def measure_adherence(
-    pipe: Any, n: int = 1000, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
+    pipe: Any,
+    n: int = 1000,
+    *,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    judge: Judge | None = None,
 ) -> list[Row]:
     """How often a model of the world draws what the caption says, factor by factor, as the judge sees it.
 
     One row per factor: the share of pictures in which the judge names the caption's value (abstaining counts as wrong),
     its 95 % bootstrap interval over pictures, and their number; then the mean over factors. The pose of a plain circle
-    cannot be seen and is not asked.
+    cannot be seen and is not asked; which object of a pair comes first is as the caption says, wherever that fits.
 
     Args:
         pipe: "tiny-turbo", "tiny-base" or another model of the world.
         n: captions, each naming every factor of a scene, and as many seeds.
         num_inference_steps, guidance_scale: by default the model's preset.
+        judge: by default the one in the package.
     """
-    judge, scenes = load_judge(), draw_scenes(n)
+    judge, scenes = judge or load_judge(), draw_scenes(n)
     seen: list[Verdicts] = []
     for start in tqdm(range(0, n, _BATCH), desc="adherence", unit="batch"):
         batch = scenes[start : start + _BATCH]
         texts, seeds = [caption(scene) for scene in batch], range(SEED + start, SEED + start + len(batch))
         drawn = generate(pipe, texts, seeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
         seen.append(judge.read(drawn))
-    rows = [_row(factor, right) for factor, right in _right(seen, scenes).items()]
-    return [*rows, {"factor": "mean", "share": float(np.mean([row["share"] for row in rows])), "interval": "", "n": n}]
+    right = _right(seen, scenes)
+    shown = ~np.isnan(right)
+    rows: list[Row] = []
+    for factor, column in zip(FACTORS, right.T, strict=True):
+        hits = column[~np.isnan(column)]
+        rows.append({"factor": factor, "share": hits.mean(), "interval": bootstrap_interval(hits), "n": len(hits)})
+    both, f = np.hstack([np.nan_to_num(right), shown]), len(FACTORS)
+    interval = bootstrap_interval(both, lambda m: (m[..., :f] / m[..., f:]).mean(-1))
+    mean = float(np.mean([row["share"] for row in rows]))
+    return [*rows, {"factor": "mean", "share": mean, "interval": interval, "n": n}]
 
 
 def measure_judge(vae: Any, n: int = 1000, judge: Judge | None = None) -> list[Row]:
@@ -74,12 +88,14 @@ def measure_judge(vae: Any, n: int = 1000, judge: Judge | None = None) -> list[R
     }
     verdicts = {name: judge.read(np.stack([change(r) for r in renders])) for name, change in conditions.items()}
     right = {name: _right([verdict], scenes) for name, verdict in verdicts.items()}
-    rows: list[Row] = [
-        {"factor": factor, "n": len(right["clean"][factor])}
-        | {name: float(right[name][factor].mean()) for name in conditions}
-        | {"calibration error": _calibration_error(factor, verdicts.values(), right.values(), scenes)}
-        for factor in FACTORS
-    ]
+    rows: list[Row] = []
+    for i, factor in enumerate(FACTORS):
+        row = {"factor": factor, "n": int((~np.isnan(right["clean"][:, i])).sum())}
+        row |= {name: float(np.nanmean(hits[:, i])) for name, hits in right.items()}
+        confidence = np.concatenate([verdict.confidence[factor] for verdict in verdicts.values()])
+        hits = np.concatenate([each[:, i] for each in right.values()])
+        row["calibration error"] = _calibration_error(confidence, hits)
+        rows.append(row)
     masks = np.stack([object_mask(scene) for scene in scenes])
     overlap = {name: _iou(verdict.mask, masks) for name, verdict in verdicts.items()}
     rng = np.random.RandomState(SEED)
@@ -113,33 +129,21 @@ def draw_scenes(n: int) -> list[Scene]:
     return [sample_scene(rng) for _ in range(n)]
 
 
-def _right(seen: Sequence[Verdicts], scenes: Sequence[Scene]) -> dict[str, Bool[np.ndarray, " picture"]]:
-    """For each factor whether the judge named its value, over the scenes that show it."""
+def _right(seen: Sequence[Verdicts], scenes: Sequence[Scene]) -> Float[np.ndarray, "picture factor"]:
+    """1 where the judge named a factor's value, 0 where it did not, NaN where the scene does not show the factor."""
     expected = [visible_factors(scene) for scene in scenes]
-    right = {}
-    for factor in FACTORS:
-        named = [value for verdicts in seen for value in verdicts.values[factor]]
-        pairs = zip(named, expected, strict=True)
-        right[factor] = np.array([value == known[factor] for value, known in pairs if factor in known], dtype=bool)
-    return right
+    ends = np.cumsum([len(verdicts) for verdicts in seen])
+    parts = zip(seen, [0, *ends], ends, strict=False)
+    told = [values for verdicts, start, end in parts for values in verdicts.told_as(expected[start:end])]
+    pairs = zip(told, expected, strict=True)
+    return np.array([[values[f] == known[f] if f in known else np.nan for f in FACTORS] for values, known in pairs])
 
 
-def _row(factor: str, right: Bool[np.ndarray, " picture"]) -> Row:
-    interval = bootstrap_interval(right.astype(float))
-    return {"factor": factor, "share": float(right.mean()), "interval": interval, "n": len(right)}
-
-
-def _calibration_error(
-    factor: str,
-    verdicts: Iterable[Verdicts],
-    right: Iterable[Mapping[str, NDArray[np.bool_]]],
-    scenes: Sequence[Scene],
-) -> float:
-    shows = np.array([factor in visible_factors(scene) for scene in scenes])
-    confidence = np.concatenate([verdict.confidence[factor][shows] for verdict in verdicts])
-    hits = np.concatenate([each[factor] for each in right])
+def _calibration_error(confidence: Float[np.ndarray, " picture"], right: Float[np.ndarray, " picture"]) -> float:
+    confidence, right = confidence[~np.isnan(right)], right[~np.isnan(right)]
     bins = np.minimum((confidence * 10).astype(int), 9)
-    gaps = [abs(confidence[bins == b].mean() - hits[bins == b].mean()) * (bins == b).mean() for b in set(bins.tolist())]
+    chosen = [bins == b for b in set(bins.tolist())]
+    gaps = [abs(confidence[here].mean() - right[here].mean()) * here.mean() for here in chosen]
     return float(sum(gaps))
 
 

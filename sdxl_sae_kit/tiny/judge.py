@@ -27,6 +27,8 @@ FILE = "judge.safetensors"
 LEAST_CONFIDENCE = 0.5
 """Below it an answer is none: the judge would rather abstain than guess."""
 _BATCH = 64
+_OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+_OTHER = {"shape": "shape2", "shape2": "shape", "colour": "colour2", "colour2": "colour"}
 _WIDTHS, _NECK, _PLACES = (32, 64, 96), 192, 12
 
 
@@ -35,7 +37,11 @@ class Verdicts:
     """What the judge sees in n pictures."""
 
     values: Mapping[str, Sequence[str | None]]
-    """Factor → its value in every picture; None where it is not there or cannot be told."""
+    """Factor → its value in every picture; None where it is not there or cannot be told.
+
+    Of a pair the left or upper object counts as the first: that it is "left of" the other says the same picture as that
+    the other is "right of" it.
+    """
     confidence: Mapping[str, Float[np.ndarray, " picture"]]
     """Factor → the calibrated probability of its likeliest answer, none being one of them."""
     mask: Bool[np.ndarray, "picture 64 64"]
@@ -43,6 +49,14 @@ class Verdicts:
 
     def __len__(self) -> int:
         return len(self.mask)
+
+    def told_as(self, expected: Sequence[Mapping[str, str]]) -> list[dict[str, str | None]]:
+        """The values of each picture, those of a pair told from the object that agrees better with what is expected."""
+        told = []
+        for i, wanted in enumerate(expected):
+            values = {factor: named[i] for factor, named in self.values.items()}
+            told.append(max((values, mirrored(values)), key=lambda v: sum(v[f] == wanted[f] for f in wanted)))
+        return told
 
 
 class Judge(nn.Module):
@@ -93,6 +107,13 @@ class Judge(nn.Module):
             told = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             values[factor] = [known[j] if j < len(known) and sure >= LEAST_CONFIDENCE else None for j, sure in told]
         return Verdicts(values, confidence, torch.cat([mask for _, mask in seen]).cpu().numpy() > 0)
+
+
+def mirrored(values: Mapping[str, str | None]) -> dict[str, str | None]:
+    """What is seen, told from the other object: "a star left of a heart" becomes "a heart right of a star"."""
+    told = dict(values)
+    told |= {one: values[other] for one, other in _OTHER.items() if other in values and one in values}
+    return told | {"relation": _OPPOSITE.get(values["relation"] or "")}
 
 
 def load_judge(folder: Path | None = None) -> Judge:

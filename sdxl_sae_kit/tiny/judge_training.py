@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdxl_sae_kit.tiny import checkpoints
-from sdxl_sae_kit.tiny.judge import FILE, Judge
+from sdxl_sae_kit.tiny.judge import FILE, Judge, mirrored
 from sdxl_sae_kit.tiny.runs import Run, checkpoint_due, log, update
 from sdxl_sae_kit.tiny.world import (
     COLOURS,
@@ -54,12 +54,16 @@ def ask(rng: np.random.RandomState, kind: str) -> Question:
     scene = sample_scene(rng)
     visible, told = visible_factors(scene), factors(scene)
     known = {factor: visible.get(factor) for factor in FACTORS if factor in visible or factor not in told}
+    if kind == "mixture":
+        known["shape"] = None
+    if scene.relation in ("right of", "below"):
+        known = mirrored(known)
     if kind == "scene":
         return Question(render(scene), known, object_mask(scene))
     if kind == "mixture":
         other = replace(scene, shape=rng.choice([shape for shape in SHAPES if shape != scene.shape]))
         mixed = (render(scene) / 2 + render(other) / 2).astype(np.uint8)
-        return Question(mixed, known | {"shape": None}, object_mask(scene) | object_mask(other))
+        return Question(mixed, known, object_mask(scene) | object_mask(other))
     if kind == "noise":
         coarse = torch.from_numpy(rng.uniform(0, 255, (1, 3, *[rng.choice([4, 8, 16, 64])] * 2)))
         picture = F.interpolate(coarse, (SIZE, SIZE), mode="bilinear")[0].permute(1, 2, 0).numpy()
@@ -134,9 +138,9 @@ def train_judge(run: Run, samples: int) -> None:
     vae = checkpoints.load_vae(run.folder / "vae")
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
-        judge = Judge()
+        judge = Judge().to(run.device)
     parameters = list(judge.parameters())
-    optimizer = torch.optim.AdamW(parameters, recipe.judge_learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = run.adamw(parameters, weight_decay=0.01)
     step = done = 0
     if path.exists():
         state = checkpoints.load(path)
@@ -147,7 +151,8 @@ def train_judge(run: Run, samples: int) -> None:
         while done < samples:
             rng, generator = run.random(step)
             pictures, targets, masks = ask_many(rng, recipe.batch_size)
-            loss = _loss(judge, damage(pictures, vae, generator), targets, masks)
+            damaged = damage(pictures, vae, generator)
+            loss = _loss(judge, *(each.to(run.device) for each in (damaged, targets, masks)))
             rate = min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done / samples))
             update(loss, optimizer, parameters, recipe.judge_learning_rate * rate, run.processes)
             step, done = step + 1, done + run.samples_per_step
@@ -157,7 +162,7 @@ def train_judge(run: Run, samples: int) -> None:
                 checkpoints.save(state, path)
                 log(run, stage="judge", samples=done, loss=round(loss.item(), 4))
     if run.rank == 0:
-        calibrate(judge.eval(), vae, run.seed)
+        calibrate(judge.eval().cpu(), vae, run.seed)
         (run.folder / "judge").mkdir(exist_ok=True)
         tensors = {name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}
         save_file(tensors, run.folder / "judge" / FILE)

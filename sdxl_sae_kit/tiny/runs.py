@@ -72,6 +72,12 @@ class Run:
     seed: int
     rank: int = 0
     processes: int = 1
+    device: str = "cpu"
+
+    def adamw(self, parameters: list[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
+        """The optimizer of all networks; `update` sets its learning rate at every step."""
+        fused = self.device.startswith("cuda")
+        return torch.optim.AdamW(parameters, 0.0, betas=(0.9, 0.99), weight_decay=weight_decay, fused=fused)
 
     @property
     def samples_per_step(self) -> int:
@@ -94,7 +100,9 @@ class Run:
         return [sample_scene(rng) for _ in range(self.recipe.pool_scenes)]
 
     def progress(self, name: str, done: int, total: int) -> Any:
-        """A progress bar, which only the first process shows."""
+        """A progress bar under a line that says what is to come; only the first process shows them."""
+        if self.rank == 0:
+            tqdm.write(f"Training {name} on {self.device}: {total - done:,} samples, {self.samples_per_step} a step.")
         return tqdm(desc=name, initial=done, total=total, unit=" samples", disable=self.rank > 0)
 
 

@@ -42,10 +42,10 @@ class Spread:
             unet.get_submodule(point.path).proj_out.register_forward_hook(self._reader(point.name))
         n, d_in = len(points), points[0].d_in
         self.state = {
-            "seen": torch.zeros(()),
-            "mean": torch.zeros(n, d_in),
-            "covariance": torch.zeros(n, d_in, d_in),
-            "within": torch.zeros(n),
+            "seen": torch.zeros((), device=unet.device),
+            "mean": torch.zeros(n, d_in, device=unet.device),
+            "covariance": torch.zeros(n, d_in, d_in, device=unet.device),
+            "within": torch.zeros(n, device=unet.device),
         }
 
     def _reader(self, name: str) -> Any:

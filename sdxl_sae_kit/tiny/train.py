@@ -33,6 +33,7 @@ def train(
     processes: int = 2,
     seed: int = 0,
     stage: str = "all",
+    device: str = "cpu",
     recipe: Recipe | None = None,
 ) -> Path:
     """Train in `folder`, going on from whatever it holds, and return it.
@@ -45,8 +46,10 @@ def train(
         samples: pictures that the base sees in all, those before a stop included.
         turbo_samples, vae_samples, judge_samples: the same for the other networks.
         processes: how many train side by side on the CPU, each on its own batch; they are part of what makes a run.
+            On a GPU there is one, with a batch as large as theirs together.
         seed: of weights, scenes, captions and noise.
         stage: "vae", "judge", "base" or "turbo", which all need those before them but for the judge, or "all".
+        device: "cpu", "cuda", "cuda:1" or "mps"; the draws are the same on all.
         recipe: everything else.
 
     Raises:
@@ -56,7 +59,10 @@ def train(
         known = ", ".join(map(repr, STAGES))
         hint = did_you_mean(stage, [*STAGES, "all"])
         raise ModelError(f"No training stage {stage!r}; there are {known} and 'all'.{hint}")
-    run = Run(Path(folder), recipe or Recipe(), seed, 0, processes)
+    recipe = recipe or Recipe()
+    if device != "cpu":
+        recipe, processes = replace(recipe, batch_size=recipe.batch_size * processes), 1
+    run = Run(Path(folder), recipe, seed, 0, processes, device)
     run.folder.mkdir(parents=True, exist_ok=True)
     wanted = {"vae": vae_samples, "judge": judge_samples, "base": samples, "turbo": turbo_samples}
     wanted = wanted if stage == "all" else {stage: wanted[stage]}

@@ -48,15 +48,16 @@ def _train(run: Run, samples: int, turbo: bool) -> None:
     recipe, name = run.recipe, "turbo" if turbo else "base"
     path = run.folder / (checkpoints.TURBO if turbo else checkpoints.BASE)
     tokenizer = networks.load_tokenizer(weights_folder("tiny-turbo") / "tokenizer")
-    vae = checkpoints.load_vae(run.folder / "vae")
+    vae = checkpoints.load_vae(run.folder / "vae").to(run.device)
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
-        trained = nn.ModuleList([networks.unet(), *networks.text_encoders(tokenizer)])
+        trained = nn.ModuleList([networks.unet(), *networks.text_encoders(tokenizer)]).to(run.device)
     averaged = copy.deepcopy(trained).eval()
-    learning = trained[0] if turbo else trained
-    parameters = list(learning.requires_grad_(True).parameters())
+    if turbo:
+        trained[1:].requires_grad_(False)
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     rate = recipe.turbo_learning_rate if turbo else recipe.learning_rate
-    optimizer = torch.optim.AdamW(parameters, rate, betas=(0.9, 0.99), weight_decay=0.03)
+    optimizer = run.adamw(parameters, weight_decay=0.03)
     spread, step, done = Spread(trained[0], run.processes), 0, 0
     if path.exists():
         state = checkpoints.load(path)
@@ -64,7 +65,7 @@ def _train(run: Run, samples: int, turbo: bool) -> None:
         _load(state, trained, "_raw")
         optimizer.load_state_dict(state["opt"])
         step, done = state["it"], state["n"]
-        spread.state |= state.get("spread", {})
+        spread.state |= {name: moment.to(run.device) for name, moment in state.get("spread", {}).items()}
     elif turbo:
         state = checkpoints.load(run.folder / checkpoints.BASE)
         _load(state, averaged, "")
@@ -76,7 +77,7 @@ def _train(run: Run, samples: int, turbo: bool) -> None:
             wanted = (run.pool_of(step), done < recipe.half_size_samples and not turbo)
             if drawn != wanted:
                 drawn, scenes = wanted, run.scenes(wanted[0])
-                latents = vae_latents(vae, pictures(scenes), half_size=wanted[1])
+                latents = vae_latents(vae, pictures(scenes).to(run.device), half_size=wanted[1])
             loss = denoising_loss(trained, tokenizer, scenes, latents, recipe, timesteps, *run.random(step))
             owed = recipe.spread_weight * spread.penalty(recipe.pairs)
             now = _learning_rate(rate, recipe.warmup_steps, decay, step, done / samples)
@@ -114,6 +115,7 @@ def denoising_loss(
     Its first rows are pairs at t = 999 that share caption and picture, not noise; the others draw t from `timesteps`.
     """
     unet, first, second = trained
+    device = latents.device  # every draw is made on the CPU, so that it is the same wherever the networks are
     n, pairs = recipe.batch_size, recipe.pairs
     rows = torch.arange(n - pairs).repeat_interleave(torch.tensor([2] * pairs + [1] * (n - 2 * pairs)))
 
@@ -121,20 +123,20 @@ def denoising_loss(
     drops = [0.0 if rng.rand() < recipe.full_caption_share else 0.3 for _ in picks]
     captions = [caption(scenes[i], rng, drop) for i, drop in zip(picks.tolist(), drops, strict=True)]
     captions = ["" if rng.rand() < recipe.empty_caption_share else words for words in captions]
-    words, pooled = networks.encode_captions((first, second), networks.token_ids(tokenizer, captions))
-    told = (torch.rand(n - pairs, generator=generator) >= recipe.unconditional_share).float()[:, None]
+    words, pooled = networks.encode_captions((first, second), networks.token_ids(tokenizer, captions).to(device))
+    told = (torch.rand(n - pairs, generator=generator) >= recipe.unconditional_share).float()[:, None].to(device)
     words, pooled = (words * told[:, :, None])[rows], (pooled * told)[rows]
 
     x = latents[picks[rows]]
     t = timesteps[torch.randint(len(timesteps), (n,), generator=generator)]
     t[: 2 * pairs] = 999
-    a = _alphas()[t][:, None, None, None]
-    noise = torch.randn(x.shape, generator=generator)
+    a = _alphas()[t][:, None, None, None].to(device)
+    noise = torch.randn(x.shape, generator=generator).to(device)
     noisy, v = a.sqrt() * x + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x
     size = 2 * x.shape[-1]
-    sizes = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32).expand(n, 6)
+    sizes = torch.tensor([[size, size, 0, 0, size, size]], dtype=torch.float32, device=device).expand(n, 6)
     conditioning = {"text_embeds": pooled, "time_ids": sizes}
-    predicted = unet(noisy, t, words, added_cond_kwargs=conditioning).sample
+    predicted = unet(noisy, t.to(device), words, added_cond_kwargs=conditioning).sample
     return F.mse_loss(predicted, v)
 
 

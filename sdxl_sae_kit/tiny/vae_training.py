@@ -24,9 +24,9 @@ def train_vae(run: Run, samples: int) -> None:
     recipe, path = run.recipe, run.folder / "vae.pt"
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
-        vae = networks.autoencoder()
+        vae = networks.autoencoder().to(run.device)
     parameters = list(vae.parameters())
-    optimizer = torch.optim.AdamW(parameters, recipe.vae_learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = run.adamw(parameters, weight_decay=1e-4)
     step = done = 0
     if path.exists():
         state = checkpoints.load(path)
@@ -38,7 +38,7 @@ def train_vae(run: Run, samples: int) -> None:
         while done < samples:
             if pool != run.pool_of(step):
                 pool = run.pool_of(step)
-                drawn = pictures(run.scenes(pool))
+                drawn = pictures(run.scenes(pool)).to(run.device)
             rate = recipe.vae_learning_rate * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * done / samples))
             loss = _loss(vae, drawn, run.random(step)[1], recipe.batch_size)
             update(loss, optimizer, parameters, rate + 1e-5, run.processes)
@@ -48,7 +48,7 @@ def train_vae(run: Run, samples: int) -> None:
                 checkpoints.save({"vae": vae.state_dict(), "opt": optimizer.state_dict(), "it": step, "n": done}, path)
                 log(run, stage="vae", samples=done, loss=round(loss.item(), 4))
     if run.rank == 0:
-        _finish(vae.eval(), run.folder / "vae")
+        _finish(vae.eval().cpu(), run.folder / "vae")
     if run.processes > 1:
         dist.barrier()
 
@@ -59,7 +59,8 @@ def _loss(
     """Pixels, and colours over 4 x 4 pixels, near the original; VAE latents barely held near a normal distribution."""
     x = pictures[torch.randint(len(pictures), (batch_size,), generator=generator)]
     code = vae.encode(x).latent_dist
-    y = vae.decode(code.sample(generator)).sample
+    noise = torch.randn(code.mean.shape, generator=generator).to(x.device)
+    y = vae.decode(code.mean + code.std * noise).sample
     pixels = (y - x).abs().mean() + F.mse_loss(y, x)
     colours = (F.avg_pool2d(y, 4) - F.avg_pool2d(x, 4)).abs().mean()
     divergence = 0.5 * (code.mean**2 + code.var - 1 - code.logvar).mean()

@@ -1,0 +1,74 @@
+"""The yardstick gives full marks to a model that draws what it is told, chance to one that does not listen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdxl_sae_kit import yardstick
+from sdxl_sae_kit.tiny.world import FACTORS, caption, render, visible_factors
+from sdxl_sae_kit.yardstick import draw_scenes, measure_adherence, measure_judge, measure_richness
+
+N = 150
+
+
+def adherence_of(monkeypatch, draw):
+    """Measure a model that draws with `draw`, scene by scene."""
+    by_caption = {caption(scene): scene for scene in draw_scenes(N)}
+    monkeypatch.setattr(
+        yardstick, "generate", lambda _pipe, texts, _seeds, **_: [Image.fromarray(draw(by_caption[t])) for t in texts]
+    )
+    return {row["factor"]: row for row in measure_adherence(None, N)}
+
+
+def test_a_perfect_model_gets_full_marks(monkeypatch):
+    rows = adherence_of(monkeypatch, render)
+    assert list(rows) == [*FACTORS, "mean"]
+    for factor in rows:
+        assert rows[factor]["share"] > 0.93, factor
+        low, high = rows[factor]["interval"]
+        assert low <= rows[factor]["share"] <= high
+    for factor in FACTORS:
+        assert rows[factor]["n"] == sum(factor in visible_factors(scene) for scene in draw_scenes(N))
+    assert rows["mean"]["share"] == pytest.approx(np.mean([rows[factor]["share"] for factor in FACTORS]))
+
+
+def test_a_model_that_does_not_listen_gets_the_share_of_chance(monkeypatch):
+    others = iter(draw_scenes(2 * N)[N:])
+    rows = adherence_of(monkeypatch, lambda _scene: render(next(others)))
+    for factor in ("shape", "colour", "background"):
+        assert rows[factor]["share"] < 2 / len(FACTORS[factor]), factor
+    assert rows["relation"]["share"] < 0.4
+
+
+def test_a_model_that_draws_nothing_gets_nothing_for_its_objects(monkeypatch):
+    rows = adherence_of(monkeypatch, lambda _scene: np.full((64, 64, 3), 128, np.uint8))
+    assert max(rows[factor]["share"] for factor in ("shape", "colour", "size", "position", "count", "relation")) < 0.1
+
+
+def test_the_judge_is_measured_in_every_condition(pipe):
+    rows = {row["factor"]: row for row in measure_judge(pipe.vae, 60)}
+    assert list(rows) == [*FACTORS, "mask IoU", "blobs"]
+    for factor in FACTORS:
+        assert all(0.8 <= rows[factor][condition] <= 1 for condition in ("clean", "blurred", "noisy", "VAE")), factor
+        assert 0 <= rows[factor]["calibration error"] < 0.15
+
+
+def test_richness_is_that_of_the_updates(pipe):
+    (row,) = measure_richness(pipe, 80, ["up.0.1"])
+    assert row["images"] == 80
+    scenes = [scene for scene in draw_scenes(160) if scene.count == "one"][:80]
+    from sdxl_sae_kit.hooks import record
+    from sdxl_sae_kit.pipelines import generate
+
+    with record(pipe, ["up.0.1"]) as recording:
+        generate(pipe, [caption(scene) for scene in scenes], range(yardstick.SEED, yardstick.SEED + 80))
+    x = recording.update("up.0.1").double().flatten(0, 2)
+    strengths = torch.linalg.svdvals(x - x.mean(0)).square()
+    assert row["participation ratio"] == pytest.approx(
+        (strengths.sum() ** 2 / strengths.square().sum()).item(), rel=1e-3
+    )
+    assert 0 < row["within images"] < 1
+    assert all(0 <= row[f"probe {factor}"] <= 1 for factor in ("shape", "colour", "position"))
