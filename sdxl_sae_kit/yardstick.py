@@ -5,7 +5,7 @@ Nothing here needs trust in another network than the judge, and the judge is its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,9 @@ from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
 from sdxl_sae_kit.hooks import record
 from sdxl_sae_kit.metrics import bootstrap_interval, constant_share, participation_ratio
 from sdxl_sae_kit.pipelines import generate
-from sdxl_sae_kit.tiny.judge import Judge, Verdicts, load_judge
+from sdxl_sae_kit.tiny.judge import Judge, expected_answers, load_judge
 from sdxl_sae_kit.tiny.judge_training import ask
-from sdxl_sae_kit.tiny.world import FACTORS, Scene, caption, object_mask, render, sample_scene, visible_factors
+from sdxl_sae_kit.tiny.world import FACTORS, Scene, caption, object_mask, render, sample_scene
 
 Row = dict[str, Any]
 SEED = 90_000
@@ -43,8 +43,10 @@ def measure_adherence(
     """How often a model of the world draws what the caption says, factor by factor, as the judge sees it.
 
     One row per factor: the share of pictures in which the judge names the caption's value (abstaining counts as wrong),
-    its 95 % bootstrap interval over pictures, and their number; then the mean over factors. The pose of a plain circle
-    cannot be seen and is not asked; which object of a pair comes first is as the caption says, wherever that fits.
+    its 95 % bootstrap interval over pictures, the share of the commonest value, which is what a model that reads no
+    captions could reach, and the number of pictures; then the means over factors. What cannot be seen (the pose of a
+    plain circle, the material of a small sketch) is not asked. Pairs are compared from the left or upper object on,
+    however the caption tells them.
 
     Args:
         pipe: "tiny-turbo", "tiny-base" or another model of the world.
@@ -53,29 +55,37 @@ def measure_adherence(
         judge: by default the one in the package.
     """
     judge, scenes = judge or load_judge(), draw_scenes(n)
-    seen: list[Verdicts] = []
+    expected = [_shown(scene) for scene in scenes]
+    told: list[dict[str, str | None]] = []
     for start in tqdm(range(0, n, _BATCH), desc="adherence", unit="batch"):
         batch = scenes[start : start + _BATCH]
         texts, seeds = [caption(scene) for scene in batch], range(SEED + start, SEED + start + len(batch))
         drawn = generate(pipe, texts, seeds, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
-        seen.append(judge.read(drawn))
-    right = _right(seen, scenes)
+        told += judge.read(drawn).told()
+    right = _right(told, expected)
     shown = ~np.isnan(right)
     rows: list[Row] = []
     for factor, column in zip(FACTORS, right.T, strict=True):
         hits = column[~np.isnan(column)]
-        rows.append({"factor": factor, "share": hits.mean(), "interval": bootstrap_interval(hits), "n": len(hits)})
+        values = [known[factor] for known in expected if factor in known]
+        commonest = max(map(values.count, values)) / len(values)
+        interval = bootstrap_interval(hits)
+        rows.append(
+            {"factor": factor, "share": hits.mean(), "interval": interval, "commonest": commonest, "n": len(hits)}
+        )
     both, f = np.hstack([np.nan_to_num(right), shown]), len(FACTORS)
     interval = bootstrap_interval(both, lambda m: (m[..., :f] / m[..., f:]).mean(-1))
     mean = float(np.mean([row["share"] for row in rows]))
-    return [*rows, {"factor": "mean", "share": mean, "interval": interval, "n": n}]
+    blind = float(np.mean([row["commonest"] for row in rows]))
+    return [*rows, {"factor": "mean", "share": mean, "interval": interval, "commonest": blind, "n": n}]
 
 
 def measure_judge(vae: Any, n: int = 1000, judge: Judge | None = None) -> list[Row]:
     """How often the judge is right on renders it never saw: clean, blurred (σ 0.7 px), noisy (σ 0.05), through the VAE.
 
     One row per factor with the share of right answers in each condition, and the calibration error: the mean of
-    |confidence − share right| over ten bins of confidence, over all four conditions (ECE, Naeini et al. 2015). The last
+    |confidence − share right| over ten bins of confidence, weighted by their pictures, over all four conditions, none
+    being a right answer where a scene lacks the factor (ECE, Naeini et al. 2015). The last
     rows give the mean IoU of the masks, and the share of blobs whose shape the judge does not claim to know.
     """
     judge, scenes = judge or load_judge(), draw_scenes(n)
@@ -87,14 +97,16 @@ def measure_judge(vae: Any, n: int = 1000, judge: Judge | None = None) -> list[R
         "VAE": lambda picture: _through(vae, picture),
     }
     verdicts = {name: judge.read(np.stack([change(r) for r in renders])) for name, change in conditions.items()}
-    right = {name: _right([verdict], scenes) for name, verdict in verdicts.items()}
+    answers, expected = [expected_answers(scene) for scene in scenes], [_shown(scene) for scene in scenes]
+    right = {name: _right(verdict.told(), expected) for name, verdict in verdicts.items()}
     rows: list[Row] = []
     for i, factor in enumerate(FACTORS):
         row = {"factor": factor, "n": int((~np.isnan(right["clean"][:, i])).sum())}
         row |= {name: float(np.nanmean(hits[:, i])) for name, hits in right.items()}
-        confidence = np.concatenate([verdict.confidence[factor] for verdict in verdicts.values()])
-        hits = np.concatenate([each[:, i] for each in right.values()])
-        row["calibration error"] = _calibration_error(confidence, hits)
+        asked = [at for at, known in enumerate(answers) if factor in known]
+        confidence = np.concatenate([verdict.confidence[factor][asked] for verdict in verdicts.values()])
+        hits = [v.likeliest[factor][at] == answers[at][factor] for v in verdicts.values() for at in asked]
+        row["calibration error"] = calibration_error(confidence, np.array(hits))
         rows.append(row)
     masks = np.stack([object_mask(scene) for scene in scenes])
     overlap = {name: _iou(verdict.mask, masks) for name, verdict in verdicts.items()}
@@ -108,19 +120,24 @@ def measure_judge(vae: Any, n: int = 1000, judge: Judge | None = None) -> list[R
 def measure_richness(pipe: Any, n: int = 1000, hookpoints: Sequence[str] = DEFAULT_HOOKPOINTS) -> list[Row]:
     """How much the updates of one-object scenes have to say, at one step.
 
-    One row per hookpoint: participation ratio and share of variance within images (see `metrics`), and the accuracy of
-    linear probes for shape, colour and position on a held-out quarter of the images (logistic regression on the update
-    averaged over its four quadrants).
+    One row per hookpoint: participation ratio, the same of what captions alone cause (the noise cancelled between two
+    seeds for each), share of variance within images (see `metrics`), and for shape, colour and position the accuracy of
+    a linear probe on a held-out quarter of the images, with its 95 % bootstrap interval, beside the share of the
+    commonest value (logistic regression on the update averaged over its four quadrants).
     """
     scenes = [scene for scene in draw_scenes(2 * n) if scene.count == "one"][:n]
-    updates: dict[str, list[torch.Tensor]] = {hookpoint: [] for hookpoint in hookpoints}
-    for start in tqdm(range(0, n, _BATCH), desc="richness", unit="batch"):
-        texts = [caption(scene) for scene in scenes[start : start + _BATCH]]
-        with record(pipe, hookpoints, stop_early=True) as recording:
-            generate(pipe, texts, range(SEED + start, SEED + start + len(texts)), num_inference_steps=1)
-        for hookpoint in hookpoints:
-            updates[hookpoint].append(recording.update(hookpoint).float())
-    return [_rich(hookpoint, torch.cat(parts), scenes) for hookpoint, parts in updates.items()]
+    first, second = (_updates(pipe, scenes, hookpoints, SEED + offset) for offset in (0, n))
+    return [_rich(hookpoint, first[hookpoint], second[hookpoint], scenes) for hookpoint in hookpoints]
+
+
+def _updates(pipe: Any, scenes: Sequence[Scene], hookpoints: Sequence[str], seed: int) -> dict[str, torch.Tensor]:
+    """The update of every scene at one step, by hookpoint: (image, height, width, d_in)."""
+    with record(pipe, hookpoints) as recording:
+        for start in tqdm(range(0, len(scenes), _BATCH), desc="richness", unit="batch"):
+            texts = [caption(scene) for scene in scenes[start : start + _BATCH]]
+            seeds = range(seed + start, seed + start + len(texts))
+            generate(pipe, texts, seeds, num_inference_steps=1, guidance_scale=0.0, output_type="latent")
+    return {hookpoint: recording.update(hookpoint).float() for hookpoint in hookpoints}
 
 
 def draw_scenes(n: int) -> list[Scene]:
@@ -129,22 +146,24 @@ def draw_scenes(n: int) -> list[Scene]:
     return [sample_scene(rng) for _ in range(n)]
 
 
-def _right(seen: Sequence[Verdicts], scenes: Sequence[Scene]) -> Float[np.ndarray, "picture factor"]:
-    """1 where the judge named a factor's value, 0 where it did not, NaN where the scene does not show the factor."""
-    expected = [visible_factors(scene) for scene in scenes]
-    ends = np.cumsum([len(verdicts) for verdicts in seen])
-    parts = zip(seen, [0, *ends], ends, strict=False)
-    told = [values for verdicts, start, end in parts for values in verdicts.told_as(expected[start:end])]
+def _right(
+    told: Sequence[Mapping[str, str | None]], expected: Sequence[Mapping[str, str | None]]
+) -> Float[np.ndarray, "picture factor"]:
+    """1 where a factor's value is the expected one, 0 where it is not, NaN where none is expected."""
     pairs = zip(told, expected, strict=True)
     return np.array([[values[f] == known[f] if f in known else np.nan for f in FACTORS] for values, known in pairs])
 
 
-def _calibration_error(confidence: Float[np.ndarray, " picture"], right: Float[np.ndarray, " picture"]) -> float:
-    confidence, right = confidence[~np.isnan(right)], right[~np.isnan(right)]
+def _shown(scene: Scene) -> dict[str, str]:
+    """The factors that a picture of the scene shows, as the judge tells them."""
+    return {factor: value for factor, value in expected_answers(scene).items() if value is not None}
+
+
+def calibration_error(confidence: Float[np.ndarray, " answer"], right: Bool[np.ndarray, " answer"]) -> float:
+    """Expected calibration error of answers over ten bins of equal width: 0 when confidences are probabilities."""
     bins = np.minimum((confidence * 10).astype(int), 9)
     chosen = [bins == b for b in set(bins.tolist())]
-    gaps = [abs(confidence[here].mean() - right[here].mean()) * here.mean() for here in chosen]
-    return float(sum(gaps))
+    return float(sum(abs(confidence[here].mean() - right[here].mean()) * here.mean() for here in chosen))
 
 
 def _iou(found: Bool[np.ndarray, "picture 64 64"], true: Bool[np.ndarray, "picture 64 64"]) -> float:
@@ -163,19 +182,35 @@ def _through(vae: Any, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return pixels
 
 
-def _rich(hookpoint: str, updates: Float[torch.Tensor, "image height width d_in"], scenes: Sequence[Scene]) -> Row:
+def _rich(
+    hookpoint: str,
+    updates: Float[torch.Tensor, "image height width d_in"],
+    other_noise: Float[torch.Tensor, "image height width d_in"],
+    scenes: Sequence[Scene],
+) -> Row:
     tokens = updates.flatten(1, 2)
-    quadrants = torch.nn.functional.adaptive_avg_pool2d(updates.permute(0, 3, 1, 2), 2).flatten(1).numpy()
     row: Row = {
         "hookpoint": hookpoint,
         "images": len(scenes),
         "participation ratio": participation_ratio(tokens.flatten(0, 1)),
+        "by captions": _participation_without_noise(updates.flatten(0, 2), other_noise.flatten(0, 2)),
         "within images": 1 - constant_share(tokens),
     }
+    quadrants = torch.nn.functional.adaptive_avg_pool2d(updates.permute(0, 3, 1, 2), 2).flatten(1).numpy()
     training = len(scenes) * 3 // 4
     for factor in ("shape", "colour", "position"):
         values = np.array([getattr(scene, factor) for scene in scenes])
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
         probe.fit(quadrants[:training], values[:training])
-        row[f"probe {factor}"] = float(probe.score(quadrants[training:], values[training:]))
+        right = (probe.predict(quadrants[training:]) == values[training:]).astype(float)
+        row |= {f"probe {factor}": right.mean(), f"{factor} interval": bootstrap_interval(right)}
+        row[f"commonest {factor}"] = max((values == value).mean() for value in set(values))
     return row
+
+
+def _participation_without_noise(x: Float[torch.Tensor, "token d_in"], y: Float[torch.Tensor, "token d_in"]) -> float:
+    """Participation ratio of what two sets of tokens that differ in noise only have in common (see `tiny.spread`)."""
+    a, b = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
+    product = a.T @ b
+    shared = (product + product.T) / 2
+    return float(shared.trace() ** 2 / shared.square().sum())

@@ -97,8 +97,8 @@ def test_tiny_train_passes_on_only_what_was_given(monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(
         "sdxl_sae_kit.tiny.train.train", lambda folder, **settings: calls.append((folder, settings)) or folder / "ck.pt"
     )
-    assert cli.main(["tiny", "train", str(tmp_path), "--samples", "64", "--stage", "unet"]) == 0
-    assert calls == [(tmp_path, {"samples": 64, "stage": "unet"})]
+    assert cli.main(["tiny", "train", str(tmp_path), "--samples", "64", "--stage", "base", "--device", "cpu"]) == 0
+    assert calls == [(tmp_path, {"samples": 64, "stage": "base", "device": "cpu"})]
     assert capsys.readouterr().out == f"{tmp_path / 'ck.pt'}\n"
 
 

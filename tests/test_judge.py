@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.errors import KitError, ModelError
 from sdxl_sae_kit.tiny import WEIGHTS
-from sdxl_sae_kit.tiny.judge import load_judge, mirrored
+from sdxl_sae_kit.tiny.judge import expected_answers, load_judge
 from sdxl_sae_kit.tiny.judge_training import NOT_ASKED, ask, ask_many
-from sdxl_sae_kit.tiny.world import FACTORS, factors, object_mask, render, sample_scene, visible_factors
+from sdxl_sae_kit.tiny.world import FACTORS, factors, object_mask, render, sample_scene
 
 SCENES = [sample_scene(rng) for rng in [np.random.RandomState(4321)] for _ in range(300)]
 PICTURES = np.stack([render(scene) for scene in SCENES])
-EXPECTED = [visible_factors(scene) for scene in SCENES]
+EXPECTED = [expected_answers(scene) for scene in SCENES]
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +30,6 @@ def judge():
 @pytest.fixture(scope="module")
 def verdicts(judge):
     return judge.read(PICTURES)
-
-
-def right(told, factor):
-    """Of each picture that shows the factor, whether its value was named."""
-    return [values[factor] == known[factor] for values, known in zip(told, EXPECTED, strict=True) if factor in known]
 
 
 def blurred(picture: np.ndarray) -> np.ndarray:
@@ -46,11 +43,11 @@ def noisy(picture: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("change", "least"), [(None, 0.96), (blurred, 0.93), (noisy, 0.93)])
 def test_it_names_every_factor_of_a_render(judge, verdicts, change, least):
     seen = verdicts if change is None else judge.read(np.stack([change(picture) for picture in PICTURES]))
-    told = seen.told_as(EXPECTED)
     for factor in FACTORS:
-        assert np.mean(right(told, factor)) >= least, factor
-        absent = [values[factor] for values, scene in zip(told, SCENES, strict=True) if factor not in factors(scene)]
-        assert not absent or absent.count(None) / len(absent) >= least, factor
+        for absent in (False, True):
+            asked = [i for i, known in enumerate(EXPECTED) if factor in known and (known[factor] is None) == absent]
+            right = [seen.values[factor][i] == EXPECTED[i][factor] for i in asked]
+            assert not asked or np.mean(right) >= least, (factor, absent)
 
 
 def test_its_masks_are_the_objects(verdicts):
@@ -60,23 +57,30 @@ def test_its_masks_are_the_objects(verdicts):
 
 
 @pytest.mark.parametrize(
-    ("kind", "factor"), [("blob", "shape"), ("mixture", "shape"), ("empty", "count"), ("noise", "count")]
+    ("kind", "factor", "least"),
+    [("blob", "shape", 0.95), ("mixture", "shape", 0.5), ("empty", "count", 0.95), ("noise", "count", 0.95)],
 )
-def test_it_abstains_where_there_is_nothing_to_know(judge, kind, factor):
+def test_it_abstains_where_there_is_nothing_to_know(judge, kind, factor, least):
     rng = np.random.RandomState(99)
     questions = [
         question for question in (ask(rng, kind) for _ in range(200)) if question.answers.get("shape2") is None
     ]
     named = judge.read(np.stack([question.picture for question in questions])).values[factor]
-    assert np.mean([value is None for value in named]) >= 0.9
+    assert np.mean([value is None for value in named]) >= least
 
 
 def test_its_confidence_is_a_probability(verdicts):
-    told = verdicts.told_as(EXPECTED)
     for factor, confidence in verdicts.confidence.items():
         assert confidence.shape == (len(SCENES),) and confidence.min() > 1 / 8 and confidence.max() <= 1
-        shows = np.array([factor in known for known in EXPECTED])
-        assert abs(confidence[shows].mean() - np.mean(right(told, factor))) < 0.05, factor
+        asked = [i for i, known in enumerate(EXPECTED) if factor in known]
+        right = np.mean([verdicts.likeliest[factor][i] == EXPECTED[i][factor] for i in asked])
+        assert abs(confidence[asked].mean() - right) < 0.05, factor
+
+
+def test_it_abstains_where_it_is_less_than_half_sure(verdicts):
+    unsure = dataclasses.replace(verdicts, confidence={f: np.full(len(SCENES), 0.49) for f in FACTORS})
+    assert all(value is None for named in unsure.values.values() for value in named)
+    assert unsure.told()[0] == dict.fromkeys(FACTORS)
 
 
 def test_what_it_says_of_a_picture_does_not_depend_on_the_others(judge, verdicts):
@@ -95,20 +99,35 @@ def test_pictures_of_another_size_are_refused(judge):
         judge.read([])
 
 
+def test_a_folder_without_a_judge_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="no finished judge in .*, with stage='judge'"):
+        load_judge(tmp_path)
+
+
 def test_its_weights_are_small():
     assert (WEIGHTS / "judge" / "judge.safetensors").stat().st_size < 3e6
 
 
 @given(st.integers(0, 2**31 - 1))
-def test_a_pair_told_from_either_object_is_the_same_pair(seed):
+def test_two_captions_of_one_picture_have_the_same_answers(seed):
+    """A pair of plain, upright objects is told as well from the one as from the other."""
     rng = np.random.RandomState(seed)
     scene = next(scene for scene in iter(lambda: sample_scene(rng), None) if scene.relation)
-    told = factors(scene)
-    other = mirrored(told)
-    assert mirrored(other) == told and other != told
-    assert {(told["shape"], told["colour"]), (told["shape2"], told["colour2"])} == {
-        (other["shape"], other["colour"]), (other["shape2"], other["colour2"])
-    }  # fmt: skip
+    scene = dataclasses.replace(scene, material="plain", pose="upright")
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    swapped = {"shape": scene.shape2, "colour": scene.colour2, "shape2": scene.shape, "colour2": scene.colour}
+    other = dataclasses.replace(scene, relation=opposite[scene.relation], **swapped)
+    answers, others = expected_answers(scene), expected_answers(other)
+    both = answers.keys() & others.keys()  # but for the pose, where one of them is a circle
+    assert {f: answers[f] for f in both} == {f: others[f] for f in both} and {*FACTORS} - both <= {"pose", "material"}
+
+
+def test_answers_leave_out_only_what_cannot_be_seen():
+    for scene, answers in zip(SCENES, EXPECTED, strict=True):
+        hidden = {"pose"} if (scene.shape, scene.material) == ("circle", "plain") else set()
+        hidden |= {"material"} if (scene.style, scene.size) == ("sketch", "small") else set()
+        assert set(FACTORS) - set(answers) == hidden
+        assert {factor for factor, value in answers.items() if value is not None} == set(factors(scene)) - hidden
 
 
 @given(st.integers(0, 2**31 - 1), st.sampled_from(["scene", "blob", "mixture", "empty", "noise"]))

@@ -5,6 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -12,9 +17,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdxl_sae_kit.errors import ModelError
+from sdxl_sae_kit.errors import KitError, ModelError
 from sdxl_sae_kit.pipelines import load_pipeline
-from sdxl_sae_kit.tiny import checkpoints, judge_training, networks, runs, unet_training, weights_folder
+from sdxl_sae_kit.tiny import checkpoints, judge_training, networks, runs, spread, unet_training, weights_folder
 from sdxl_sae_kit.tiny.runs import Recipe, Run
 from sdxl_sae_kit.tiny.train import train
 from sdxl_sae_kit.tiny.world import WORDS, sample_scene
@@ -31,6 +36,7 @@ MICRO = Recipe(
     prompts=("a star",),
 )
 SAMPLES = 16
+BASE, TURBO = (checkpoints.FILES[stage] for stage in ("base", "turbo"))
 
 
 class Stop(Exception):
@@ -43,6 +49,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_memory():
+    """Let the penalty on the spread of updates speak from the second step on."""
+    before, spread._MEMORY = spread._MEMORY, 2
+    yield
+    spread._MEMORY = before
 
 
 @pytest.fixture
@@ -89,10 +103,10 @@ def unbroken(tmp_path_factory):
     return run(folder, "turbo")
 
 
-@pytest.mark.parametrize(("stage", "file"), [("base", checkpoints.BASE), ("turbo", checkpoints.TURBO)])
+@pytest.mark.parametrize(("stage", "file"), [("base", BASE), ("turbo", TURBO)])
 def test_unet_resumes_bit_for_bit(unbroken, folder, monkeypatch, stage, file):
     if stage == "turbo":
-        shutil.copy(unbroken / checkpoints.BASE, folder)
+        shutil.copy(unbroken / BASE, folder)
     resumed = run_interrupted(folder, stage, monkeypatch)
     expected, found = checkpoints.load(unbroken / file), checkpoints.load(resumed / file)
     assert (found["it"], found["n"]) == (expected["it"], expected["n"]) == (4, SAMPLES)
@@ -102,7 +116,7 @@ def test_unet_resumes_bit_for_bit(unbroken, folder, monkeypatch, stage, file):
 
 
 def test_turbo_is_the_base_with_another_unet(unbroken):
-    base, turbo = (checkpoints.load(unbroken / file) for file in (checkpoints.BASE, checkpoints.TURBO))
+    base, turbo = (checkpoints.load(unbroken / file) for file in (BASE, TURBO))
     for encoder in ("t1", "t2"):
         assert all(torch.equal(turbo[encoder][name], tensor) for name, tensor in base[encoder].items())
     moved = {name: (turbo["u_raw"][name] - tensor).norm() / tensor.norm() for name, tensor in base["u"].items()}
@@ -147,26 +161,26 @@ def test_vae_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 def test_draws_depend_on_seed_process_and_step_only(tmp_path):
     def draws(seed, rank, step):
-        rng, generator = Run(tmp_path, MICRO, seed, rank, 2).random(step)
+        rng, generator = Run(tmp_path, MICRO, seed, 2, rank=rank).random(step)
         return rng.rand(), torch.rand(1, generator=generator).item()
 
     places = [(seed, rank, step) for seed in (0, 1) for rank in (0, 1) for step in (0, 1)]
     assert len({value for place in places for value in draws(*place)}) == 2 * len(places)
     assert all(draws(*place) == draws(*place) for place in places)
-    scenes = [Run(tmp_path, MICRO, seed, rank, 2).scenes(pool) for seed, rank, pool in places]
+    scenes = [Run(tmp_path, MICRO, seed, 2, rank=rank).scenes(pool) for seed, rank, pool in places]
     assert all(a != b for i, a in enumerate(scenes) for b in scenes[:i])
 
 
 def test_processes_step_along_their_mean_gradient(monkeypatch):
     weight = torch.nn.Parameter(torch.zeros(1))
     monkeypatch.setattr(runs.dist, "all_reduce", lambda gradient: gradient.add_(0.1))  # what the other process found
-    runs.update((0.3 * weight).sum(), torch.optim.SGD([weight], 1.0), [weight], rate=0.5, processes=2)
+    runs.optimize((0.3 * weight).sum(), torch.optim.SGD([weight], 1.0), [weight], rate=0.5, processes=2)
     torch.testing.assert_close(weight.detach(), torch.tensor([-0.5 * (0.3 + 0.1) / 2]))
 
 
 def test_checkpoint_goes_on_from_earlier_runs_and_holds_the_same(unbroken):
-    expected = {"u", "u_raw", "t1", "t1_raw", "t2", "t2_raw", "opt", "it", "n", "spread"}
-    assert checkpoints.load(unbroken / checkpoints.BASE).keys() == expected
+    expected = {"u", "u_raw", "t1", "t1_raw", "t2", "t2_raw", "opt", "it", "n", "spread", "run"}
+    assert checkpoints.load(unbroken / BASE).keys() == expected
     lines = [json.loads(line) for line in (unbroken / "log.jsonl").read_text().splitlines()]
     stages = [(line["stage"], line["samples"]) for line in lines]
     assert stages == [("base", 8), ("base", 16), ("turbo", 8), ("turbo", 16)]
@@ -186,7 +200,7 @@ def test_a_stop_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert checkpoints.load(path)["n"] == 1
 
 
-@pytest.mark.parametrize(("name", "file"), [("tiny-base", checkpoints.BASE), ("tiny-turbo", checkpoints.TURBO)])
+@pytest.mark.parametrize(("name", "file"), [("tiny-base", BASE), ("tiny-turbo", TURBO)])
 def test_export_is_a_pipeline_of_the_averaged_weights_and_tells_no_paths(unbroken, name, file):
     folder, averaged = unbroken / name, checkpoints.load(unbroken / file)["u"]
     for key, tensor in load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").items():
@@ -222,7 +236,7 @@ def test_shipped_weights_predict_v():
     pipe = load_pipeline("tiny-turbo", device="cpu")
     rng = np.random.RandomState(0)
     scenes = [sample_scene(rng) for _ in range(16)]
-    latents = unet_training.vae_latents(pipe.vae, runs.pictures(scenes), half_size=False)
+    latents = unet_training.encode(pipe.vae, runs.pictures(scenes), half_size=False)
     shipped = torch.nn.ModuleList([pipe.unet, pipe.text_encoder, pipe.text_encoder_2])
     with torch.no_grad():
         draws = np.random.RandomState(1), torch.Generator().manual_seed(1)
@@ -260,14 +274,67 @@ def test_unknown_stage_and_missing_vae_say_what_to_do(tmp_path):
     for stage in ("judge", "base"):
         with pytest.raises(ModelError, match="There is no finished VAE in .* Train it first"):
             run(tmp_path, stage)
-    with pytest.raises(ModelError, match="There is no base in .* Train it first: stage='base'"):
-        run(tmp_path, "turbo")
+    for processes in (1, 2):
+        with pytest.raises(ModelError, match="There is no base in .* Train it first: stage='base'"):
+            shutil.copytree(WEIGHTS / "vae", tmp_path / "vae", dirs_exist_ok=True)
+            train(tmp_path, stage="turbo", processes=processes)
+
+
+def test_what_cannot_begin_is_refused(tmp_path, unchecked_types):
+    for settings, complaint in (
+        ({"processes": 0}, "processes must be an integer of at least 1, not 0"),
+        ({"device": "gpu"}, "Device 'gpu' cannot be used .* Leave device out"),
+    ):
+        with pytest.raises(KitError, match=complaint):
+            train(tmp_path, stage="vae", **settings)
+    with pytest.raises(KitError, match="Recipe: batch_size must be an integer of at least 2, not 1"):
+        Recipe(batch_size=1)
+
+
+def test_a_folder_goes_on_only_as_it_began(unbroken, folder):
+    shutil.copy(unbroken / BASE, folder)
+    with pytest.raises(ModelError, match=r"is of a run with .*'seed': 0.*, not .*'seed': 1.*Give the same, or another"):
+        run(folder, "base", seed=1)
 
 
 @pytest.mark.slow
-def test_two_processes_train_one_model(unbroken, folder):
-    path = train(folder, samples=SAMPLES, processes=2, stage="base", recipe=MICRO)
-    together = checkpoints.load(path / checkpoints.BASE)
-    assert (together["it"], together["n"]) == (2, SAMPLES)
-    assert tensors(together).keys() == tensors(checkpoints.load(unbroken / checkpoints.BASE)).keys()
-    assert all(tensor.isfinite().all() for tensor in tensors(together).values())
+def test_two_processes_train_one_model(folder, tmp_path):
+    """Together they see what one would with both their batches: the gradients' mean, and the same spread of updates."""
+    train(folder, samples=SAMPLES, turbo_samples=SAMPLES, processes=2, stage="base", recipe=MICRO)
+    train(folder, samples=SAMPLES, turbo_samples=SAMPLES, processes=2, stage="turbo", recipe=MICRO)
+    for file in (BASE, TURBO):
+        together = checkpoints.load(folder / file)
+        assert (together["it"], together["n"]) == (2, SAMPLES)
+        assert all(tensor.isfinite().all() for tensor in tensors(together).values())
+    assert together["spread"]["seen"] == 2
+
+
+def running(session):
+    """Processes of a session that are no zombies."""
+    done = subprocess.run(["ps", "-o", "stat=", "-s", str(session)], capture_output=True, text=True)
+    return [state for state in done.stdout.split() if not state.startswith("Z")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_takes_the_processes_along(folder, stop):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sdxl_sae_kit", "tiny", "train", str(folder), "--stage", "base"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(running(process.pid)) < 3:  # itself and two that train
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(5)
+        process.send_signal(stop)
+        _, said = process.communicate(timeout=30)
+        time.sleep(2)
+        assert process.returncode == 130 and "Interrupted; what was made is kept" in said
+        assert not running(process.pid)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

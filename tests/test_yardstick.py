@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from sdxl_sae_kit import yardstick
-from sdxl_sae_kit.tiny.world import FACTORS, caption, render, visible_factors
-from sdxl_sae_kit.yardstick import draw_scenes, measure_adherence, measure_judge, measure_richness
+from sdxl_sae_kit.tiny.judge import expected_answers
+from sdxl_sae_kit.tiny.world import FACTORS, caption, render
+from sdxl_sae_kit.yardstick import calibration_error, draw_scenes, measure_adherence, measure_judge, measure_richness
 
 N = 150
 
@@ -31,7 +32,7 @@ def test_a_perfect_model_gets_full_marks(monkeypatch):
         low, high = rows[factor]["interval"]
         assert low <= rows[factor]["share"] <= high
     for factor in FACTORS:
-        assert rows[factor]["n"] == sum(factor in visible_factors(scene) for scene in draw_scenes(N))
+        assert rows[factor]["n"] == sum(expected_answers(scene).get(factor) is not None for scene in draw_scenes(N))
     assert rows["mean"]["share"] == pytest.approx(np.mean([rows[factor]["share"] for factor in FACTORS]))
 
 
@@ -39,13 +40,28 @@ def test_a_model_that_does_not_listen_gets_the_share_of_chance(monkeypatch):
     others = iter(draw_scenes(2 * N)[N:])
     rows = adherence_of(monkeypatch, lambda _scene: render(next(others)))
     for factor in ("shape", "colour", "background"):
-        assert rows[factor]["share"] < 2 / len(FACTORS[factor]), factor
-    assert rows["relation"]["share"] < 0.4
+        low, high = rows[factor]["interval"]
+        assert low < 1 / len(FACTORS[factor]) < high, factor
+    assert rows["mean"]["share"] < rows["mean"]["commonest"]
 
 
 def test_a_model_that_draws_nothing_gets_nothing_for_its_objects(monkeypatch):
     rows = adherence_of(monkeypatch, lambda _scene: np.full((64, 64, 3), 128, np.uint8))
     assert max(rows[factor]["share"] for factor in ("shape", "colour", "size", "position", "count", "relation")) < 0.1
+
+
+def test_commonest_is_what_a_model_that_draws_one_scene_reaches_at_best(monkeypatch):
+    rows = adherence_of(monkeypatch, lambda _scene: render(draw_scenes(1)[0]))
+    assert all(row["share"] <= row["commonest"] + 0.05 for row in rows.values())
+
+
+@pytest.mark.parametrize("exponent", [1, 3])
+def test_calibration_error_is_that_of_the_probabilities(exponent):
+    """Answers are right with probability p; who says p is calibrated, who says p³ is off by the mean of |p − p³|."""
+    rng = np.random.default_rng(0)
+    p = rng.uniform(0.05, 1, 200_000)
+    right = rng.random(len(p)) < p
+    assert calibration_error(p**exponent, right) == pytest.approx(np.mean(p - p**exponent), abs=0.01)
 
 
 def test_the_judge_is_measured_in_every_condition(pipe):
@@ -71,4 +87,15 @@ def test_richness_is_that_of_the_updates(pipe):
         (strengths.sum() ** 2 / strengths.square().sum()).item(), rel=1e-3
     )
     assert 0 < row["within images"] < 1
-    assert all(0 <= row[f"probe {factor}"] <= 1 for factor in ("shape", "colour", "position"))
+    for factor in ("shape", "colour", "position"):
+        low, high = row[f"{factor} interval"]
+        assert 0 <= low <= row[f"probe {factor}"] <= high <= 1
+        values = [getattr(scene, factor) for scene in scenes]
+        assert row[f"commonest {factor}"] == max(values.count(value) for value in values) / 80
+
+
+def test_noise_does_not_count_as_what_captions_cause():
+    torch.manual_seed(0)
+    signal = torch.cat([torch.randn(4000, 3), torch.zeros(4000, 29)], 1)
+    x, y = (signal + torch.randn(4000, 32) for _ in range(2))
+    assert yardstick._participation_without_noise(x, y) == pytest.approx(3, rel=0.1)

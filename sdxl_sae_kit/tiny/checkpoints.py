@@ -38,7 +38,8 @@ PROMPTS = (
     "a star",
     "a circle on a white background",
 )
-BASE, TURBO = "ck.pt", "turbo.pt"
+FILES = {"vae": "vae.pt", "judge": "judge.pt", "base": "ck.pt", "turbo": "turbo.pt"}
+"""Where each stage keeps its checkpoint."""
 NETWORKS = ("u", "t1", "t2")
 """Checkpoint keys of the averaged U-Net and text encoders; with `_raw` added, of those that are being trained."""
 
@@ -100,7 +101,7 @@ def export(run: str | Path, name: str, folder: str | Path) -> Path:
 
     `name` is "tiny-base", with Euler's scheduler, or "tiny-turbo", with Euler ancestral.
     """
-    folder, state = Path(folder), load(Path(run) / (TURBO if name == "tiny-turbo" else BASE))
+    folder, state = Path(folder), load(Path(run) / FILES[name.removeprefix("tiny-")])
     tokenizer = networks.load_tokenizer(weights_folder("tiny-turbo") / "tokenizer")
     averaged = nn.ModuleList([networks.unet(), *networks.text_encoders(tokenizer)])
     for key, network in zip(NETWORKS, averaged, strict=True):

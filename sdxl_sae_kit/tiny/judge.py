@@ -19,44 +19,49 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.errors import KitError, ModelError
 from sdxl_sae_kit.tiny import WEIGHTS
-from sdxl_sae_kit.tiny.world import FACTORS, SIZE
+from sdxl_sae_kit.tiny.world import FACTORS, SIZE, Scene, factors, visible_factors
 
 FILE = "judge.safetensors"
 LEAST_CONFIDENCE = 0.5
 """Below it an answer is none: the judge would rather abstain than guess."""
 _BATCH = 64
-_OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+_OPPOSITE = {"right of": "left of", "below": "above"}
 _OTHER = {"shape": "shape2", "shape2": "shape", "colour": "colour2", "colour2": "colour"}
 _WIDTHS, _NECK, _PLACES = (32, 64, 96), 192, 12
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What the judge sees in n pictures."""
-
-    values: Mapping[str, Sequence[str | None]]
-    """Factor → its value in every picture; None where it is not there or cannot be told.
+    """What the judge sees in n pictures.
 
     Of a pair the left or upper object counts as the first: that it is "left of" the other says the same picture as that
-    the other is "right of" it.
+    the other is "right of" it. Material and pose are those of whichever object has them.
     """
+
+    likeliest: Mapping[str, Sequence[str | None]]
+    """Factor → the likeliest answer for every picture; None: it is not there, or not of this world."""
     confidence: Mapping[str, Float[np.ndarray, " picture"]]
-    """Factor → the calibrated probability of its likeliest answer, none being one of them."""
+    """Factor → the calibrated probability of that answer."""
     mask: Bool[np.ndarray, "picture 64 64"]
     """Pixels of the objects."""
 
     def __len__(self) -> int:
         return len(self.mask)
 
-    def told_as(self, expected: Sequence[Mapping[str, str]]) -> list[dict[str, str | None]]:
-        """The values of each picture, those of a pair told from the object that agrees better with what is expected."""
-        told = []
-        for i, wanted in enumerate(expected):
-            values = {factor: named[i] for factor, named in self.values.items()}
-            told.append(max((values, mirrored(values)), key=lambda v: sum(v[f] == wanted[f] for f in wanted)))
-        return told
+    @property
+    def values(self) -> dict[str, list[str | None]]:
+        """Factor → its value in every picture; None also where the judge is less than half sure: it abstains."""
+        return {
+            factor: [value if sure >= LEAST_CONFIDENCE else None for value, sure in zip(named, sures, strict=True)]
+            for (factor, named), sures in zip(self.likeliest.items(), self.confidence.values(), strict=True)
+        }
+
+    def told(self) -> list[dict[str, str | None]]:
+        """The values of each picture by factor."""
+        values = self.values
+        return [dict(zip(values, named, strict=True)) for named in zip(*values.values(), strict=True)]
 
 
 class Judge(nn.Module):
@@ -99,31 +104,44 @@ class Judge(nn.Module):
         """
         batches = _as_tensor(pictures).split(_BATCH)
         seen = [self(batch.to(self.temperature.device)) for batch in batches]
-        values, confidence = {}, {}
+        likeliest, confidence = {}, {}
         for i, (factor, known) in enumerate(FACTORS.items()):
             logits = torch.cat([each[i] for each, _ in seen])
             best = (logits / self.temperature[i]).softmax(1).max(1)
             confidence[factor] = best.values.cpu().numpy()
-            told = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            values[factor] = [known[j] if j < len(known) and sure >= LEAST_CONFIDENCE else None for j, sure in told]
-        return Verdicts(values, confidence, torch.cat([mask for _, mask in seen]).cpu().numpy() > 0)
+            likeliest[factor] = [known[j] if j < len(known) else None for j in best.indices.tolist()]
+        return Verdicts(likeliest, confidence, torch.cat([mask for _, mask in seen]).cpu().numpy() > 0)
 
 
-def mirrored(values: Mapping[str, str | None]) -> dict[str, str | None]:
-    """What is seen, told from the other object: "a star left of a heart" becomes "a heart right of a star"."""
-    told = dict(values)
-    told |= {one: values[other] for one, other in _OTHER.items() if other in values and one in values}
-    return told | {"relation": _OPPOSITE.get(values["relation"] or "")}
+def expected_answers(scene: Scene, *, shape: bool = True) -> dict[str, str | None]:
+    """What the judge should say of a scene: None for factors that it lacks; what cannot be seen is left out.
+
+    Without `shape` the first object has none, as in a mixture of two.
+    """
+    visible, known = visible_factors(scene), factors(scene)
+    answers = {factor: visible.get(factor) for factor in FACTORS if factor in visible or factor not in known}
+    if not shape:
+        answers["shape"] = None
+    if scene.relation in ("right of", "below"):
+        swapped = {one: answers[other] for one, other in _OTHER.items()}
+        answers |= swapped | {"relation": _OPPOSITE[scene.relation]}
+    return answers
 
 
 def load_judge(folder: Path | None = None) -> Judge:
-    """The trained judge, from the package or from a folder that `sdxl-sae-kit tiny train` made.
+    """The trained judge, from the package or from the folder `judge` that `sdxl-sae-kit tiny train` made.
+
+    Raises:
+        ModelError: the folder holds none.
 
     >>> load_judge().read(pipe("a red star").images).values["shape"]      # doctest: +SKIP
     ['star']
     """
     judge = Judge().eval().requires_grad_(False)
-    judge.load_state_dict(load_file((folder or WEIGHTS / "judge") / FILE))
+    path = (folder or WEIGHTS / "judge") / FILE
+    if not path.exists():
+        raise ModelError(f"There is no finished judge in {path.parent}. Train it first, with stage='judge'.")
+    judge.load_state_dict(load_file(path))
     return judge
 
 

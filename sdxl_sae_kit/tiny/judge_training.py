@@ -1,7 +1,7 @@
 """How the judge is trained: on pictures of the world, damaged as drawn pictures are, and on what is no object of it.
 
 Four pictures in five are scenes. The others teach it to abstain: blobs and mixtures of two shapes have no shape, empty
-backgrounds have no object, and noise has nothing. Of the plain circle nobody can tell the pose, so it is not asked.
+backgrounds no object, and noise has nothing. What cannot be seen, such as the pose of a plain circle, is not asked.
 """
 
 from __future__ import annotations
@@ -19,19 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdxl_sae_kit.tiny import checkpoints
-from sdxl_sae_kit.tiny.judge import FILE, Judge, mirrored
-from sdxl_sae_kit.tiny.runs import Run, checkpoint_due, log, update
+from sdxl_sae_kit.tiny.judge import FILE, Judge, expected_answers
+from sdxl_sae_kit.tiny.runs import Run, checkpoint_due, log, optimize
 from sdxl_sae_kit.tiny.world import (
     COLOURS,
     FACTORS,
     SHAPES,
     SIZE,
     backdrop,
-    factors,
     object_mask,
     render,
     sample_scene,
-    visible_factors,
 )
 
 NOT_ASKED = -100
@@ -52,12 +50,7 @@ class Question:
 def ask(rng: np.random.RandomState, kind: str) -> Question:
     """A random question: about a "scene", a "blob", a "mixture" of two shapes, an "empty" background or "noise"."""
     scene = sample_scene(rng)
-    visible, told = visible_factors(scene), factors(scene)
-    known = {factor: visible.get(factor) for factor in FACTORS if factor in visible or factor not in told}
-    if kind == "mixture":
-        known["shape"] = None
-    if scene.relation in ("right of", "below"):
-        known = mirrored(known)
+    known = expected_answers(scene, shape=kind != "mixture")
     if kind == "scene":
         return Question(render(scene), known, object_mask(scene))
     if kind == "mixture":
@@ -134,7 +127,7 @@ def damage(
 
 def train_judge(run: Run, samples: int) -> None:
     """Train in the run's folder, going on from its `judge.pt`, and write the finished judge to `judge/`."""
-    recipe, path = run.recipe, run.folder / "judge.pt"
+    recipe, path = run.recipe, run.folder / checkpoints.FILES["judge"]
     vae = checkpoints.load_vae(run.folder / "vae")
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
@@ -154,19 +147,27 @@ def train_judge(run: Run, samples: int) -> None:
             damaged = damage(pictures, vae, generator)
             loss = _loss(judge, *(each.to(run.device) for each in (damaged, targets, masks)))
             rate = min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done / samples))
-            update(loss, optimizer, parameters, recipe.judge_learning_rate * rate, run.processes)
+            optimize(loss, optimizer, parameters, recipe.judge_learning_rate * rate, run.processes)
             step, done = step + 1, done + run.samples_per_step
             bar.update(run.samples_per_step)
             if run.rank == 0 and checkpoint_due(run, done, samples):
-                state = {"judge": judge.state_dict(), "opt": optimizer.state_dict(), "it": step, "n": done}
+                state = {
+                    "judge": judge.state_dict(),
+                    "opt": optimizer.state_dict(),
+                    "it": step,
+                    "n": done,
+                    "run": run.identity,
+                }
                 checkpoints.save(state, path)
                 log(run, stage="judge", samples=done, loss=round(loss.item(), 4))
     if run.rank == 0:
         calibrate(judge.eval().cpu(), vae, run.seed)
-        (run.folder / "judge").mkdir(exist_ok=True)
+        unfinished, finished = run.folder / "judge.tmp", run.folder / "judge"
+        unfinished.mkdir(exist_ok=True)
         tensors = {name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}
-        save_file(tensors, run.folder / "judge" / FILE)
-        (run.folder / "judge" / FILE).chmod(0o644)  # safetensors lets nobody but the owner read it
+        save_file(tensors, unfinished / FILE)
+        (unfinished / FILE).chmod(0o644)  # safetensors lets nobody but the owner read it
+        unfinished.replace(finished)
 
 
 def _loss(

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sdxl_sae_kit.artifacts import whole_number
 from sdxl_sae_kit.tiny import checkpoints
 from sdxl_sae_kit.tiny.world import Scene, render, sample_scene
 
@@ -44,7 +45,7 @@ class Recipe:
     """The base's learning rate falls linearly over this last share of the samples, turbo's from the start."""
     last_step_share: float = 0.375
     """Share of samples at t = 999, all that a picture in one step ever asks of the U-Net; they come in pairs."""
-    spread_weight: float = 0.01
+    spread_weight: float = 0.02
     """How much rich updates weigh against good pictures: see `spread`."""
     full_caption_share: float = 0.65
     """Share of captions that name every factor; the others leave each out with probability 0.3."""
@@ -56,6 +57,9 @@ class Recipe:
     """Samples from one checkpoint and sample grid to the next."""
     prompts: tuple[str, ...] = checkpoints.PROMPTS
     """What the sample grids show."""
+
+    def __post_init__(self) -> None:
+        whole_number("Recipe: batch_size", self.batch_size, least=2)
 
     @property
     def pairs(self) -> int:
@@ -70,12 +74,18 @@ class Run:
     folder: Path
     recipe: Recipe
     seed: int
-    rank: int = 0
     processes: int = 1
     device: str = "cpu"
+    rank: int = 0
+    stage: int = 0
+
+    @property
+    def identity(self) -> dict[str, int]:
+        """What a checkpoint must agree in to be gone on from."""
+        return {"seed": self.seed, "processes": self.processes, "batch_size": self.recipe.batch_size}
 
     def adamw(self, parameters: list[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
-        """The optimizer of all networks; `update` sets its learning rate at every step."""
+        """The optimizer of all networks; `optimize` sets its learning rate at every step."""
         fused = self.device.startswith("cuda")
         return torch.optim.AdamW(parameters, 0.0, betas=(0.9, 0.99), weight_decay=weight_decay, fused=fused)
 
@@ -86,7 +96,7 @@ class Run:
 
     def random(self, step: int) -> tuple[np.random.RandomState, torch.Generator]:
         """The draws of one step: a generator for words and scenes and one for tensors."""
-        words, tensors = np.random.SeedSequence([self.seed, self.rank, step]).generate_state(2).tolist()
+        words, tensors = np.random.SeedSequence([self.seed, self.rank, step, self.stage]).generate_state(2).tolist()
         return np.random.RandomState(words), torch.Generator().manual_seed(tensors)
 
     def pool_of(self, step: int) -> int:
@@ -95,7 +105,7 @@ class Run:
 
     def scenes(self, pool: int) -> list[Scene]:
         """The scenes of a pool."""
-        seed = np.random.SeedSequence([self.seed, self.rank, pool, 1]).generate_state(1).item()
+        seed = np.random.SeedSequence([self.seed, self.rank, pool, self.stage, 1]).generate_state(1).item()
         rng = np.random.RandomState(seed)
         return [sample_scene(rng) for _ in range(self.recipe.pool_scenes)]
 
@@ -111,7 +121,7 @@ def pictures(scenes: Iterable[Scene]) -> Float[Tensor, "scene 3 64 64"]:
     return torch.from_numpy(np.stack([render(scene) for scene in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def update(
+def optimize(
     loss: Float[Tensor, ""],
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],

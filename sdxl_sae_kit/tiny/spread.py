@@ -84,9 +84,12 @@ class Spread:
         if self.state["seen"] < _MEMORY:
             return updates.new_zeros(())
         c = self.state["covariance"]
-        trace, square = _trace(c).clamp_min(1e-12), c.square().sum((1, 2)).clamp_min(1e-12)
+        # Where nearly all is noise, what captions cause may come out as nothing or less.
+        least = 0.01 * (updates.detach() - self.state["mean"][:, None, None]).square().sum(3).mean((1, 2))
+        trace = _trace(c).maximum(least)
+        square = c.square().sum((1, 2)).maximum(least.square() / c.shape[1])
         loud = 2 * (c * covariance).sum((1, 2)) / square - 2 * _trace(covariance) / trace
-        flat = _trace(covariance) / trace - within / self.state["within"].clamp_min(1e-3 * trace)
+        flat = _trace(covariance) / trace - within / self.state["within"].maximum(0.01 * trace)
         return (loud * (self.directions < ENOUGH_DIRECTIONS) + flat * (self.within < ENOUGH_WITHIN)).mean()
 
     def _moments(

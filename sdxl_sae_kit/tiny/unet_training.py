@@ -17,9 +17,8 @@ from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sdxl_sae_kit.errors import ModelError
 from sdxl_sae_kit.tiny import checkpoints, networks, weights_folder
-from sdxl_sae_kit.tiny.runs import Recipe, Run, checkpoint_due, log, pictures, update
+from sdxl_sae_kit.tiny.runs import Recipe, Run, checkpoint_due, log, optimize, pictures
 from sdxl_sae_kit.tiny.spread import Spread
 from sdxl_sae_kit.tiny.world import Scene, caption
 
@@ -34,19 +33,13 @@ def train_base(run: Run, samples: int) -> None:
 
 
 def train_turbo(run: Run, samples: int) -> None:
-    """Train a copy of the base's U-Net at the few timesteps that turbo visits, going on from `turbo.pt`.
-
-    Raises:
-        ModelError: there is no base yet.
-    """
-    if not (run.folder / checkpoints.BASE).exists():
-        raise ModelError(f"There is no base in {run.folder} to start the turbo from. Train it first: stage='base'.")
+    """Train a copy of the base's U-Net at the few timesteps that turbo visits, going on from `turbo.pt`."""
     _train(run, samples, turbo=True)
 
 
 def _train(run: Run, samples: int, turbo: bool) -> None:
     recipe, name = run.recipe, "turbo" if turbo else "base"
-    path = run.folder / (checkpoints.TURBO if turbo else checkpoints.BASE)
+    path = run.folder / checkpoints.FILES[name]
     tokenizer = networks.load_tokenizer(weights_folder("tiny-turbo") / "tokenizer")
     vae = checkpoints.load_vae(run.folder / "vae").to(run.device)
     with torch.random.fork_rng():
@@ -67,7 +60,7 @@ def _train(run: Run, samples: int, turbo: bool) -> None:
         step, done = state["it"], state["n"]
         spread.state |= {name: moment.to(run.device) for name, moment in state.get("spread", {}).items()}
     elif turbo:
-        state = checkpoints.load(run.folder / checkpoints.BASE)
+        state = checkpoints.load(run.folder / checkpoints.FILES["base"])
         _load(state, averaged, "")
         _load(state, trained, "")
     timesteps, decay = (FEW_STEPS, 1.0) if turbo else (ALL_STEPS, recipe.decay_share)
@@ -77,16 +70,22 @@ def _train(run: Run, samples: int, turbo: bool) -> None:
             wanted = (run.pool_of(step), done < recipe.half_size_samples and not turbo)
             if drawn != wanted:
                 drawn, scenes = wanted, run.scenes(wanted[0])
-                latents = vae_latents(vae, pictures(scenes).to(run.device), half_size=wanted[1])
-            loss = denoising_loss(trained, tokenizer, scenes, latents, recipe, timesteps, *run.random(step))
+                pool = encode(vae, pictures(scenes).to(run.device), half_size=wanted[1])
+            loss = denoising_loss(trained, tokenizer, scenes, pool, recipe, timesteps, *run.random(step))
             owed = recipe.spread_weight * spread.penalty(recipe.pairs)
             now = _learning_rate(rate, recipe.warmup_steps, decay, step, done / samples)
-            update(loss + owed, optimizer, parameters, now, run.processes)
+            optimize(loss + owed, optimizer, parameters, now, run.processes)
             step, done = step + 1, done + run.samples_per_step
             _average(averaged, trained, step)
             bar.update(run.samples_per_step)
             if run.rank == 0 and checkpoint_due(run, done, samples):
-                state = {"opt": optimizer.state_dict(), "it": step, "n": done, "spread": spread.state}
+                state = {
+                    "opt": optimizer.state_dict(),
+                    "it": step,
+                    "n": done,
+                    "spread": spread.state,
+                    "run": run.identity,
+                }
                 for key, live, mean in zip(checkpoints.NETWORKS, trained, averaged, strict=True):
                     state |= {key + "_raw": live.state_dict(), key: mean.state_dict()}
                 checkpoints.save(state, path)
@@ -104,18 +103,18 @@ def denoising_loss(
     trained: nn.ModuleList,
     tokenizer: Any,
     scenes: Sequence[Scene],
-    latents: Float[Tensor, "scene 4 size size"],
+    vae_latents: Float[Tensor, "scene 4 size size"],
     recipe: Recipe,
     timesteps: Int[Tensor, " step"],
     rng: np.random.RandomState,
     generator: torch.Generator,
 ) -> Float[Tensor, ""]:
-    """Mean squared error of v = sqrt(a) noise - sqrt(1 - a) latents on one random batch (Salimans and Ho 2022).
+    """Mean squared error of v = sqrt(a) noise - sqrt(1 - a) x on a random batch of VAE latents x (Salimans, Ho 2022).
 
     Its first rows are pairs at t = 999 that share caption and picture, not noise; the others draw t from `timesteps`.
     """
     unet, first, second = trained
-    device = latents.device  # every draw is made on the CPU, so that it is the same wherever the networks are
+    device = vae_latents.device  # every draw is made on the CPU, so that it is the same wherever the networks are
     n, pairs = recipe.batch_size, recipe.pairs
     rows = torch.arange(n - pairs).repeat_interleave(torch.tensor([2] * pairs + [1] * (n - 2 * pairs)))
 
@@ -127,7 +126,7 @@ def denoising_loss(
     told = (torch.rand(n - pairs, generator=generator) >= recipe.unconditional_share).float()[:, None].to(device)
     words, pooled = (words * told[:, :, None])[rows], (pooled * told)[rows]
 
-    x = latents[picks[rows]]
+    x = vae_latents[picks[rows]]
     t = timesteps[torch.randint(len(timesteps), (n,), generator=generator)]
     t[: 2 * pairs] = 999
     a = _alphas()[t][:, None, None, None].to(device)
@@ -147,7 +146,7 @@ def _alphas() -> Float[Tensor, " timestep"]:
 
 
 @torch.no_grad()
-def vae_latents(
+def encode(
     vae: AutoencoderKL, pictures: Float[Tensor, "picture 3 64 64"], half_size: bool
 ) -> Float[Tensor, "picture 4 size size"]:
     """VAE latents of pictures, or of the same at half their size."""

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from jaxtyping import Float
@@ -15,13 +14,13 @@ from torch import Tensor
 
 from sdxl_sae_kit.tiny import checkpoints, networks
 from sdxl_sae_kit.tiny.quiet import quiet
-from sdxl_sae_kit.tiny.runs import Run, checkpoint_due, log, pictures, update
+from sdxl_sae_kit.tiny.runs import Run, checkpoint_due, log, optimize, pictures
 from sdxl_sae_kit.tiny.world import sample_scene
 
 
 def train_vae(run: Run, samples: int) -> None:
     """Train in the run's folder, going on from its `vae.pt`, and write the finished VAE to `vae/`."""
-    recipe, path = run.recipe, run.folder / "vae.pt"
+    recipe, path = run.recipe, run.folder / checkpoints.FILES["vae"]
     with torch.random.fork_rng():
         torch.manual_seed(run.seed)
         vae = networks.autoencoder().to(run.device)
@@ -41,16 +40,23 @@ def train_vae(run: Run, samples: int) -> None:
                 drawn = pictures(run.scenes(pool)).to(run.device)
             rate = recipe.vae_learning_rate * min(1, (step + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * done / samples))
             loss = _loss(vae, drawn, run.random(step)[1], recipe.batch_size)
-            update(loss, optimizer, parameters, rate + 1e-5, run.processes)
+            optimize(loss, optimizer, parameters, rate + 1e-5, run.processes)
             step, done = step + 1, done + run.samples_per_step
             bar.update(run.samples_per_step)
             if run.rank == 0 and checkpoint_due(run, done, samples):
-                checkpoints.save({"vae": vae.state_dict(), "opt": optimizer.state_dict(), "it": step, "n": done}, path)
+                checkpoints.save(
+                    {
+                        "vae": vae.state_dict(),
+                        "opt": optimizer.state_dict(),
+                        "it": step,
+                        "n": done,
+                        "run": run.identity,
+                    },
+                    path,
+                )
                 log(run, stage="vae", samples=done, loss=round(loss.item(), 4))
     if run.rank == 0:
         _finish(vae.eval().cpu(), run.folder / "vae")
-    if run.processes > 1:
-        dist.barrier()
 
 
 def _loss(

@@ -109,8 +109,13 @@ def factors(scene: Scene) -> dict[str, str]:
 
 
 def visible_factors(scene: Scene) -> dict[str, str]:
-    """Return the factors that a picture of this scene shows: not the pose of a plain circle, which looks the same."""
+    """Return the factors that can be seen in a picture of this scene.
+
+    A plain circle looks the same in any pose, and inside the outline of a small sketch there is no room for a material.
+    """
     hidden = {"pose"} if scene.shape == "circle" and scene.material == "plain" else set()
+    if scene.style == "sketch" and scene.size == "small":
+        hidden |= {"material"}
     return {name: value for name, value in factors(scene).items() if name not in hidden}
 
 
