@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -120,9 +121,9 @@ class ActivationCache:
             shard = self._shards[run]
             first = int(images[start]) - shard["first_image"]
             dataset = self._file(shard["file"])[f"updates/{hookpoint}"]
-            dataset.read_direct(
-                out[start:stop].reshape(-1, height * width, d_in), np.s_[first * rows : (first + stop - start) * rows]
-            )
+            place = out[start:stop].reshape(-1, height * width, d_in)
+            with self._explained(shard["file"]):
+                dataset.read_direct(place, np.s_[first * rows : (first + stop - start) * rows])
         tensor = torch.from_numpy(out)
         return tensor.view(torch.bfloat16) if self.recipe["dtype"] == "bfloat16" else tensor
 
@@ -188,13 +189,19 @@ class ActivationCache:
         if key not in self._open:
             if len(self._open) == _OPEN_FILES:
                 self._open.pop(next(iter(self._open))).close()
-            try:
+            with self._explained(name):
                 self._open[key] = h5py.File(self.artifact.file(name), "r")
-            except OSError as cause:
-                raise ArtifactError(
-                    f"{name} of {self.name} cannot be read ({cause}). Delete its folder and collect again."
-                ) from None
         return self._open[key]
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        """Say of a file that cannot be read what to do."""
+        try:
+            yield
+        except OSError as cause:
+            raise ArtifactError(
+                f"{name} of {self.name} cannot be read ({cause}). Delete its folder and collect again."
+            ) from None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}

@@ -17,7 +17,7 @@ from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, resolve
 from sdxl_sae_kit.hooks import record
-from sdxl_sae_kit.pipelines import chosen, describe, dtype_name, generate, scheduler
+from sdxl_sae_kit.pipelines import chosen, chosen_guidance, describe, dtype_name, generate, scheduler
 from sdxl_sae_kit.prompts import Prompts, load_prompts
 from sdxl_sae_kit.shards import ShardWriter
 
@@ -91,7 +91,7 @@ def collect(
     prompts = prompts if isinstance(prompts, Prompts) else load_prompts(prompts)
     model = describe(pipe)
     steps = chosen("num_inference_steps", num_inference_steps, model.num_inference_steps)
-    guidance = model.guidance_scale if guidance_scale is None else guidance_scale
+    guidance = chosen_guidance(guidance_scale, model.guidance_scale)
     height = chosen("height", height, model.height, pipe.vae_scale_factor)
     width = chosen("width", width, model.width, pipe.vae_scale_factor)
     recipe = {
@@ -100,7 +100,7 @@ def collect(
         "scheduler": scheduler(pipe),
         "prompts": prompts.digest,
         "num_inference_steps": steps,
-        "guidance_scale": float(guidance),
+        "guidance_scale": guidance,
         "halves": ["uncond", "cond"] if guidance > 1 else ["cond"],
         "height": height,
         "width": width,

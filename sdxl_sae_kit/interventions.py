@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from sdxl_sae_kit.errors import ArtifactError, EditError
@@ -184,10 +184,15 @@ def _integers(name: str, values: Any) -> list[int]:
 
 def _is_finite(strength: Any) -> bool:
     try:
-        array = np.asarray(strength)
+        array = _as_array(strength)
     except (TypeError, ValueError):  # a ragged list
         return False
     return array.dtype.kind in "biuf" and bool(np.isfinite(array).all())
+
+
+def _as_array(value: Any) -> NDArray[Any]:
+    """A number, list, array or tensor of any device and dtype as an array."""
+    return np.asarray(value.detach().float().cpu() if isinstance(value, Tensor) else value)
 
 
 def _directions(sae: SAE, latents: list[int], along: Mapping[int, ArrayLike]) -> Float[Tensor, "edited d_in"]:
@@ -221,7 +226,7 @@ def _check_latents(
 
 
 def _as_map(value: float | ArrayLike, grid: tuple[int, int], hookpoint: str, name: str, device: torch.device) -> Tensor:
-    array = torch.as_tensor(np.asarray(value, dtype=np.float32), device=device)
+    array = torch.as_tensor(_as_array(value).astype(np.float32), device=device)
     if array.ndim and tuple(array.shape) != grid:
         raise EditError(
             f"steer: {name} has shape {tuple(array.shape)}, but {hookpoint} is {grid[0]}×{grid[1]} for this image. "

@@ -157,8 +157,7 @@ class LabelStore:
         return sorted(chosen, key=lambda label: label.time)  # a stable sort: equal times keep the order of the file
 
     def __repr__(self) -> str:
-        count = len(self.all())
-        return f"LabelStore({count:,} label{'' if count == 1 else 's'} in {self.file.name})"
+        return f"LabelStore({str(self.file)!r})"
 
     def _read(self) -> bytes:
         return self.file.read_bytes() if self.file.exists() else b""

@@ -8,16 +8,19 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import nbformat
 from ipykernel.kernelspec import make_ipkernel_cmd
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, DeadKernelError
+from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
 from sdxl_sae_kit import errors
@@ -63,7 +66,7 @@ class _ThisPython(KernelSpecManager):
 def execute(path: Path, model: str, scale: str, store: Store) -> NotebookNode:
     """Run a notebook in a fresh kernel; its cells are named `<slug>-<number>` by their place in the file.
 
-    Outputs carry no paths of this machine.
+    What its cells say names no folder of this machine; what figures hold is not looked through.
 
     Raises:
         KitError: it has no cell tagged `parameters`, or a cell failed; the message names it.
@@ -76,29 +79,13 @@ def execute(path: Path, model: str, scale: str, store: Store) -> NotebookNode:
         cell.id = f"{slug(path)}-{number}"
     _inject_parameters(notebook, path, {"MODEL": model, "SCALE": scale})
     started: list[str] = []
-    interrupted: list[bool] = []
-
-    def heed_signals(notebook: NotebookNode) -> None:
-        # nbclient's own handlers shut the kernel down while it is being read, which ends in a traceback.
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        assert task
-
-        def stop() -> None:
-            interrupted.append(True)
-            client.shutdown_kernel = "immediate"
-            task.cancel()
-
-        with suppress(RuntimeError):  # only a program's main thread hears signals
-            loop.add_signal_handler(signal.SIGINT, stop)
-            loop.add_signal_handler(signal.SIGTERM, stop)
-
-    client = NotebookClient(
+    kernel = AsyncKernelManager(kernel_spec_manager=_ThisPython())
+    client = _Client(
         notebook,
-        km=AsyncKernelManager(kernel_spec_manager=_ThisPython()),
+        km=kernel,
         timeout=None,
         store_widget_state=False,
         resources={"metadata": {"path": str(path.parent)}},
-        on_notebook_start=heed_signals,
         on_cell_start=lambda cell, cell_index: started.append(cell.id),
     )
     # A progress bar is news while it moves and noise in a report.
@@ -107,20 +94,42 @@ def execute(path: Path, model: str, scale: str, store: Store) -> NotebookNode:
     try:
         client.execute(env=environment, cleanup_kc=True)
     except CellExecutionError as failure:
-        raise KitError(
-            f"{cell_place(started[-1], path)} failed: {_cause(failure)} Open it and run that cell."
-        ) from None
-    except (DeadKernelError, asyncio.CancelledError):
-        if interrupted:
+        place = cell_place(started[-1], path)
+        raise KitError(f"{place} failed: {_cause(failure)} Open it and run that cell.") from None
+    except (RuntimeError, asyncio.CancelledError) as failure:  # a dead kernel is a RuntimeError
+        if client.interrupted:
             raise KeyboardInterrupt from None
-        raise KitError(
-            f"{cell_place(started[-1], path)} killed its kernel; often there is too little memory."
-        ) from None
+        if not started:
+            raise KitError(f"No kernel could be started for {path.name} ({failure}). Try it in JupyterLab.") from None
+        place = cell_place(started[-1], path)
+        raise KitError(f"{place} killed its kernel; often there is too little memory.") from None
     finally:
+        if kernel.has_kernel:
+            run_sync(kernel.shutdown_kernel)(now=True)
         with suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, terminate)
-    _hide_places(notebook, path, store)
+    _hide_places(notebook, path, model, store)
     return notebook
+
+
+class _Client(NotebookClient):
+    """Stops at the first signal; nbclient's own handlers shut the kernel down while it is being read."""
+
+    interrupted = False
+
+    async def async_start_new_kernel(self, **kwargs: Any) -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task
+
+        def stop() -> None:
+            self.interrupted, self.shutdown_kernel = True, "immediate"
+            task.cancel()
+            loop.call_later(3, stop)  # between two cells a cancellation can get lost
+
+        with suppress(RuntimeError):  # only a program's main thread hears signals
+            loop.add_signal_handler(signal.SIGINT, stop)
+            loop.add_signal_handler(signal.SIGTERM, stop)
+        await super().async_start_new_kernel(**kwargs)
 
 
 def _cause(failure: CellExecutionError) -> str:
@@ -131,23 +140,25 @@ def _cause(failure: CellExecutionError) -> str:
     return message if message.endswith((".", "?", "!")) else f"{message}."
 
 
-def _hide_places(notebook: NotebookNode, path: Path, store: Store) -> None:
-    """Call the store `artifacts` in what the cells put out, and leave out where on this machine things lie."""
-    names = {f"{store.root}": "artifacts"}
-    for folder in (path.parent, Path.cwd(), Path(sys.prefix), Path.home()):
-        if folder != Path(folder.anchor):
+def _hide_places(notebook: NotebookNode, path: Path, model: str, store: Store) -> None:
+    """Call the store `artifacts` in what the cells say, and leave out where on this machine things lie."""
+    names = {model: Path(model).name} if Path(model).is_dir() else {}
+    names |= {f"{store.root}": "artifacts"}
+    here = Path(__file__).parent.parent
+    for folder in (path.parent, here, Path.cwd(), sys.prefix, sys.base_prefix, tempfile.gettempdir(), Path.home()):
+        if Path(folder) != Path(Path(folder).anchor):
             names |= {f"{folder}/": "", f"{folder}": "."}
     names |= {html.escape(place): name for place, name in names.items()}
     # Longer ones first, since one may lie in another; a path ends where its last folder's name does.
     places = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    pattern = re.compile(rf"(?<![\w/+.-])(?:{places})(?:(?<=/)|(?![\w-]))")
+    pattern = re.compile(rf"(?:(?<=file://)|(?<![\w/+.-]))(?:{places})(?:(?<=/)|(?![\w-]))")
     for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
-        for holder, key in (
-            (output, "text"),
-            *((output.get("data", {}), f"text/{kind}") for kind in ("plain", "html")),
-        ):
+        said = [(output.get("data", {}), f"text/{kind}") for kind in ("plain", "html", "markdown")]
+        for holder, key in [(output, "text"), (output, "evalue"), *said]:
             if key in holder:
                 holder[key] = pattern.sub(lambda found: names[found[0]], holder[key])
+        if "traceback" in output:
+            output["traceback"] = [pattern.sub(lambda found: names[found[0]], line) for line in output["traceback"]]
 
 
 def _inject_parameters(notebook: NotebookNode, path: Path, values: dict[str, str]) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sdxl_sae_kit.artifacts import whole_number
-from sdxl_sae_kit.errors import ModelError, PromptError, did_you_mean
+from sdxl_sae_kit.errors import KitError, ModelError, PromptError, did_you_mean
 from sdxl_sae_kit.tiny import NAMES as TINY_NAMES
 from sdxl_sae_kit.tiny import weights_folder
 from sdxl_sae_kit.tiny.quiet import quiet
@@ -136,7 +138,7 @@ def generate(
 
     Raises:
         PromptError: there are no prompts, or not as many seeds as prompts.
-        KitError: impossible steps or size.
+        KitError: impossible steps, guidance or size.
     """
     if isinstance(prompts, str) or not hasattr(seeds, "__len__"):
         raise PromptError(
@@ -149,7 +151,7 @@ def generate(
         list(prompts),
         generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
         num_inference_steps=chosen("num_inference_steps", num_inference_steps, model.num_inference_steps),
-        guidance_scale=model.guidance_scale if guidance_scale is None else guidance_scale,
+        guidance_scale=chosen_guidance(guidance_scale, model.guidance_scale),
         height=chosen("height", height, model.height, factor),
         width=chosen("width", width, model.width, factor),
         output_type=output_type,
@@ -163,6 +165,19 @@ def chosen(name: str, value: int | None, default: int, multiple_of: int = 1) -> 
         KitError: it is no positive multiple.
     """
     return default if value is None else whole_number(name, value, least=multiple_of, multiple_of=multiple_of)
+
+
+def chosen_guidance(value: float | None, default: float) -> float:
+    """A guidance scale, or the model's where it is None.
+
+    Raises:
+        KitError: it is no finite number from 0 on.
+    """
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+        raise KitError(f"guidance_scale must be a finite number from 0 on, not {value!r}.")
+    return float(value)
 
 
 # Where a model is ---------------------------------------------------------------------------------------------------

@@ -28,7 +28,9 @@ from plotly.offline import get_plotlyjs
 from sdxl_sae_kit.artifacts import Store, hash_file, kit_version, write_atomically
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.notebooks import cell_place, execute, find_notebooks, slug, tagged
+from sdxl_sae_kit.pipelines import local_folder
 from sdxl_sae_kit.scales import load_scale
+from sdxl_sae_kit.tiny import NAMES as TINY_NAMES
 
 PACKAGES = ("torch", "diffusers", "transformers", "h5py", "numpy", "scikit-learn", "plotly", "nbconvert")
 PLOTLY, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
@@ -79,6 +81,8 @@ def report(
     """
     home, paths, now = Store.at(store), find_notebooks(notebooks), datetime.now(UTC)
     load_scale(model, scale)
+    folder = None if model in TINY_NAMES else local_folder(model)
+    model = str(folder.resolve()) if folder else model  # kernels run in the notebooks' folder
     target = None if out is None else _writable(Path(out).expanduser().resolve())
     seen = {"contents", *map(slug, paths)}
     sections = [_section(path, f"[{i}/{len(paths)}]", model, scale, home, seen) for i, path in enumerate(paths, 1)]
@@ -246,7 +250,12 @@ def _page(sections: Sequence[Section], model: str, scale: str, now: datetime) ->
             styles=_styles(),
             library=library,
             figures=figures,
-            facts={"Model": model, "Scale": scale, "Made": f"{now:%Y-%m-%d %H:%M} UTC", "sdxl_sae_kit": kit_version()},
+            facts={
+                "Model": Path(model).name if Path(model).is_dir() else model,
+                "Scale": scale,
+                "Made": f"{now:%Y-%m-%d %H:%M} UTC",
+                "sdxl_sae_kit": kit_version(),
+            },
             versions={"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         )
     )

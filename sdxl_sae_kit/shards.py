@@ -62,15 +62,13 @@ class ShardWriter:
         path = self.artifact.file(name)
         temporary = path.with_name(name + ".tmp")
         n = self._write_shard(temporary)
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
+        _publish(temporary, path)
         entry = {"file": name, "first_image": self.next_image, "images": n, "sha256": hash_file(path)}
         with open(self.artifact.file(_MANIFEST), "ab") as handle:
             handle.write((canonical_json(entry | {"line": _line_hash(entry)}) + "\n").encode())
             handle.flush()
             os.fsync(handle.fileno())
+        sync_folder(path.parent)  # the manifest may be new
         self._shards.append(entry)
         self.next_image += n
         self._pending = []
@@ -189,7 +187,15 @@ def _write_virtual(artifact: Artifact, shards: Sequence[Mapping[str, Any]]) -> N
             group, _, leaf = name.partition("/")
             space = h5py.h5s.create_simple((total, *shape))
             h5py.h5d.create(file.require_group(group).id, leaf.encode(), h5py.h5t.py_create(kind), space, settings)
-    temporary.replace(artifact.file(_VIRTUAL))
+    _publish(temporary, artifact.file(_VIRTUAL))
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, so that not even a power cut takes it back."""
+    with open(temporary, "rb") as handle:
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
 
 
 def stored_dtype(recipe: Mapping[str, Any]) -> np.dtype[Any]:

@@ -175,7 +175,7 @@ def test_verify_finds_a_flipped_bit_and_so_does_reading(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match="shard-00001.h5 has changed"):
         ActivationCache.open(cache.artifact.folder).artifact.verify()
-    with pytest.raises(OSError, match="(?i)checksum|filter|read"):
+    with pytest.raises(ArtifactError, match="shard-00001.h5 of .* cannot be read .*collect again"):
         ActivationCache.open(cache.artifact.folder).read("mid.0", [4])
 
 

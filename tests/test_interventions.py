@@ -199,6 +199,15 @@ def test_edits_that_make_no_sense_are_refused_and_leave_nothing_hooked(pipe, sae
     assert np.array_equal(images(pipe), before)
 
 
+def test_strengths_may_be_tensors(pipe, sae, latent):
+    given = [2.0, torch.full((8, 8), 2.0, requires_grad=True), torch.full((8, 8), 2.0, dtype=torch.bfloat16)]
+    drawn = []
+    for strength in given:
+        with steer(pipe, sae, scale={latent: strength}):
+            drawn.append(images(pipe))
+    assert all(np.array_equal(drawn[0], other) for other in drawn[1:])
+
+
 def test_adding_a_latent_without_a_unit_is_refused(pipe, sae):
     silent = SAE(sae.config, 96, sae.site)
     with (

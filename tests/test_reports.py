@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -206,14 +207,20 @@ def test_what_cells_print_names_no_place_of_this_machine(tmp_path):
         "print(store + '/saes/x', pathlib.Path('data.csv').resolve(), sys.prefix + '/bin', pathlib.Path.home())",
         "print(store + '-other')",
         "display(HTML(f'<p>{store}/saes</p>'))",
+        "import tempfile",
+        "from IPython.display import Markdown",
+        "display(Markdown(f'file://{tempfile.gettempdir()}/x.png'))",
+        "print(tempfile.gettempdir() + '/ipykernel_77/1.py:3: UserWarning')",
         "pathlib.Path(store)",
     )
     written = report([notebook(folder, "one", "\n".join(says))], store=tmp_path / "store", out=tmp_path / "page.html")
     soup = BeautifulSoup(written.read_text("utf-8"), "html.parser")
     shown = " ".join(output.get_text() for output in soup.select(".jp-OutputArea-output"))
     assert "artifacts/saes/x data.csv bin ." in shown and "PosixPath('artifacts')" in shown
-    assert f"{tmp_path / 'store'}-other" in shown  # another folder, whose name begins the same
-    assert shown.count(str(tmp_path)) == 1
+    assert "file://x.png" in shown and "\nipykernel_77/1.py:3: UserWarning" in shown
+    # Another folder, whose name begins like the store's, is not the store.
+    assert f"{(tmp_path / 'store').relative_to(tempfile.gettempdir())}-other" in shown
+    assert tempfile.gettempdir() not in shown
 
 
 def test_progress_bars_stay_out_of_the_report_and_other_widgets_do_not(tmp_path):
@@ -226,22 +233,26 @@ def test_progress_bars_stay_out_of_the_report_and_other_widgets_do_not(tmp_path)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_ends_in_one_line_and_takes_the_kernel_along(tmp_path, stop):
+@pytest.mark.parametrize("when", ["the kernel starts", "a cell runs"])
+def test_a_stop_ends_in_one_line_and_takes_the_kernel_along(tmp_path, stop, when):
+    kernel = tmp_path / "kernel"
     path = notebook(
         tmp_path,
         "long",
-        "import os, pathlib, time",
-        f"pathlib.Path({str(tmp_path / 'kernel')!r}).write_text(str(os.getpid()))\ntime.sleep(60)",
+        f"import os, pathlib, time\npathlib.Path({str(kernel)!r}).write_text(str(os.getpid()))",
+        "time.sleep(60)",
     )
     process = subprocess.Popen(
         [sys.executable, "-m", "sdxl_sae_kit", "report", str(path), "--out", str(tmp_path / "page.html")],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"SDXL_SAE_KIT_STORE": str(tmp_path / "store")},
+        start_new_session=True,
     )
     try:
+        assert process.stderr.readline() == "[1/1] long.ipynb runs\n"
         deadline = time.monotonic() + 60
-        while not (kernel := tmp_path / "kernel").exists() or not kernel.read_text():
+        while when == "a cell runs" and not (kernel.exists() and kernel.read_text()):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(stop)
@@ -251,8 +262,21 @@ def test_a_stop_ends_in_one_line_and_takes_the_kernel_along(tmp_path, stop):
     assert process.returncode == 130
     assert said.splitlines()[-1] == "Interrupted; what was made is kept, run it again to go on."
     assert "Traceback" not in said and not (tmp_path / "page.html").exists()
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(kernel.read_text()), 0)
+    time.sleep(1)
+    left = subprocess.run(["ps", "-o", "stat=", "-s", str(process.pid)], capture_output=True, text=True).stdout
+    assert all(state.startswith("Z") for state in left.split())
+
+
+def test_a_model_folder_is_found_from_where_the_command_is_given(tmp_path, monkeypatch):
+    from sdxl_sae_kit.tiny import weights_folder
+
+    (tmp_path / "books").mkdir()
+    shutil.copytree(weights_folder("tiny-turbo"), tmp_path / "models" / "mine")
+    monkeypatch.chdir(tmp_path)
+    says = "from pathlib import Path\nprint(Path(MODEL).is_dir(), MODEL)"
+    written = report([notebook(tmp_path / "books", "one", says)], model="models/mine", out="page.html")
+    text = BeautifulSoup(written.read_text("utf-8"), "html.parser").get_text()
+    assert "True mine" in text and "Sparse autoencoders on mine" in text and str(tmp_path) not in text
 
 
 def test_a_report_without_figures_carries_no_script(tmp_path):
