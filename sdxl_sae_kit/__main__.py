@@ -6,8 +6,12 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sdxl_sae_kit.artifacts import Store
 
 from sdxl_sae_kit.errors import ArtifactError, KitError
 
@@ -35,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sdxl-sae-kit", description="Sparse autoencoders on the block updates of SDXL's U-Net."
     )
+    parser.add_argument("--version", action="version", version=version("sdxl-sae-kit"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     report = commands.add_parser(
@@ -102,15 +107,20 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
+    print(_existing(options.store))
+
+
+def _existing(folder: Path | None) -> Store:
     from sdxl_sae_kit.artifacts import Store
 
-    print(Store.at(options.store))
+    store = Store.at(folder)
+    if folder is not None and not store.root.is_dir():
+        raise ArtifactError(f"There is no folder {store.root}. Give the path of a store, or leave --store out.")
+    return store
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from sdxl_sae_kit.artifacts import Store
-
-    store, faulty = Store.at(options.store), 0
+    store, faulty = _existing(options.store), 0
     finished = [artifact for artifact in store.artifacts() if artifact.finished]
     for artifact in finished:
         try:
@@ -119,7 +129,9 @@ def _verify(options: argparse.Namespace) -> None:
         except ArtifactError as error:
             faulty += 1
             print(f"FAULTY  {artifact.kind}/{artifact.name}: {error}")
-    if faulty:
+    if not faulty:
+        print(f"{len(finished)} of {len(finished)} finished artifacts in {store.root} are intact.")
+    else:
         raise ArtifactError(f"{faulty} of {len(finished)} finished artifacts in {store.root} are not what they were.")
 
 
@@ -131,10 +143,11 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _measure(options: argparse.Namespace) -> None:
+    from sdxl_sae_kit.artifacts import whole_number
     from sdxl_sae_kit.pipelines import load_pipeline
     from sdxl_sae_kit.tiny import WEIGHTS
     from sdxl_sae_kit.tiny.judge import load_judge
-    from sdxl_sae_kit.yardstick import measure_adherence, measure_judge, measure_richness
+    from sdxl_sae_kit.yardstick import measure_adherence, measure_judge, measure_richness, measure_vae
 
     folder = options.run or WEIGHTS
     turbo, base = (load_pipeline(folder / name) for name in ("tiny-turbo", "tiny-base"))
@@ -144,6 +157,8 @@ def _measure(options: argparse.Namespace) -> None:
         "turbo, 4 steps": (turbo, 4, 0.0),
         "base, 20 steps, guidance 3": (base, 20, 3.0),
     }
+    whole_number("--captions", options.captions, least=8)
+    print(f"Drawing {5 * options.captions:,} pictures, {options.captions:,} of them in 20 steps.", file=sys.stderr)
     print(f"Share of {options.captions:,} pictures that show what their caption says, as the judge sees it")
     for name, (pipe, steps, guidance) in settings.items():
         rows = measure_adherence(
@@ -151,6 +166,7 @@ def _measure(options: argparse.Namespace) -> None:
         )
         print(f"\n{name}\n{_table(rows)}")
     print(f"\nThe judge on renders\n{_table(measure_judge(turbo.vae, options.captions, judge))}")
+    print(f"\nThe VAE on renders\n{_table([measure_vae(turbo.vae, options.captions)])}")
     print(f"\nUpdates of turbo at one step\n{_table(measure_richness(turbo, options.captions))}")
 
 

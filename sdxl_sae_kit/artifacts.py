@@ -87,7 +87,7 @@ class Artifact:
             raise ArtifactError(
                 f"{folder} holds {made} version {known}; this kit reads {kind} version {FORMATS[kind]}."
             )
-        return artifact
+        return artifact.present()
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -141,15 +141,30 @@ class Artifact:
                 f"{name} of {self.name} cannot be read ({cause}). Delete its folder {self.folder} and make it again."
             ) from None
 
+    def present(self) -> Artifact:
+        """Itself, if every file that its stamp lists is there in its size; `verify` hashes them too.
+
+        Raises:
+            ArtifactError: naming a file that is missing or of another size.
+        """
+        for name, entry in self.stamp["files"].items():
+            path = self.file(name)
+            if Path(name).name != name or not path.is_file() or path.stat().st_size != entry["bytes"]:
+                raise ArtifactError(f"{path} is missing or has changed. Delete its folder and make it again.")
+        return self
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder (made if need be) for writing; freed when the process ends, however it ends.
 
         Raises:
-            ArtifactError: another process is writing it; the message names that process.
+            ArtifactError: the store cannot be written, or another process is writing the folder; then the message
+                names it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / _LOCK, "a+") as handle:
+        with explain_unwritable(self.folder.parent.parent):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = open(self.folder / _LOCK, "a+")  # noqa: SIM115
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -217,6 +232,18 @@ class Artifact:
         faults += [f"{name} does not belong to it" for name in sorted(present - stamp["files"].keys())]
         if faults:
             raise ArtifactError(f"{self.folder}: {'; '.join(faults)}. Delete the folder and make it again.")
+
+
+@contextmanager
+def explain_unwritable(store: Path) -> Iterator[None]:
+    """Say of a store that cannot be written what to do."""
+    try:
+        yield
+    except OSError as cause:
+        raise ArtifactError(
+            f"The store {store} cannot be written ({cause.strerror}). "
+            f"Choose another folder with store= or the variable {STORE_VARIABLE}."
+        ) from None
 
 
 def whole_number(name: str, value: Any, *, least: int = 1, multiple_of: int = 1) -> int:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdxl_sae_kit.artifacts import Artifact, human_bytes
-from sdxl_sae_kit.errors import ArtifactError, HookpointError, did_you_mean
+from sdxl_sae_kit.errors import ArtifactError, HookpointError, KitError, did_you_mean
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.shards import PROMPTS, check_complete, read_manifest, stored_dtype
 
@@ -35,7 +35,7 @@ class ActivationCache:
     """
 
     def __init__(self, artifact: Artifact) -> None:
-        self.artifact, self.name = artifact, artifact.name
+        self.artifact, self.name = artifact.present(), artifact.name
         self._shards = read_manifest(artifact.folder)
         check_complete(artifact, self._shards, self.prompts)
         self._open: dict[tuple[int, str], h5py.File] = {}
@@ -72,8 +72,8 @@ class ActivationCache:
         shapes = self.recipe["hookpoints"]
         if hookpoint not in shapes:
             raise HookpointError(
-                f"{self.name} has no updates of {hookpoint!r}; it has {', '.join(shapes)}."
-                f"{did_you_mean(hookpoint, shapes)}"
+                f"{self.name} has no updates of {hookpoint!r}; it has {', '.join(shapes)}. Collect it too, or take one "
+                f"of these.{did_you_mean(hookpoint, shapes)}"
             )
         height, width, d_in = shapes[hookpoint]
         return height, width, d_in
@@ -107,8 +107,10 @@ class ActivationCache:
     def images(self, split: Split = "all") -> Int[np.ndarray, "image"]:
         """Indices of the images of a split; the split goes by prompt, so no text is on both sides."""
         held_out = self.prompts.held_out
-        chosen = {"train": ~held_out, "held_out": held_out, "all": np.ones_like(held_out)}[split]
-        return np.flatnonzero(chosen)
+        chosen = {"train": ~held_out, "held_out": held_out, "all": np.ones_like(held_out)}
+        if split not in chosen:
+            raise KitError(f"No split {split!r}; there are {', '.join(chosen)}.{did_you_mean(str(split), chosen)}")
+        return np.flatnonzero(chosen[split])
 
     def read(
         self, hookpoint: str, images: Sequence[int] | NDArray[np.integer]

@@ -17,7 +17,7 @@ from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, resolve
 from sdxl_sae_kit.hooks import record
-from sdxl_sae_kit.pipelines import chosen, chosen_guidance, describe, dtype_name, generate, scheduler
+from sdxl_sae_kit.pipelines import SIZE_STEP, chosen, chosen_guidance, describe, dtype_name, generate, scheduler
 from sdxl_sae_kit.prompts import Prompts, load_prompts
 from sdxl_sae_kit.shards import ShardWriter
 
@@ -92,8 +92,8 @@ def collect(
     model = describe(pipe)
     steps = chosen("num_inference_steps", num_inference_steps, model.num_inference_steps)
     guidance = chosen_guidance(guidance_scale, model.guidance_scale)
-    height = chosen("height", height, model.height, pipe.vae_scale_factor)
-    width = chosen("width", width, model.width, pipe.vae_scale_factor)
+    height = chosen("height", height, model.height, SIZE_STEP)
+    width = chosen("width", width, model.width, SIZE_STEP)
     recipe = {
         "model": model.name,
         "revision": model.revision,
@@ -131,7 +131,8 @@ def _collect(pipe: Any, prompts: Prompts, artifact: Artifact) -> None:
     per_image = max(1, plan.nbytes // len(prompts))
     batches_per_shard = max(1, min(_SHARD_IMAGES, _SHARD_BYTES // per_image) // batch_size)
     writer = ShardWriter(artifact, prompts, batches_per_shard * batch_size)
-    tqdm.write(f"Collecting {plan}, as {artifact.name}.")
+    there = f" {writer.next_image:,} of the images are there already." if writer.next_image else ""
+    tqdm.write(f"Collecting {plan}, as {artifact.name}.{there}")
     with tqdm(total=len(prompts), initial=writer.next_image, desc="collect", unit="image") as bar:
         for start in range(writer.next_image, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,6 +87,8 @@ class FeatureStats:
         Raises:
             ArtifactError: the SAE was trained at a hookpoint that the cache does not have.
         """
+        if not isinstance(sae, SAE):
+            raise KitError(f"measure takes one SAE, such as saes['up.0.1', 'k10'], not a {type(sae).__name__}.")
         hookpoint = sae.hookpoint
         if hookpoint not in cache.hookpoints:
             raise ArtifactError(
@@ -219,8 +222,8 @@ class FeatureStats:
                 yield dense
 
     def _check(self, feature: int) -> None:
-        if not 0 <= feature < self.d_sae:
-            raise KitError(f"{self.sae} has latents 0 to {self.d_sae - 1}; there is no {feature}.")
+        if not isinstance(feature, Integral) or not 0 <= feature < self.d_sae:
+            raise KitError(f"{self.sae} has latents 0 to {self.d_sae - 1}; there is no {feature!r}.")
 
     def __repr__(self) -> str:
         return (

@@ -64,6 +64,8 @@ STYLE = """<style>
 .sae-kit tbody tr:nth-child(n) { background: none; }
 .sae-kit th { color: var(--sae-quiet); font-weight: 600; }
 .sae-kit table .sae-number { text-align: right; white-space: nowrap; }
+.sae-kit table th.sae-number { white-space: normal; vertical-align: bottom; }
+.sae-wide { overflow-x: auto; }
 .sae-kit table .sae-text { text-align: left; }
 .sae-kit table .sae-short { text-align: left; white-space: nowrap; }
 .sae-key { font-weight: 400; font-size: 12px; margin-left: 12px; }
@@ -210,7 +212,8 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> str:
     head = "".join(f'<th scope="col" class="{kinds[column]}">{escape(column)}</th>' for column in columns)
     body = "".join("<tr>" + "".join(_cell(row[column], kinds[column]) for column in columns) + "</tr>" for row in rows)
     titled = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return f"<table>{titled}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    grid = f"<table>{titled}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="sae-wide" tabindex="0" role="group" aria-label="{escape(caption or "table")}">{grid}</div>'
 
 
 def _is_number(value: object) -> bool:
@@ -226,7 +229,8 @@ def _cell(value: object, kind: str) -> str:
     elif isinstance(value, int | np.integer) and not isinstance(value, bool):
         text = f"{value:,}"
     else:
-        text = words(value)
+        # an interval goes below its number, which keeps wide tables on the page
+        text = words(value).replace(" [", "<br>[") if kind == "sae-number" else words(value)
     if kind == "sae-text" and len(str(value)) <= UNBROKEN:
         kind = "sae-short"
     return f'<td class="{kind}">{text}</td>'

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from torch import Tensor
 from sdxl_sae_kit.errors import ArtifactError, EditError
 from sdxl_sae_kit.hookpoints import resolve
 from sdxl_sae_kit.hooks import Call, rewrite
+from sdxl_sae_kit.pipelines import describe
 from sdxl_sae_kit.sae import SAE
 
 Cfg = Literal["both", "cond", "uncond"]
@@ -60,11 +62,16 @@ def steer(
         EditError: no such latent, step or half, a wrongly shaped map, or `add`/`clamp` of a latent that never fired.
         ArtifactError: the SAE does not fit this U-Net.
 
+    Warns where the SAE was trained on another model than the pipeline holds.
+
     Example:
         >>> with steer(pipe, sae, scale={17: 0.0}):                                    # doctest: +SKIP
         ...     image = pipe("a red circle", num_inference_steps=1, guidance_scale=0.0).images[0]
     """
+    if not isinstance(sae, SAE):
+        raise EditError(f"steer takes one SAE, such as saes['up.0.1', 'k10'], not a {type(sae).__name__}.")
     hookpoint = resolve(pipe.unet, sae.hookpoint)
+    _warn_of_another_model(pipe, sae)
     if hookpoint.d_in != sae.d_in:
         raise ArtifactError(
             f"{sae.name} reads {sae.d_in} numbers a token, but {hookpoint.name} of this U-Net has {hookpoint.d_in}. "
@@ -72,6 +79,8 @@ def steer(
         )
     if cfg not in ("both", "cond", "uncond"):
         raise EditError(f"steer: cfg is 'both', 'cond' or 'uncond', not {cfg!r}.")
+    if where is not None and not _is_finite(where):
+        raise EditError(f"steer: where must be a map of finite numbers, not {where!r}.")
     strengths = {verb: _read(verb, edits) for verb, edits in (("add", add), ("scale", scale), ("clamp", clamp))}
     steps = None if steps is None else _integers("steps, such as steps=[0],", steps)
     latents = list(dict.fromkeys(latent for edits in strengths.values() for latent in edits))
@@ -82,6 +91,17 @@ def steer(
     edit = _Edit(sae, strengths, latents, where, steps, cfg, _directions(sae, latents, along or {}))
     with rewrite(pipe, {hookpoint.name: edit}):
         yield
+
+
+def _warn_of_another_model(pipe: Any, sae: SAE) -> None:
+    model, site = describe(pipe), sae.site
+    assert site is not None  # or it would have no hookpoint
+    if (model.name, model.revision) != (site.model, site.revision):
+        warnings.warn(
+            f"{sae.name} was trained on {site.model} (revision {site.revision}), but the pipeline is {model.name} "
+            f"(revision {model.revision}): its features may mean something else here.",
+            stacklevel=4,
+        )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol, SupportsIndex, runtime_checkable
 
-from sdxl_sae_kit.artifacts import Artifact, Store, slug, sync_folder
+from sdxl_sae_kit.artifacts import Artifact, Store, explain_unwritable, slug, sync_folder
 from sdxl_sae_kit.errors import ArtifactError, KitError
 
 VERSION = 1
@@ -197,8 +197,9 @@ class LabelStore:
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        with explain_unwritable(self.file.parent.parent):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield descriptor
@@ -222,6 +223,8 @@ def _latent(feature: SupportsIndex) -> int:
 
 
 def _tidy(text: str) -> str:
+    if not isinstance(text, str):
+        raise KitError(f"A label is a text, not {text!r}. To take a label back, withdraw it.")
     tidy = text.replace("\r\n", "\n").replace("\r", "\n").strip()
     if not tidy:
         raise KitError("A label needs some text. To take a label back, withdraw it.")

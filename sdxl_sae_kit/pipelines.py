@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 import re
+import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -18,13 +21,16 @@ from sdxl_sae_kit.artifacts import whole_number
 from sdxl_sae_kit.errors import KitError, ModelError, PromptError, did_you_mean
 from sdxl_sae_kit.tiny import NAMES as TINY_NAMES
 from sdxl_sae_kit.tiny import weights_folder
-from sdxl_sae_kit.tiny.quiet import quiet
+from sdxl_sae_kit.tiny.quiet import hushed, quiet
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionXLPipeline
 else:
     StableDiffusionXLPipeline = Any  # importing diffusers takes seconds, which only those who load a model should pay
 
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+SIZE_STEP = 8
+"""diffusers draws SDXL at multiples of this many pixels."""
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DTYPE_SHORTHANDS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -101,6 +107,8 @@ def describe(pipe: StableDiffusionXLPipeline) -> Model:
 
     Weights that were changed after loading (LoRA, fine-tuning) are not noticed.
     """
+    if not hasattr(pipe, "unet"):
+        raise ModelError(f"This takes a pipeline, such as load_pipeline('tiny-turbo') gives, not {pipe!r}.")
     noted: Model | None = getattr(pipe, "sdxl_sae_kit_model", None)
     if noted is not None:
         return noted
@@ -146,16 +154,39 @@ def generate(
         )
     if not prompts or len(prompts) != len(seeds):
         raise PromptError(f"generate needs one seed per prompt; it got {len(prompts)} prompts and {len(seeds)} seeds.")
-    model, factor = describe(pipe), pipe.vae_scale_factor
-    return pipe(
-        list(prompts),
-        generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds],
-        num_inference_steps=chosen("num_inference_steps", num_inference_steps, model.num_inference_steps),
-        guidance_scale=chosen_guidance(guidance_scale, model.guidance_scale),
-        height=chosen("height", height, model.height, factor),
-        width=chosen("width", width, model.width, factor),
-        output_type=output_type,
-    ).images
+    model = describe(pipe)
+    if output_type not in OUTPUT_TYPES:
+        hint = did_you_mean(str(output_type), OUTPUT_TYPES)
+        raise KitError(f"generate: output_type is {', '.join(OUTPUT_TYPES)}, not {output_type!r}.{hint}")
+    settings = {
+        "generator": [torch.Generator().manual_seed(_seed(seed)) for seed in seeds],
+        "num_inference_steps": chosen("num_inference_steps", num_inference_steps, model.num_inference_steps),
+        "guidance_scale": chosen_guidance(guidance_scale, model.guidance_scale),
+        "height": chosen("height", height, model.height, SIZE_STEP),
+        "width": chosen("width", width, model.width, SIZE_STEP),
+        "output_type": output_type,
+    }
+    with hushed() if _warn_of_long(pipe, prompts) else nullcontext():
+        return pipe(list(prompts), **settings).images
+
+
+def _seed(seed: Any) -> int:
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise PromptError(f"A seed is an integer, not {seed!r}.") from None
+
+
+def _warn_of_long(pipe: Any, prompts: Sequence[str]) -> bool:
+    """Say in one line what the tokenizer and the pipeline would say in many; False if there is nothing to say."""
+    most = pipe.tokenizer.model_max_length
+    lengths = [len(ids) for ids in pipe.tokenizer(list(prompts), verbose=False).input_ids]
+    if long := sum(length > most for length in lengths):
+        warnings.warn(
+            f"{long} of {len(prompts)} prompts are longer than the {most} tokens that this model reads: cut there.",
+            stacklevel=3,
+        )
+    return bool(long)
 
 
 def chosen(name: str, value: int | None, default: int, multiple_of: int = 1) -> int:
@@ -215,6 +246,7 @@ def _look_up(name: str, revision: str | None) -> Path:
         raise ModelError(
             f"There is no folder {name}, and the hub's {name!r} is not on this computer and cannot be reached. "
             f"Connect to the network, pass a folder, or use one of {_known(TINY_NAMES)}, which need none."
+            f"{did_you_mean(name, [known for known in PRESETS if known != name])}"
         ) from error
     except (OSError, HFValidationError) as error:
         at = f" at revision {revision!r}" if revision else ""

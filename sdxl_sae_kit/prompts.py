@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, overload
 import numpy as np
 from jaxtyping import Bool
 
+from sdxl_sae_kit.artifacts import whole_number
 from sdxl_sae_kit.errors import PromptError, did_you_mean
 from sdxl_sae_kit.tiny import world
 
@@ -75,30 +77,37 @@ def is_held_out(text: str) -> bool:
 
 
 def load_prompts(source: str | Path | Iterable[str], n: int | None = None, *, seed: int = 0) -> Prompts:
-    """Prompts from a source, the i-th with seed `seed + i`.
+    """Prompts from a source, the i-th with seed `seed + i` unless the source says another.
 
     Args:
         source: `"world"`, `"scenes"`, a .txt, .jsonl (key `text` or `prompt`) or .csv file (column `text` or `prompt`),
-            or strings. Files are UTF-8; empty lines are skipped.
+            or strings. Files are UTF-8; empty lines are skipped. JSON lines and CSV may tell each prompt's `seed`, and
+            JSON lines its `factors`, as the `prompts.jsonl` of a cache does.
         n: how many; needed for `"world"` and `"scenes"`, otherwise the first n.
         seed: what the generated sources and the images' noise start from.
 
     Raises:
         PromptError: unknown source, a missing or unreadable file or column, an empty prompt, or no prompts at all.
     """
+    if n is not None:
+        n = whole_number("load_prompts: n", n)
     if source in ("world", "scenes"):
         if n is None:
             raise PromptError(f"load_prompts({source!r}) makes as many prompts as you want: say n=.")
-        texts, factors = (_world if source == "world" else _scenes)(n, seed)
+        made = (_world if source == "world" else _scenes)(n, seed)
+        rows: list[dict[str, Any]] = [{"text": text, "factors": known} for text, known in zip(*made, strict=True)]
     else:
-        texts = list(_read(source))[:n]
-        factors = [{} for _ in texts]
-    for i, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            raise PromptError(f"Prompt {i} of {_describe(source)} is {text!r}, not a text. Remove it or write one.")
-    if not texts:
+        rows = [row if isinstance(row, dict) else {"text": row} for row in _read(source)][:n]
+    for i, row in enumerate(rows):
+        if not isinstance(row["text"], str) or not row["text"].strip():
+            raise PromptError(
+                f"Prompt {i} of {_describe(source)} is {row['text']!r}, not a text. Remove it or write one."
+            )
+    if not rows:
         raise PromptError(f"No prompts in {_describe(source)}. Give at least one.")
-    return Prompts(tuple(texts), tuple(range(seed, seed + len(texts))), tuple(factors))
+    seeds = [row.get("seed", seed + i) for i, row in enumerate(rows)]
+    texts = [row["text"] for row in rows]
+    return Prompts(tuple(texts), tuple(seeds), tuple(row.get("factors", {}) for row in rows))
 
 
 def _world(n: int, seed: int) -> tuple[list[str], list[dict[str, str]]]:
@@ -148,12 +157,16 @@ def _read(source: str | Path | Iterable[str]) -> Iterable[Any]:
     if not path.is_file():
         raise PromptError(f"There is no file {path}. Give the path of a .txt, .jsonl or .csv file.")
     try:
-        return read(path.read_text(encoding="utf-8-sig"))  # spreadsheets put a byte-order mark first
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte-order mark first
     except UnicodeDecodeError as cause:
         raise PromptError(f"{path} is not UTF-8 (byte {cause.start}: {cause.reason}). Save it as UTF-8.") from None
+    try:
+        return read(text)
+    except PromptError as cause:
+        raise PromptError(f"{path}: {cause}") from None
 
 
-def _from_txt(text: str) -> list[str]:
+def _from_txt(text: str) -> list[Any]:
     # not splitlines: a prompt may hold other Unicode line separators
     return [line for line in text.split("\n") if line.strip()]
 
@@ -174,16 +187,28 @@ def _from_csv(text: str) -> list[Any]:
     return [_pick(row, f"Row {i}") for i, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1)]
 
 
-def _pick(row: Any, place: str) -> Any:
+def _pick(row: Any, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise PromptError(f'{place} is {row!r}, not an object. Write it as {{"text": "a prompt"}}.')
-    for key in ("text", "prompt"):
-        if key in row:
-            return row[key]
-    raise PromptError(
-        f"{place} has neither 'text' nor 'prompt', only {', '.join(map(str, row))}. "
-        "Rename the field that holds the prompts."
-    )
+    key = next((key for key in ("text", "prompt") if key in row), None)
+    if key is None:
+        raise PromptError(
+            f"{place} has neither 'text' nor 'prompt', only {', '.join(map(str, row))}. "
+            "Rename the field that holds the prompts."
+        )
+    told = {"text": row[key]}
+    if row.get("seed") not in (None, ""):
+        told["seed"] = _whole(row["seed"], place)
+    if isinstance(row.get("factors"), dict):
+        told["factors"] = {str(factor): str(value) for factor, value in row["factors"].items()}
+    return told
+
+
+def _whole(seed: Any, place: str) -> int:
+    try:
+        return int(seed) if isinstance(seed, str) else operator.index(seed)
+    except (TypeError, ValueError):
+        raise PromptError(f"{place} has the seed {seed!r}, which is no integer. Mend it, or leave it out.") from None
 
 
 def _describe(source: str | Path | Iterable[str]) -> str:

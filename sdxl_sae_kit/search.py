@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from sdxl_sae_kit.artifacts import whole_number
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.sae import FIRES
@@ -31,6 +32,7 @@ def most_energetic(stats: FeatureStats, n: int = 12) -> list[int]:
     Raises:
         KitError: there is none.
     """
+    n = whole_number("most_energetic: n", n)
     local = (held_out_firing(stats).sum(axis=0) >= MIN_IMAGES) & (stats.density <= 0.5)
     if not local.any():
         raise KitError(f"No latent of {stats.sae} fires on {MIN_IMAGES} held-out images. Measure more prompts.")

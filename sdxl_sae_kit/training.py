@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import Store, whole_number, write_atomically
+from sdxl_sae_kit.artifacts import Store, slug, whole_number, write_atomically
 from sdxl_sae_kit.cache import ActivationCache
-from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.evaluation import evaluate, mean_activation
 from sdxl_sae_kit.learning import Learner
 from sdxl_sae_kit.pipelines import choose_device
@@ -37,6 +37,17 @@ class TrainedSAEs(dict[Key, SAE]):
     def __init__(self, saes: Mapping[Key, SAE], logs: Mapping[Key, list[dict[str, float]]]) -> None:
         super().__init__(saes)
         self.logs = dict(logs)
+
+    def __missing__(self, key: object) -> SAE:
+        known = ", ".join(map(repr, self))
+        raise KitError(f"No SAE {key!r} here; there are {known}.{did_you_mean(str(key), map(str, self))}")
+
+    def __repr__(self) -> str:
+        lines = [f"{h} {name}: explained variance {m:.4f}" for (h, name), m in self._explained().items()]
+        return "\n".join([f"{len(self)} trained SAEs (measured on held-out prompts)", *lines])
+
+    def _explained(self) -> dict[Key, float]:
+        return {key: sae.metrics["explained_variance"] for key, sae in self.items()}
 
     def rows(self) -> list[dict[str, Any]]:
         """Held-out metrics, one row per SAE."""
@@ -110,6 +121,11 @@ def train(
             f"train needs at least one configuration and one hookpoint, such as {{'k10': SAEConfig(k=10)}} and "
             f"{cache.hookpoints[0]!r}; it got {len(named)} and {len(hookpoints)}."
         )
+    for name, config in named.items():
+        if not isinstance(config, SAEConfig):
+            raise KitError(f"train: {name!r} must be an SAEConfig, such as SAEConfig(k=10), not {config!r}.")
+        if not name or name != slug(name):
+            raise KitError(f"train: {name!r} cannot name an SAE. Use letters, digits, '.', '_' and '-', such as 'k10'.")
     batch_size, epochs = whole_number("batch_size", batch_size), whole_number("epochs", epochs)
     device = choose_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     runs = [
@@ -121,9 +137,15 @@ def train(
     grids = dict.fromkeys(cache.grid(run.hookpoint) for run in missing)
     for grid in grids:  # hookpoints of one grid share their batches
         _train([run for run in missing if cache.grid(run.hookpoint) == grid], cache, batch_size, epochs, device)
-    return TrainedSAEs(
-        {run.key: SAE.load(run.artifact.file(_SAE)) for run in runs}, {run.key: run.read_log() for run in runs}
+    saes = TrainedSAEs(
+        {run.key: SAE.load(run.artifact.check(_SAE)) for run in runs}, {run.key: run.read_log() for run in runs}
     )
+    for key, explained in saes._explained().items():
+        if not explained > 0:
+            tqdm.write(
+                f"{' '.join(key)} explains less than the mean does ({explained:.3g}): lower lr, or train longer."
+            )
+    return saes
 
 
 class _Run:

@@ -13,6 +13,7 @@ TAGS = {
         "body",
         "style",
         "div",
+        "br",
         "span",
         "p",
         "h3",
@@ -26,7 +27,7 @@ TAGS = {
 }
 ATTRIBUTES = {
     *("lang", "charset", "http-equiv", "content", "name", "class", "title", "src", "alt", "width", "height", "scope"),
-    *("role", "aria-label"),
+    *("role", "aria-label", "tabindex"),
 }
 
 
@@ -45,7 +46,7 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in ("img", "meta"):
+        if tag not in ("br", "img", "meta"):
             self.stack.append(tag)
 
     def handle_endtag(self, tag: str) -> None:

@@ -186,7 +186,9 @@ def test_statistics_of_another_sae_are_refused(micro, store) -> None:
 
 
 def test_another_model_is_refused_by_both_names(micro, chosen, store) -> None:
-    other = SimpleNamespace(sdxl_sae_kit_model=replace(describe(micro.pipe), name="someone/else", revision="abc"))
+    other = SimpleNamespace(
+        unet=None, sdxl_sae_kit_model=replace(describe(micro.pipe), name="someone/else", revision="abc")
+    )
     with pytest.raises(ArtifactError, match=r"tiny-turbo \(revision .*someone/else \(revision abc"):
         ablate(other, micro.sae, micro.stats, chosen, store=store)
 
@@ -200,18 +202,22 @@ def made_up(feature: int, ablated: list[float], control: list[float]) -> Feature
 
 
 def test_rows_and_overall_are_the_means_of_what_was_measured(result) -> None:
-    made = replace(result, features=(made_up(1, [4, 4, 4, 8], [1, 1, 2, 2]), made_up(2, [2, 2, 2, 2], [1, 1, 1, 1])))
+    one, other = made_up(1, [4, 4, 4, 4, 8], [1, 1, 1, 2, 2]), made_up(2, [2, 2, 2, 2], [1, 1, 1, 1])
+    made = replace(result, features=(one, other))
     first, second = made.rows()
-    assert (first["feature"], first["images"], first["ablated"], first["other feature"]) == (1, 4, 5.0, 1.5)
-    assert first["ablated − untrained SAE"] == 3.5
-    assert first["ablated outside"] == pytest.approx((4 + 4 + 8) / 4 / 3)
-    assert first["ablated locality"] == pytest.approx(4)
+    assert (first["feature"], first["images"], first["ablated"], first["other feature"]) == (1, 5, 4.8, 1.4)
+    assert first["ablated − untrained SAE"] == pytest.approx(3.4)
+    # The first image has no outside, so what concerns the outside is over the others: 4 of one feature, 3 of the other.
+    assert (first["with outside"], second["with outside"]) == (4, 0)
+    assert first["ablated outside"] == pytest.approx((4 + 4 + 4 + 8) / 4 / 4)
+    assert first["ablated locality"] == pytest.approx(4) and np.isnan(second["ablated locality"])
     assert second["ablated interval"] == (2, 2)
     whole = made.overall()
-    assert (whole["features"], whole["images"], whole["clear"]) == (2, 8, 2)
-    assert whole["ablated"] == 3.5  # each feature counts once
-    assert whole["ablated − random direction"] == pytest.approx(2.25)
-    assert whole["ablated − random direction interval"] == pytest.approx((1, 3.5))
+    assert (whole["features"], whole["images"], whole["clear"], whole["with outside"]) == (2, 9, 2, 1)
+    assert whole["ablated"] == pytest.approx(3.4)  # each feature counts once
+    assert whole["ablated locality"] == pytest.approx(first["ablated locality"])
+    assert whole["ablated − random direction"] == pytest.approx(2.2)
+    assert whole["ablated − random direction interval"] == pytest.approx((1, 3.4))
 
 
 def test_the_sentence_follows_the_numbers(result) -> None:

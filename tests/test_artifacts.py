@@ -153,6 +153,23 @@ def test_a_lost_text_file_is_missed_by_name(made):
         made.read_text("picture.png")
 
 
+@pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_text("[1]")])
+def test_a_file_that_is_lost_or_cut_is_missed_on_opening(made, harm):
+    harm(made.file("result.json"))
+    with pytest.raises(ArtifactError, match="result.json is missing or has changed. Delete its folder"):
+        Artifact.open(made.folder, "studies")
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_store_that_cannot_be_written_is_refused(tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ArtifactError, match=rf"The store .*{place} cannot be written .*store= or .*SDXL_SAE_KIT_STORE"),
+        Store.at(tmp_path / place).artifact("studies", "x", {}).lock(),
+    ):
+        pass
+
+
 def test_the_store_lists_what_it_holds(made):
     store = Store(made.folder.parent.parent)
     store.artifact("saes", "half", {}).folder.mkdir(parents=True)

@@ -162,6 +162,8 @@ def test_an_edited_manifest_is_refused(tmp_path, edit):
     manifest = cache.artifact.folder / "manifest.jsonl"
     manifest.write_text("\n".join(edit(manifest.read_text().splitlines())) + "\n")
     with pytest.raises(ArtifactError, match=r"Line \d of .* was changed"):
+        read_manifest(cache.artifact.folder)
+    with pytest.raises(ArtifactError, match=r"Line \d of .* was changed|manifest.jsonl is missing or has changed"):
         ActivationCache.open(cache.artifact.folder)
 
 
@@ -235,7 +237,7 @@ def test_a_forked_child_reads_with_handles_of_its_own(tmp_path):
 def test_a_hookpoint_it_lacks_and_a_folder_without_cache_are_refused(tmp_path):
     cache = write(tmp_path, random_batches([2]))
     with pytest.raises(
-        HookpointError, match=r"has no updates of 'mid.1'; it has down.2.1, mid.0. Did you mean 'mid.0'"
+        HookpointError, match=r"has no updates of 'mid.1'; it has down.2.1, mid.0. .* Did you mean 'mid.0'"
     ):
         cache.grid("mid.1")
     with pytest.raises(ArtifactError, match="No finished artifact"):

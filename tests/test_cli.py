@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from sdxl_sae_kit import __main__ as cli
-from sdxl_sae_kit.artifacts import Store
+from sdxl_sae_kit.artifacts import Store, kit_version
 
 
 def finished_artifact(root):
@@ -19,7 +19,16 @@ def finished_artifact(root):
 
 @pytest.mark.parametrize(
     "command",
-    ([], ["report"], ["artifacts"], ["artifacts", "list"], ["artifacts", "verify"], ["tiny"], ["tiny", "train"]),
+    (
+        [],
+        ["report"],
+        ["artifacts"],
+        ["artifacts", "list"],
+        ["artifacts", "verify"],
+        ["tiny"],
+        ["tiny", "train"],
+        ["tiny", "measure"],
+    ),
 )
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as left:
@@ -85,7 +94,8 @@ def test_artifacts_lists_finished_and_unfinished(tmp_path, capsys):
 def test_verify_finds_the_changed_file(tmp_path, capsys):
     artifact = finished_artifact(tmp_path)
     assert cli.main(["artifacts", "verify", "--store", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"intact  studies/{artifact.name}\n"
+    said = capsys.readouterr().out
+    assert said == f"intact  studies/{artifact.name}\n1 of 1 finished artifacts in {tmp_path} are intact.\n"
     artifact.file("result.json").write_text("[]")
     assert cli.main(["artifacts", "verify", "--store", str(tmp_path)]) == 1
     printed = capsys.readouterr()
@@ -107,3 +117,24 @@ def test_the_module_and_the_script_are_the_same_program():
         [sys.executable, "-m", "sdxl_sae_kit", "artifacts", "nonsense"], capture_output=True, text=True
     )
     assert output.returncode == 2 and "invalid choice: 'nonsense'" in output.stderr
+
+
+@pytest.mark.parametrize("verb", ["list", "verify"])
+def test_a_mistyped_store_is_no_empty_one(tmp_path, capsys, verb):
+    assert cli.main(["artifacts", verb, "--store", str(tmp_path / "none")]) == 1
+    assert "ArtifactError: There is no folder" in capsys.readouterr().err
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"{kit_version()}\n"
+
+
+def test_tiny_measure_prints_every_table(capsys):
+    assert cli.main(["tiny", "measure", "--captions", "8"]) == 0
+    said = capsys.readouterr().out
+    assert all(title in said for title in ("turbo, 1 step", "turbo, 4 steps", "base, 20 steps", "The judge", "The VAE"))
+    assert said.count("colour2") == 4 and "participation ratio" in said
+    assert cli.main(["tiny", "measure", "--captions", "0"]) == 1
+    assert "--captions must be an integer of at least 8, not 0" in capsys.readouterr().err

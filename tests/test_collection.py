@@ -192,7 +192,7 @@ def test_mistakes_are_refused_before_anything_is_made(pipe, tmp_path, unchecked_
         ({"batch_size": 2.5}, "batch_size must be an integer of at least 1, not 2.5"),
         ({"guidance_scale": "high"}, "guidance_scale must be a finite number from 0 on, not 'high'"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number from 0 on, not nan"),
-        ({"height": 63}, "height must be a multiple of 2 of at least 2, not 63"),
+        ({"height": 63}, "height must be a multiple of 8 of at least 8, not 63"),
         ({"hookpoints": []}, "collect needs at least one hookpoint, such as 'down.2.1'"),
     ]:
         with pytest.raises(KitError, match=complaint):

@@ -138,6 +138,7 @@ def test_the_same_strip_has_the_same_bytes() -> None:
 def test_tables_set_numbers_right() -> None:
     table = html.table([{"name": "mid.0", "L0": 9.5, "tokens": 12345, "kept": True}], caption="SAEs")
     number, text = "sae-number", "sae-text"
-    assert read_safely(table).values("class") == [text, number, number, text, "sae-short", number, number, "sae-short"]
+    classes = read_safely(table).values("class")
+    assert classes == ["sae-wide", text, number, number, text, "sae-short", number, number, "sae-short"]
     assert all(text in table for text in ("9.50", "12,345", "True", "<caption>SAEs"))
     assert read_safely(html.table([])).text == ""

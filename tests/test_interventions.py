@@ -181,6 +181,7 @@ def test_an_edit_of_one_image_does_not_depend_on_the_others_in_its_batch(pipe, s
             {"scale": {0: 0.0}, "where": np.ones((32, 32))},
             r"where has shape \(32, 32\), but up.0.1 is 8×8 for this image. Resize it to \(8, 8\)",
         ),
+        ({"scale": {0: 0.0}, "where": np.full((8, 8), np.nan)}, "where must be a map of finite numbers"),
         ({"scale": {0: np.ones((8, 9))}}, r"scale\[0\] has shape \(8, 9\)"),
         ({"scale": {0: 0.0}, "clamp": {0: 1.0}}, r"latents \[0\] are both scaled and clamped"),
         ({"scale": {0.5: 0.0}}, r"latents of scale, such as scale=\{17: 2.0\}, must be integers, not \[0.5\]"),
@@ -214,6 +215,20 @@ def test_adding_a_latent_without_a_unit_is_refused(pipe, sae):
         pytest.raises(EditError, match="latent 4 never fired in training as far as measured, so add has no unit"),
         steer(pipe, silent, add={4: 1.0}),
     ):
+        pass
+
+
+def test_an_sae_of_another_model_is_warned_of(sae):
+    base = load_pipeline("tiny-base", device="cpu")
+    with (
+        pytest.warns(UserWarning, match=r"was trained on tiny-turbo .* but the pipeline is tiny-base"),
+        steer(base, sae),
+    ):
+        pass
+
+
+def test_several_saes_are_not_one(pipe, small_saes, unchecked_types):
+    with pytest.raises(EditError, match="one SAE, such as .*, not a TrainedSAEs"), steer(pipe, small_saes):
         pass
 
 

@@ -100,6 +100,31 @@ def test_generate_needs_one_seed_per_prompt(turbo, prompts, seeds):
         generate(turbo, prompts, seeds)
 
 
+def test_long_prompts_are_told_of_in_one_line(turbo, caplog):
+    with pytest.warns(UserWarning, match="1 of 2 prompts are longer than the 24 tokens") as warned:
+        generate(turbo, ["a red star " * 30, "a star"], [0, 1])
+    assert [each.category for each in warned].count(UserWarning) == 1 and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"height": 100}, "height must be a multiple of 8 of at least 8, not 100"),
+        ({"guidance_scale": -1}, "guidance_scale must be a finite number from 0 on, not -1"),
+        ({"output_type": "pill"}, "not 'pill'. Did you mean 'pil'"),
+        ({"seeds": [1.5]}, "A seed is an integer, not 1.5"),
+    ],
+)
+def test_impossible_settings_are_refused(turbo, settings, complaint, unchecked_types):
+    with pytest.raises(KitError, match=complaint):
+        generate(turbo, ["a star"], **{"seeds": [0], **settings})
+
+
+def test_a_name_is_no_pipeline():
+    with pytest.raises(ModelError, match="takes a pipeline, such as load_pipeline"):
+        describe("tiny-turbo")
+
+
 # What is loaded
 
 
@@ -118,7 +143,8 @@ def test_weights_are_small():
 def test_describe_tells_presets_and_weights(turbo, base, tmp_path):
     model = describe(turbo)
     assert model == Model("tiny-turbo", model.revision, 1, 0.0, 64, 64)
-    assert describe(base) == Model("tiny-base", model.revision, 10, 3.0, 64, 64)
+    assert describe(base) == Model("tiny-base", describe(base).revision, 10, 3.0, 64, 64)
+    assert describe(base).revision != model.revision
     same = copy_of_weights(tmp_path / "same")
     assert describe(load_pipeline(same, device="cpu")).num_inference_steps == 1
     weights = same / "text_encoder" / "model.safetensors"

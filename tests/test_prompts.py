@@ -80,6 +80,17 @@ def test_files_that_cannot_be_prompts_are_refused(tmp_path, content, name, compl
         load_prompts(tmp_path / name)
 
 
+def test_seeds_and_factors_that_a_file_tells_are_kept(tmp_path):
+    made = load_prompts("world", 5, seed=30)
+    (tmp_path / "p.jsonl").write_text(made.to_jsonl(), encoding="utf-8")
+    assert load_prompts(tmp_path / "p.jsonl") == made
+    (tmp_path / "p.csv").write_text("text,seed\na fox,7\na cow,\n", encoding="utf-8")
+    assert load_prompts(tmp_path / "p.csv", seed=100).seeds == (7, 101)
+    (tmp_path / "bad.csv").write_text("text,seed\na fox,soon\n", encoding="utf-8")
+    with pytest.raises(PromptError, match=r"bad.csv: Row 1 has the seed 'soon', which is no integer"):
+        load_prompts(tmp_path / "bad.csv")
+
+
 def test_other_mistakes_say_what_to_do(tmp_path):
     with pytest.raises(PromptError, match="There is no file"):
         load_prompts(tmp_path / "none.txt")

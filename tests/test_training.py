@@ -13,7 +13,7 @@ import torch
 
 from sdxl_sae_kit import training
 from sdxl_sae_kit.collection import collect
-from sdxl_sae_kit.errors import HookpointError, KitError
+from sdxl_sae_kit.errors import ArtifactError, HookpointError, KitError
 from sdxl_sae_kit.sae import SAE, SAEConfig
 from sdxl_sae_kit.training import train
 
@@ -144,3 +144,28 @@ def test_mistakes_are_refused(pipe, small_cache, tmp_path):
     few = collect(pipe, ["one prompt"], ["mid.0"], thumbnails=False, store=tmp_path)
     with pytest.raises(KitError, match="too few to keep some for testing. Collect more prompts"):
         train(few, CONFIG, store=tmp_path)
+
+
+def test_what_is_not_there_is_named_with_what_is(small_saes, unchecked_types):
+    with pytest.raises(KitError, match=r"No SAE \('up.0.1', 'k9'\) here; there are .*\('up.0.1', 'k8'\)"):
+        small_saes["up.0.1", "k9"]
+    assert "up.0.1 k8: explained variance 0." in repr(small_saes)
+
+
+@pytest.mark.parametrize("configs", [{"a": 5}, {"": SAEConfig(k=2)}, {"a/b": SAEConfig(k=2)}, {"<b>": SAEConfig(k=2)}])
+def test_configurations_that_make_no_sense_are_refused(small_cache, tmp_path, configs, unchecked_types):
+    with pytest.raises(KitError, match="must be an SAEConfig|cannot name an SAE"):
+        train(small_cache, configs, store=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_sae_is_not_loaded(small_cache, tmp_path):
+    config = SAEConfig(k=2, expansion=1)
+    saes = train(small_cache, config, hookpoints="up.0.1", store=tmp_path)
+    (path,) = tmp_path.glob("saes/*/sae.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="sae.safetensors is missing or has changed. Delete its folder"):
+        train(small_cache, config, hookpoints="up.0.1", store=tmp_path)
+    assert saes

@@ -10,7 +10,14 @@ from PIL import Image
 from sdxl_sae_kit import yardstick
 from sdxl_sae_kit.tiny.judge import expected_answers
 from sdxl_sae_kit.tiny.world import FACTORS, caption, render
-from sdxl_sae_kit.yardstick import calibration_error, draw_scenes, measure_adherence, measure_judge, measure_richness
+from sdxl_sae_kit.yardstick import (
+    calibration_error,
+    draw_scenes,
+    measure_adherence,
+    measure_judge,
+    measure_richness,
+    measure_vae,
+)
 
 N = 150
 
@@ -70,6 +77,17 @@ def test_the_judge_is_measured_in_every_condition(pipe):
     for factor in FACTORS:
         assert all(0.8 <= rows[factor][condition] <= 1 for condition in ("clean", "blurred", "noisy", "VAE")), factor
         assert 0 <= rows[factor]["calibration error"] < 0.15
+
+
+def test_the_vae_is_measured_in_decibels(pipe):
+    row = measure_vae(pipe.vae, 40)
+    x = torch.from_numpy(np.stack([render(scene) for scene in draw_scenes(40)])).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        y = pipe.vae.decode(pipe.vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+    expected = 10 * torch.log10(4 / torch.nn.functional.mse_loss(y, x)).item()
+    assert row["PSNR dB"] == pytest.approx(expected, abs=0.05)
+    low, high = row["interval"]
+    assert low < row["PSNR dB"] < high and row["n"] == 40
 
 
 def test_richness_is_that_of_the_updates(pipe):

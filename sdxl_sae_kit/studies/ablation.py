@@ -83,14 +83,19 @@ class Ablation:
     def rows(self) -> list[dict[str, Any]]:
         """One row per measured feature, with 95 % bootstrap intervals over its images.
 
-        Per condition the effect inside the region, outside, and `locality` = inside / outside; per control the paired
-        difference ablated − control inside.
+        Per condition the effect inside the region; outside, and `locality` = inside / outside, both over the images
+        that have an outside (`with outside`; NaN below 4); per control the paired difference ablated − control inside.
         """
         return self._rows
 
     @cached_property
     def _rows(self) -> list[dict[str, Any]]:
-        return [{"feature": e.feature, "images": len(e.images), **_summarise(*_arrays(e))} for e in self.measured]
+        rows = []
+        for effects in self.measured:
+            inside, paired = _arrays(effects)
+            paired = paired[: len(paired) if len(paired) >= MIN_IMAGES else 0]
+            rows.append({"feature": effects.feature, "images": len(inside)} | _summarise(inside, paired))
+        return rows
 
     def overall(self) -> dict[str, Any]:
         """The same over all features, each counting once; intervals resample features: images of one are alike.
@@ -101,13 +106,14 @@ class Ablation:
 
     @cached_property
     def _overall(self) -> dict[str, Any]:
-        per_feature = [[_mean_known(values) for values in _arrays(effects)] for effects in self.measured]
-        inside, outside = np.array(per_feature).reshape(-1, 2, len(CONDITIONS)).transpose(1, 0, 2)
+        arrays = [_arrays(effects) for effects in self.measured]
+        inside = np.array([images.mean(axis=0) for images, _ in arrays])
+        paired = np.array([both.mean(axis=0) for _, both in arrays if len(both) >= MIN_IMAGES])
         clear = sum(all(row[f"ablated − {c} interval"][0] > 0 for c in CONTROLS) for row in self.rows())
         overlap = float(np.mean([e.overlap for e in self.measured]))
         images = sum(len(e.images) for e in self.measured)
         counts = {"features": len(inside), "images": images, "clear": clear, "overlap": overlap}
-        return counts | _summarise(inside, outside)
+        return counts | _summarise(inside, paired.reshape(-1, len(CONDITIONS), 2))
 
     def sentence(self) -> str:
         """What the numbers say."""
@@ -154,7 +160,7 @@ def ablate(
     pipe: Any,
     sae: SAE,
     stats: FeatureStats,
-    features: Sequence[int] | None = None,
+    features: Sequence[int] | int | None = None,
     *,
     prompts_per_feature: int = 12,
     seed: int = 0,
@@ -173,7 +179,7 @@ def ablate(
         pipe: the pipeline whose updates the SAE was trained on.
         sae: a trained SAE.
         stats: its feature statistics; they give the held-out images and the regions.
-        features: latents; by default the dozen that `most_energetic` gives.
+        features: latents, or one of them; by default the dozen that `most_energetic` gives.
         prompts_per_feature: at most so many images for each, those with the highest spatial mean.
         seed: of the random directions.
         store: folder of artifacts.
@@ -186,7 +192,8 @@ def ablate(
         >>> ablate(pipe, saes["down.2.1", "k10"], stats, [17, 40]).plot()              # doctest: +SKIP
     """
     site = _check_inputs(pipe, sae, stats)
-    chosen = most_energetic(stats) if features is None else [int(feature) for feature in features]
+    given = [features] if isinstance(features, int | np.integer) else features
+    chosen = most_energetic(stats) if given is None else [int(feature) for feature in given]
     _check_features(stats, chosen)
     if prompts_per_feature < MIN_IMAGES:
         raise KitError(f"ablate: prompts_per_feature={prompts_per_feature}, but {MIN_IMAGES} images are the least.")
@@ -303,27 +310,30 @@ def _means(change: Float[np.ndarray, "image y x"], where: Bool[np.ndarray, "imag
     return [float(c[w].mean(dtype=np.float64)) if w.any() else None for c, w in zip(change, where, strict=True)]
 
 
-def _arrays(effects: FeatureEffects) -> list[Float[np.ndarray, "image condition"]]:
-    """Effects inside and outside; NaN for None."""
-    return [np.array([by[c] for c in CONDITIONS], dtype=np.float64).T for by in (effects.inside, effects.outside)]
-
-
-def _mean_known(values: Float[np.ndarray, "unit condition"]) -> Float[np.ndarray, "condition"]:
-    known = values[np.isfinite(values[:, 0])]
-    return known.mean(axis=0) if len(known) else np.full(len(CONDITIONS), np.nan)
+def _arrays(
+    effects: FeatureEffects,
+) -> tuple[Float[np.ndarray, "image condition"], Float[np.ndarray, "paired condition 2"]]:
+    """Effects inside for all images; and inside and outside for those that have an outside."""
+    inside, outside = (
+        np.array([by[c] for c in CONDITIONS], dtype=np.float64).T for by in (effects.inside, effects.outside)
+    )
+    return inside, np.stack([inside, outside], axis=2)[np.isfinite(outside[:, 0])]
 
 
 def _summarise(
-    inside: Float[np.ndarray, "unit condition"], outside: Float[np.ndarray, "unit condition"]
+    inside: Float[np.ndarray, "unit condition"], paired: Float[np.ndarray, "paired condition 2"]
 ) -> dict[str, Any]:
-    """Means, localities and differences with intervals over units, which are images or features."""
-    row: dict[str, Any] = {}
-    both = np.stack([inside, outside], axis=2)[np.isfinite(outside[:, 0])]  # (unit, condition, 2)
+    """Means, localities and differences with intervals over units, which are images or features.
+
+    What concerns the outside, and the inside beside it, is over the `with outside` units that have one.
+    """
+    row: dict[str, Any] = {"with outside": len(paired)}
     for at, condition in enumerate(CONDITIONS):
-        row[f"{condition} outside"] = float(_mean_known(outside)[at])
         row |= _estimate(condition, inside[:, at])
-        row[f"{condition} locality"] = float(_ratio(both[:, at].mean(axis=0))) if len(both) else float("nan")
-        row[f"{condition} locality interval"] = bootstrap_interval(both[:, at], _ratio)
+        means = paired[:, at].mean(axis=0) if len(paired) else np.full(2, np.nan)
+        row[f"{condition} outside"] = float(means[1])
+        row[f"{condition} locality"] = float(_ratio(means))
+        row[f"{condition} locality interval"] = bootstrap_interval(paired[:, at], _ratio)
     for at, control in enumerate(CONTROLS, 1):
         row |= _estimate(f"ablated − {control}", inside[:, 0] - inside[:, at])
     return row
@@ -343,7 +353,10 @@ def _locality(row: Mapping[str, Any]) -> str:
         return "There is no outside to compare with: they fire all over the image, or nothing changes elsewhere."
     controls = ", ".join(f"{c} {_with_interval(row, f'{c} locality')}" for c in CONTROLS)
     own = _with_interval(row, "ablated locality")
-    return f"The change inside the region is {own} times that outside; for the controls: {controls}."
+    return (
+        f"The change inside the region is {own} times that outside; for the controls: {controls} (over the "
+        f"{row['with outside']} features that leave {MIN_IMAGES} images or more some outside)."
+    )
 
 
 def _with_interval(row: Mapping[str, Any], name: str) -> str:
@@ -352,16 +365,12 @@ def _with_interval(row: Mapping[str, Any], name: str) -> str:
     return value if value == "–" else f"{value} [{low}, {high}]"
 
 
-def _known(value: float) -> float | str:
-    return "–" if np.isnan(value) else value
-
-
 def _readable(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of the table people see."""
     names = {"inside / outside": "ablated locality"} | {f"ablated − {c}": f"ablated − {c}" for c in CONTROLS}
     intervals = {title: _with_interval(row, name) for title, name in names.items()}
     shown = {"feature": str(row["feature"]), "images": row["images"]}
-    return shown | {"inside": row["ablated"], "outside": _known(row["ablated outside"])} | intervals
+    return shown | {"inside": row["ablated"], "with outside": row["with outside"]} | intervals
 
 
 def _compose(drawn: Mapping[str, Pictures], gain: float) -> bytes:

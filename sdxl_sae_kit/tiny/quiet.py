@@ -29,3 +29,19 @@ def quiet() -> Iterator[None]:
         for library in showing_bars:
             library.enable_progress_bar()
         notices.removeFilter(_is_not_about_torchvision)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Only errors of diffusers and transformers are logged within this block."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = [(each, each.get_verbosity()) for each in (diffusers_logging, transformers_logging)]
+    for library, _ in before:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in before:
+            library.set_verbosity(level)
