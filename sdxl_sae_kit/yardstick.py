@@ -72,7 +72,13 @@ def measure_adherence(
         commonest = max(map(values.count, values)) / len(values)
         interval = bootstrap_interval(hits)
         rows.append(
-            {"factor": factor, "share": hits.mean(), "interval": interval, "commonest": commonest, "n": len(hits)}
+            {
+                "factor": factor,
+                "share": float(hits.mean()),
+                "interval": interval,
+                "commonest": commonest,
+                "n": len(hits),
+            }
         )
     both, f = np.hstack([np.nan_to_num(right), shown]), len(FACTORS)
     interval = bootstrap_interval(both, lambda m: np.nanmean(_share(m[..., :f], m[..., f:]), axis=-1))
@@ -220,8 +226,8 @@ def _rich(
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
         probe.fit(quadrants[:training], values[:training])
         right = (probe.predict(quadrants[training:]) == values[training:]).astype(float)
-        row |= {f"probe {factor}": right.mean(), f"{factor} interval": bootstrap_interval(right)}
-        row[f"commonest {factor}"] = max((values == value).mean() for value in set(values))
+        row |= {f"probe {factor}": float(right.mean()), f"{factor} interval": bootstrap_interval(right)}
+        row[f"commonest {factor}"] = float(max((values == value).mean() for value in set(values)))
     return row
 
 
