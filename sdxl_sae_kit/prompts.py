@@ -163,7 +163,7 @@ def _read(source: str | Path | Iterable[str]) -> Iterable[Any]:
     try:
         return read(text)
     except PromptError as cause:
-        raise PromptError(f"{path}: {cause}") from None
+        raise PromptError(f"{path} cannot be read as prompts. {cause}") from None
 
 
 def _from_txt(text: str) -> list[Any]:
