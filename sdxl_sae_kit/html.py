@@ -206,7 +206,9 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> str:
     >>> table([{"hookpoint": "mid.0", "L0": 10}]).count("<td")
     2
     """
-    columns = list(rows[0]) if rows else []
+    if not rows:
+        return quiet(caption) if caption else ""
+    columns = list(rows[0])
     numeric = {column for column in columns if all(_is_number(row[column]) for row in rows)}
     kinds = {column: "sae-number" if column in numeric else "sae-text" for column in columns}
     head = "".join(f'<th scope="col" class="{kinds[column]}">{escape(column)}</th>' for column in columns)

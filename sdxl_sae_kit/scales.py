@@ -52,7 +52,7 @@ def load_scale(model: str, scale: str = "demo") -> Scale:
     """The numbers for a model and a scale: `smoke` shows in a minute that everything runs, `demo` is worth looking at.
 
     Raises:
-        KitError: no such scale or model.
+        KitError: no such scale, or a name that no model can have; whether the hub has it shows when it is loaded.
     """
     local_folder(model)  # refuses a misspelt name, which would otherwise count as a real model
     sizes = SCALES["tiny" if model in NAMES else "real"]

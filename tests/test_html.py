@@ -141,4 +141,5 @@ def test_tables_set_numbers_right() -> None:
     classes = read_safely(table).values("class")
     assert classes == ["sae-wide", text, number, number, text, "sae-short", number, number, "sae-short"]
     assert all(text in table for text in ("9.50", "12,345", "True", "<caption>SAEs"))
-    assert read_safely(html.table([])).text == ""
+    assert html.table([]) == ""
+    assert read_safely(html.table([], "0 <labels>")).text == "0 <labels>"
