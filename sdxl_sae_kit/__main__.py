@@ -159,7 +159,8 @@ def _measure(options: argparse.Namespace) -> None:
     }
     whole_number("--captions", options.captions, least=8)
     print(f"Drawing {5 * options.captions:,} pictures, {options.captions:,} of them in 20 steps.", file=sys.stderr)
-    print(f"Share of {options.captions:,} pictures that show what their caption says, as the judge sees it")
+    print(f"Share of {options.captions:,} pictures that show what their caption says, as the judge sees it.")
+    print("Control: commonest, the share of the commonest value, which a model that reads no captions could reach.")
     for name, (pipe, steps, guidance) in settings.items():
         rows = measure_adherence(
             pipe, options.captions, num_inference_steps=steps, guidance_scale=guidance, judge=judge

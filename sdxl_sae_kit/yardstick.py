@@ -68,6 +68,8 @@ def measure_adherence(
     rows: list[Row] = []
     for factor, column in zip(FACTORS, right.T, strict=True):
         hits = column[~np.isnan(column)]
+        if not len(hits):  # so few captions that none shows this factor
+            continue
         values = [known[factor] for known in expected if factor in known]
         commonest = max(map(values.count, values)) / len(values)
         interval = bootstrap_interval(hits)

@@ -71,6 +71,13 @@ def test_calibration_error_is_that_of_the_probabilities(exponent):
     assert calibration_error(p**exponent, right) == pytest.approx(np.mean(p - p**exponent), abs=0.01)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_factor_that_no_caption_shows_has_no_row(monkeypatch, n):
+    monkeypatch.setattr(yardstick, "generate", lambda *_, **__: [Image.fromarray(render(s)) for s in draw_scenes(n)])
+    shown = {factor for scene in draw_scenes(n) for factor, value in expected_answers(scene).items() if value}
+    assert [row["factor"] for row in measure_adherence(None, n)] == [*(f for f in FACTORS if f in shown), "mean"]
+
+
 def test_the_judge_is_measured_in_every_condition(pipe):
     rows = {row["factor"]: row for row in measure_judge(pipe.vae, 60)}
     assert list(rows) == [*FACTORS, "mask IoU", "blobs"]

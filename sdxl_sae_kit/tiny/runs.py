@@ -64,7 +64,7 @@ class Recipe:
     @property
     def pairs(self) -> int:
         """Pairs of samples at t = 999 in a batch; the two share caption and picture, not noise."""
-        return max(1, round(self.last_step_share * self.batch_size / 2))
+        return min(self.batch_size // 2, max(1, round(self.last_step_share * self.batch_size / 2)))
 
 
 @dataclass(frozen=True)
