@@ -6,17 +6,12 @@ eleven of them; four are read by default (paper §2; names and roles as in the p
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
-
-from torch import nn
 
 from sdxl_sae_kit.errors import HookpointError, did_you_mean
 
 DEFAULT_HOOKPOINTS = ("down.2.1", "mid.0", "up.0.0", "up.0.1")
-
-_PATH = re.compile(r"(?P<block>down_blocks\.\d+|mid_block|up_blocks\.\d+)\.attentions\.(?P<index>\d+)")
 
 
 @dataclass(frozen=True)
@@ -34,41 +29,47 @@ class Hookpoint:
         return -(-latent_height // self.reduction), -(-latent_width // self.reduction)
 
 
-def list_hookpoints(unet: nn.Module) -> dict[str, Hookpoint]:
+def list_hookpoints(unet: Any) -> dict[str, Hookpoint]:
     """All hookpoints of a U-Net by short name, in the order in which the forward pass reaches them."""
-    found = [_describe(unet, path) for path, _ in unet.named_modules() if _PATH.fullmatch(path)]
-    stages = ("down", "mid", "up")
-    found.sort(key=lambda hookpoint: (stages.index(hookpoint.name.split(".")[0]), hookpoint.name))
+    lowest = len(unet.config.block_out_channels) - 1
+    blocks = [
+        *((f"down.{i}", f"down_blocks.{i}", block, i) for i, block in enumerate(unet.down_blocks)),
+        ("mid", "mid_block", unet.mid_block, lowest),
+        *((f"up.{i}", f"up_blocks.{i}", block, lowest - i) for i, block in enumerate(unet.up_blocks)),
+    ]
+    found = [
+        Hookpoint(f"{name}.{i}", f"{path}.attentions.{i}", attention.proj_out.out_features, 2**level)
+        for name, path, block, level in blocks
+        for i, attention in enumerate(getattr(block, "attentions", ()))
+    ]
     return {hookpoint.name: hookpoint for hookpoint in found}
 
 
-def resolve(unet: nn.Module, name: str) -> Hookpoint:
+def resolve(unet: Any, name: str) -> Hookpoint:
     """The hookpoint with this short name (`down.2.1`) or module path (`unet.down_blocks.2.attentions.1`).
 
     Raises:
         HookpointError: the U-Net has no such block; the message lists those it has.
     """
     known = list_hookpoints(unet)
-    path = _PATH.fullmatch(name.removeprefix("unet."))
-    short = _short_name(path) if path else name
-    if short not in known:
+    paths = {hookpoint.path: hookpoint for hookpoint in known.values()}
+    found = known.get(name) or paths.get(name.removeprefix("unet."))
+    if found is None:
         raise HookpointError(
             f"No hookpoint {name!r} in this U-Net; it has {', '.join(known)}.{did_you_mean(name, known)}"
         )
-    return known[short]
+    return found
 
 
-def _short_name(path: re.Match[str]) -> str:
-    stage, _, number = path["block"].partition("_block")
-    return ".".join([stage, *filter(None, [number.removeprefix("s.")]), path["index"]])
-
-
-def _describe(unet: Any, path: str) -> Hookpoint:
-    match = _PATH.fullmatch(path)
-    assert match is not None
-    name = _short_name(match)
-    levels = len(unet.config.block_out_channels)
-    stage, *numbers = name.split(".")
-    level = {"down": int(numbers[0]), "mid": levels - 1, "up": levels - 1 - int(numbers[0])}[stage]
-    d_in = unet.get_submodule(path).proj_out.out_features
-    return Hookpoint(name=name, path=path, d_in=d_in, reduction=2**level)
+SDXL = {
+    name: Hookpoint(name, f"{block}.attentions.{i}", d_in, reduction)
+    for prefix, block, n, d_in, reduction in (
+        ("down.1", "down_blocks.1", 2, 640, 2),
+        ("down.2", "down_blocks.2", 2, 1280, 4),
+        ("mid", "mid_block", 1, 1280, 4),
+        ("up.0", "up_blocks.0", 3, 1280, 4),
+        ("up.1", "up_blocks.1", 3, 640, 2),
+    )
+    for i, name in enumerate(f"{prefix}.{i}" for i in range(n))
+}
+"""The hookpoints of the real SDXL and SDXL Turbo, known without their weights."""

@@ -5,6 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from sdxl_sae_kit.errors import HookpointError
+from sdxl_sae_kit import hookpoints
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, list_hookpoints, resolve
 
 SDXL = {
@@ -37,6 +38,12 @@ def test_sdxl_has_its_eleven_hookpoints_in_forward_order(sdxl):
         "up.0.0", "up.0.1", "up.0.2", "up.1.0", "up.1.1", "up.1.2",
     ]  # fmt: skip
     assert sum(p.numel() for p in sdxl.parameters()) == pytest.approx(2.57e9, rel=0.005)
+
+
+def test_what_is_known_of_sdxl_without_its_weights_is_what_its_u_net_has(sdxl):
+    assert list_hookpoints(sdxl) == hookpoints.SDXL
+    for hookpoint in hookpoints.SDXL.values():
+        assert type(sdxl.get_submodule(hookpoint.path)).__name__ == "Transformer2DModel"
 
 
 @pytest.mark.parametrize("name", DEFAULT_HOOKPOINTS)
