@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.artifacts import Store as Store
     from sdxl_sae_kit.cache import ActivationCache as ActivationCache
     from sdxl_sae_kit.collection import collect as collect
+    from sdxl_sae_kit.collection import repair as repair
     from sdxl_sae_kit.errors import KitError as KitError
     from sdxl_sae_kit.evaluation import evaluate as evaluate
     from sdxl_sae_kit.features import FeatureStats as FeatureStats
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.labels import LabelStore as LabelStore
     from sdxl_sae_kit.pipelines import generate as generate
     from sdxl_sae_kit.pipelines import load_pipeline as load_pipeline
+    from sdxl_sae_kit.plans import plan as plan
     from sdxl_sae_kit.prompts import load_prompts as load_prompts
     from sdxl_sae_kit.reports import report as report
     from sdxl_sae_kit.sae import SAE as SAE
     from sdxl_sae_kit.sae import SAEConfig as SAEConfig
     from sdxl_sae_kit.scales import load_scale as load_scale
     from sdxl_sae_kit.search import most_energetic as most_energetic
+    from sdxl_sae_kit.streaming import stream as stream
     from sdxl_sae_kit.studies.ablation import ablate as ablate
     from sdxl_sae_kit.studies.specialization import specialize as specialize
     from sdxl_sae_kit.training import train as train
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "artifacts": ["Store"],
     "cache": ["ActivationCache"],
-    "collection": ["collect"],
+    "collection": ["collect", "repair"],
     "errors": ["KitError"],
     "evaluation": ["evaluate"],
     "features": ["FeatureStats"],
@@ -47,11 +50,13 @@ _NAMES = {
     "interventions": ["steer"],
     "labels": ["LabelStore"],
     "pipelines": ["generate", "load_pipeline"],
+    "plans": ["plan"],
     "prompts": ["load_prompts"],
     "reports": ["report"],
     "sae": ["SAE", "SAEConfig"],
     "scales": ["load_scale"],
     "search": ["most_energetic"],
+    "streaming": ["stream"],
     "studies.ablation": ["ablate"],
     "studies.specialization": ["specialize"],
     "training": ["train"],

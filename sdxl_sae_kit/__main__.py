@@ -120,11 +120,14 @@ def _existing(folder: Path | None) -> Store:
 
 
 def _verify(options: argparse.Namespace) -> None:
+    from sdxl_sae_kit.artifacts import Artifact
+    from sdxl_sae_kit.cache import verify as verify_cache
+
     store, faulty = _existing(options.store), 0
     finished = [artifact for artifact in store.artifacts() if artifact.finished]
     for artifact in finished:
         try:
-            artifact.verify()
+            (verify_cache if artifact.kind == "activations" else Artifact.verify)(artifact)
             print(f"intact  {artifact.kind}/{artifact.name}")
         except ArtifactError as error:
             faulty += 1

@@ -6,12 +6,13 @@ folder without it is work in progress that its writer can resume. The formats ar
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -22,7 +23,7 @@ from typing import Any
 
 from sdxl_sae_kit.errors import ArtifactError, KitError
 
-FORMATS = {"activations": 1, "saes": 1, "features": 1, "studies": 1, "reports": 1}
+FORMATS = {"activations": 2, "saes": 1, "features": 1, "studies": 1, "reports": 1}
 """Kinds of artifacts and the version of each one's format; raised whenever the format changes."""
 
 STORE_VARIABLE = "SDXL_SAE_KIT_STORE"
@@ -47,7 +48,7 @@ class Store:
     def artifact(self, kind: str, readable: str, recipe: Mapping[str, Any]) -> Artifact:
         """The artifact that this recipe (JSON values only) makes, whether or not it exists yet."""
         recipe = {"format": kind, "version": FORMATS[kind], **json.loads(canonical_json(recipe))}
-        name = f"{slug(readable)}-{sha256(canonical_json(recipe).encode())[:8]}"
+        name = f"{slug(readable)}-{name_hash(recipe)}"
         return Artifact(self.root / kind / name, recipe)
 
     def artifacts(self) -> list[Artifact]:
@@ -101,16 +102,20 @@ class Artifact:
 
     @cached_property
     def stamp(self) -> dict[str, Any]:
-        """What the finished artifact says of itself: recipe, kit version, time, facts, each file's size and sha256."""
+        """What the finished artifact says of itself: recipe, kit version, time, facts, each file's size and sha256.
+
+        Raises:
+            ArtifactError: it cannot be read, or is not as it was written.
+        """
         try:
             stamp: dict[str, Any] = json.loads((self.folder / _STAMP).read_text())
-        except (OSError, ValueError) as cause:
+        except (OSError, ValueError, RecursionError) as cause:
             raise ArtifactError(
                 f"The stamp of {self.folder} cannot be read ({cause}). Delete the folder and make it again."
             ) from None
-        if missing := {"recipe", "files", "facts", "digest"} - stamp.keys():
+        if not _is_stamp(stamp) or stamp["digest"] != _digest(stamp["recipe"], stamp["files"]):
             raise ArtifactError(
-                f"The stamp of {self.folder} lacks {', '.join(sorted(missing))}. Delete the folder and make it again."
+                f"The stamp of {self.folder} is not as it was written. Delete the folder and make it again."
             )
         return stamp
 
@@ -120,9 +125,17 @@ class Artifact:
         return str(self.stamp["digest"])
 
     @property
+    def remedy(self) -> str:
+        """What to do when it is damaged."""
+        if self.kind == "activations":
+            return "Mend it with repair(pipe, folder), or delete its folder and collect again."
+        return "Delete its folder and make it again."
+
+    @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
+        with os.scandir(self.folder) as entries:
+            return sum(entry.stat().st_size for entry in entries if entry.is_file() and not entry.name.endswith(".tmp"))
 
     def file(self, name: str) -> Path:
         """Path of one of its files."""
@@ -138,7 +151,7 @@ class Artifact:
             return self.file(name).read_text(encoding="utf-8")
         except (OSError, ValueError) as cause:
             raise ArtifactError(
-                f"{name} of {self.name} cannot be read ({cause}). Delete its folder {self.folder} and make it again."
+                f"{name} of {self.name} in {self.folder.parent} cannot be read ({cause}). {self.remedy}"
             ) from None
 
     def present(self) -> Artifact:
@@ -150,12 +163,15 @@ class Artifact:
         for name, entry in self.stamp["files"].items():
             path = self.file(name)
             if Path(name).name != name or not path.is_file() or path.stat().st_size != entry["bytes"]:
-                raise ArtifactError(f"{path} is missing or has changed. Delete its folder and make it again.")
+                raise ArtifactError(f"{path} is missing or has changed. {self.remedy}")
         return self
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, *, shared: bool = False) -> Iterator[Callable[[], None]]:
         """Hold the folder (made if need be) for writing; freed when the process ends, however it ends.
+
+        Processes that write it together hold it `shared`: the first takes it alone, makes it ready, and then calls
+        what this yields, which lets the others in and keeps strangers out.
 
         Raises:
             ArtifactError: the store cannot be written, or another process is writing the folder; then the message
@@ -166,17 +182,18 @@ class Artifact:
             handle = open(self.folder / _LOCK, "a+")  # noqa: SIM115
         with handle:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
                 handle.seek(0)
                 holder = handle.read().strip() or "another process"
                 raise ArtifactError(
                     f"{self.name} is being written by {holder}. Wait for it, or stop it and call again."
                 ) from None
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {os.uname().nodename}")
-            handle.flush()
-            yield
+            if not shared:
+                handle.truncate(0)
+                handle.write(f"process {os.getpid()} on {os.uname().nodename}")
+                handle.flush()
+            yield lambda: fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def seal(self, *, known: Mapping[str, str] | None = None, facts: Mapping[str, Any] | None = None) -> Artifact:
         """Finish: hash every file (not those whose sha256 is `known`), then write the stamp in one step."""
@@ -194,10 +211,15 @@ class Artifact:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "facts": facts or {},
             "files": files,
-            "digest": sha256(canonical_json({"recipe": self.recipe, "files": files}).encode()),
+            "digest": _digest(self.recipe, files),
         }
         write_atomically(self.file(_STAMP), json.dumps(stamp, indent=1).encode())
         return Artifact(self.folder, self.recipe)
+
+    def unseal(self) -> None:
+        """Make it unfinished again, so that what is damaged can be made anew."""
+        self.file(_STAMP).unlink(missing_ok=True)
+        self.__dict__.pop("stamp", None)
 
     def check(self, name: str) -> Path:
         """Path of one of its files, hashed again: for files small enough to be read whole anyway.
@@ -220,7 +242,7 @@ class Artifact:
         stamp = self.stamp
         faults = (
             []
-            if self.name.endswith(sha256(canonical_json(stamp["recipe"]).encode())[:8])
+            if self.name.endswith(name_hash(stamp["recipe"]))
             else ["the recipe is not the one that named it"]
         )
         for name, entry in stamp["files"].items():
@@ -232,6 +254,23 @@ class Artifact:
         faults += [f"{name} does not belong to it" for name in sorted(present - stamp["files"].keys())]
         if faults:
             raise ArtifactError(f"{self.folder}: {'; '.join(faults)}. Delete the folder and make it again.")
+
+
+def _digest(recipe: Mapping[str, Any], files: Mapping[str, Any]) -> str:
+    return sha256(canonical_json({"recipe": recipe, "files": files}).encode())
+
+
+def _is_stamp(value: object) -> bool:
+    """Whether JSON from a stranger has the shape of a stamp."""
+    if not isinstance(value, dict) or not {"recipe", "files", "facts", "digest"} <= value.keys():
+        return False
+    recipe, files, facts = value["recipe"], value["files"], value["facts"]
+    if not isinstance(recipe, dict) or not isinstance(files, dict) or not isinstance(facts, dict):
+        return False
+    return {"format", "version"} <= recipe.keys() and all(
+        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        for entry in files.values()
+    )
 
 
 @contextmanager
@@ -263,7 +302,12 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def sha256(data: bytes) -> str:
+def name_hash(recipe: Mapping[str, Any]) -> str:
+    """How the name of an artifact with this recipe ends."""
+    return sha256(canonical_json(recipe).encode())[:8]
+
+
+def sha256(data: bytes | memoryview) -> str:
     """Hex digest."""
     return hashlib.sha256(data).hexdigest()
 
@@ -274,14 +318,27 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves either the old content or the new, never a part."""
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Write a file so that a crash or a full disk leaves either the old content or the new, never a part.
+
+    Raises:
+        ArtifactError: the disk is full.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except OSError as cause:
+        temporary.unlink(missing_ok=True)
+        if cause.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ArtifactError(
+            f"There is no space left for {path} ({human_bytes(len(data))}). What was written before is kept: make "
+            "room, and the same call goes on from there."
+        ) from None
     sync_folder(path.parent)
 
 

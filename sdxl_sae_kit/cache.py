@@ -1,98 +1,65 @@
-"""The activation cache: the updates of many images, read from disk (how they lie there: `shards`)."""
+"""The activation cache: the updates of many images, read from disk (how they lie there: `layout` and `shards`)."""
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import h5py
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
+from sdxl_sae_kit import html
+from sdxl_sae_kit.activations import Activations, Split
 from sdxl_sae_kit.artifacts import Artifact, human_bytes
-from sdxl_sae_kit.errors import ArtifactError, HookpointError, KitError, did_you_mean
-from sdxl_sae_kit.prompts import Prompts
-from sdxl_sae_kit.shards import PROMPTS, check_complete, read_manifest, stored_dtype
+from sdxl_sae_kit.buffers import Tokens
+from sdxl_sae_kit.errors import ArtifactError
+from sdxl_sae_kit.layout import Layout, encode_picture
+from sdxl_sae_kit.shards import Shard, check_complete, examine, read_manifest, read_prompts, read_recipe
 
-Split = Literal["train", "held_out", "all"]
-
-_SHUFFLE_BYTES = 256 * 2**20
 _OPEN_FILES = 64
 
 
-class ActivationCache:
-    """Updates of n images at some hookpoints, read from a finished folder.
+class ActivationCache(Activations):
+    """Updates of n images at some hookpoints, read from a folder.
 
-    A row is one image at one denoising step in one guidance half; it holds one update: `height × width` tokens of
-    `d_in` numbers.
+    `cache["down.2.1"]` is read like an h5py dataset of (image, row, token, d_in), and can be given to a DataLoader.
     """
 
     def __init__(self, artifact: Artifact) -> None:
-        self.artifact, self.name = artifact.present(), artifact.name
-        self._shards = read_manifest(artifact.folder)
-        check_complete(artifact, self._shards, self.prompts)
+        layout = Layout.of(artifact.recipe)
+        self.artifact = artifact
+        super().__init__(artifact.name, artifact.recipe, layout, read_prompts(artifact, layout))
+        self._shards = read_manifest(artifact.folder, layout)
+        if artifact.finished:
+            check_complete(artifact.present(), self._shards, layout)
         self._open: dict[tuple[int, str], h5py.File] = {}
 
     @classmethod
-    def open(cls, folder: Path | str) -> ActivationCache:
-        """Open the cache in this folder.
+    def open(cls, folder: Path | str, *, unfinished: bool = False) -> ActivationCache:
+        """Open the cache in this folder; with `unfinished` also one that is still being collected, as far as it is.
 
         Raises:
-            ArtifactError: no finished cache there, or its manifest is damaged.
+            ArtifactError: there is none, or it is damaged.
         """
+        artifact = Artifact(Path(folder))
+        if unfinished and not artifact.finished:
+            return cls(Artifact(artifact.folder, read_recipe(artifact)))
         return cls(Artifact.open(folder, "activations"))
 
     @property
-    def recipe(self) -> Mapping[str, Any]:
-        """What it was collected from: model, revision, steps, guidance, size, hookpoints, dtype."""
-        return self.artifact.recipe
-
-    @property
-    def hookpoints(self) -> tuple[str, ...]:
-        """Names of the hookpoints it holds."""
-        return tuple(self.recipe["hookpoints"])
-
-    def grid(self, hookpoint: str) -> tuple[int, int]:
-        """Height and width of an update."""
-        height, width, _ = self._shape(hookpoint)
-        return height, width
-
-    def d_in(self, hookpoint: str) -> int:
-        """Width of a token."""
-        return self._shape(hookpoint)[2]
-
-    def _shape(self, hookpoint: str) -> tuple[int, int, int]:
-        shapes = self.recipe["hookpoints"]
-        if hookpoint not in shapes:
-            raise HookpointError(
-                f"{self.name} has no updates of {hookpoint!r}; it has {', '.join(shapes)}. Collect it too, or take one "
-                f"of these.{did_you_mean(hookpoint, shapes)}"
-            )
-        height, width, d_in = shapes[hookpoint]
-        return height, width, d_in
-
-    @property
-    def n_images(self) -> int:
-        """How many images."""
-        return len(self.prompts)
-
-    @property
-    def rows_per_image(self) -> int:
-        """Denoising steps × guidance halves."""
-        steps: int = self.recipe["num_inference_steps"]
-        return steps * len(self.recipe["halves"])
-
-    def n_tokens(self, hookpoint: str, split: Split = "all") -> int:
-        """How many tokens of a hookpoint a split holds."""
-        height, width = self.grid(hookpoint)
-        return len(self.images(split)) * self.rows_per_image * height * width
+    def digest(self) -> str:
+        """What the recipes of SAEs name as their input; an unfinished cache has none."""
+        return self.artifact.digest
 
     @property
     def nbytes(self) -> int:
@@ -100,128 +67,242 @@ class ActivationCache:
         return self.artifact.nbytes
 
     @cached_property
-    def prompts(self) -> Prompts:
-        """The prompt of every image."""
-        return Prompts.from_jsonl(self.artifact.read_text(PROMPTS))
+    def present(self) -> Int[np.ndarray, "image"]:
+        """Indices of the images that are there: all of them, unless the cache is unfinished."""
+        return np.concatenate([np.arange(0), *(np.arange(shard.first_image, shard.stop) for shard in self._shards)])
 
     def images(self, split: Split = "all") -> Int[np.ndarray, "image"]:
         """Indices of the images of a split; the split goes by prompt, so no text is on both sides."""
-        held_out = self.prompts.held_out
-        chosen = {"train": ~held_out, "held_out": held_out, "all": np.ones_like(held_out)}
-        if split not in chosen:
-            raise KitError(f"No split {split!r}; there are {', '.join(chosen)}.{did_you_mean(str(split), chosen)}")
-        return np.flatnonzero(chosen[split])
+        return np.intersect1d(super().images(split), self.present, assume_unique=True)
+
+    def __getitem__(self, hookpoint: str) -> Updates:
+        """The updates of a hookpoint, to be sliced."""
+        self.grid(hookpoint)
+        return Updates(self, hookpoint)
 
     def read(
         self, hookpoint: str, images: Sequence[int] | NDArray[np.integer]
     ) -> Float[Tensor, "image row token d_in"]:
-        """Updates of some images, in the dtype they are stored in; rows go step by step, uncond before cond."""
-        height, width, d_in = self._shape(hookpoint)
-        rows = self.rows_per_image
-        out = np.empty((len(images), rows, height * width, d_in), stored_dtype(self.recipe))
-        for start, stop, run in _runs(np.asarray(images), self._starts):
-            shard = self._shards[run]
-            first = int(images[start]) - shard["first_image"]
-            dataset = self._file(shard["file"])[f"updates/{hookpoint}"]
-            place = out[start:stop].reshape(-1, height * width, d_in)
-            with self._explained(shard["file"]):
-                dataset.read_direct(place, np.s_[first * rows : (first + stop - start) * rows])
-        tensor = torch.from_numpy(out)
-        return tensor.view(torch.bfloat16) if self.recipe["dtype"] == "bfloat16" else tensor
+        """Updates of some images, in the dtype they are stored in; rows go step by step, uncond before cond.
 
-    def batches(
-        self, hookpoints: Sequence[str], batch_size: int, *, split: Split = "train", seed: int = 0, epoch: int = 0
-    ) -> Iterator[dict[str, Float[Tensor, "token d_in"]]]:
-        """Shuffled tokens in float32, the same positions for every hookpoint; the last batch is what remains.
-
-        The hookpoints must share a grid. Images are read in random order into a buffer of about 256 MB whose tokens are
-        mixed; nothing is dropped or repeated, and the order depends only on `seed` and `epoch`.
+        Raises:
+            HookpointError: it does not hold this hookpoint.
+            ArtifactError: an image is not there, or its shard is damaged.
         """
-        rng = np.random.default_rng([seed, epoch])
-        images = rng.permutation(self.images(split))
-        per_image = 2 * self.rows_per_image * sum(int(np.prod(self._shape(h))) for h in hookpoints)
-        left = {h: torch.empty(0, self.d_in(h)) for h in hookpoints}
-        for chunk in np.array_split(images, max(1, -(-len(images) * per_image // _SHUFFLE_BYTES))):
-            chunk.sort()  # neighbours on disk are read together; the permutation below undoes the order
-            tokens = {h: self.read(h, chunk).flatten(0, 2) for h in hookpoints}
-            order = torch.from_numpy(rng.permutation(len(tokens[hookpoints[0]])))
-            for part in order.split(batch_size):
-                left = {h: torch.cat([left[h], tokens[h][part].float()]) for h in hookpoints}
-                if len(left[hookpoints[0]]) >= batch_size:
-                    yield {h: t[:batch_size] for h, t in left.items()}
-                    left = {h: t[batch_size:] for h, t in left.items()}
-        if len(left[hookpoints[0]]):
-            yield left
+        rows, tokens, d_in = self.rows_per_image, self.tokens_per_row(hookpoint), self.d_in(hookpoint)
+        out = np.empty((len(images), rows, tokens, d_in), self.layout.stored_dtype)
+        for start, stop, shard in self._runs(np.asarray(images)):
+            first = int(images[start]) - shard.first_image
+            place = out[start:stop].reshape(-1, tokens, d_in)
+            with self._explained(shard):
+                dataset = self._file(shard)[f"updates/{hookpoint}"]
+                dataset.read_direct(place, np.s_[first * rows : (first + stop - start) * rows])
+        return self.layout.tensor(out)
 
-    def sample(self, hookpoint: str, n: int, *, seed: int = 0) -> Float[Tensor, "token d_in"]:
-        """About n training tokens (at most all of them) drawn from images all over the cache, in float32."""
-        rng = np.random.default_rng(seed)
-        images = self.images("train")
-        images = np.sort(rng.permutation(images)[: max(1, min(len(images), n))])
-        per_image = -(-n // len(images))
-        chosen = []
-        for part in np.array_split(images, max(1, len(images) // 256)):
-            tokens = self.read(hookpoint, part).flatten(1, 2)
-            picks = torch.from_numpy(rng.random(tokens.shape[:2])).argsort(1)[:, :per_image]
-            chosen.append(tokens.gather(1, picks[..., None].expand(-1, -1, tokens.shape[2])).flatten(0, 1).float())
-        return torch.cat(chosen)[:n]
+    def positions(
+        self, hookpoint: str, images: Sequence[int] | NDArray[np.integer]
+    ) -> Int[np.ndarray, "image token"]:
+        """Which tokens of the grid `read` gives, as y · width + x: all in order, or those that were sampled."""
+        self.grid(hookpoint)
+        return np.stack([self.layout.positions(hookpoint, int(image)) for image in images])
+
+    def _blocks(
+        self, hookpoints: Sequence[str], split: Split, rng: np.random.Generator, block: int
+    ) -> Iterator[Tokens]:
+        """All tokens of a split, in blocks of strips that were drawn from up to 64 shards at a time.
+
+        A strip is what lies in one chunk on disk: it is read through HDF5, which compares its checksum, at once.
+        """
+        chosen = self.images(split)
+        bounds = [np.searchsorted(chosen, (shard.first_image, shard.stop)) for shard in self._shards]
+        strip, order = self.layout.strip(hookpoints[0]), rng.permutation(len(self._shards))
+        strips_per_row = -(-self.tokens_per_row(hookpoints[0]) // strip)
+        for window in (order[i : i + _OPEN_FILES] for i in range(0, len(order), _OPEN_FILES)):
+            places = np.concatenate([self._strips(chosen[slice(*bounds[i])], i, strips_per_row) for i in window])
+            places = rng.permutation(places)
+            for start in range(0, len(places), max(1, block // strip)):
+                part = places[start : start + max(1, block // strip)]
+                part = part[np.lexsort(part.T[::-1])]  # neighbours on disk together: the buffer mixes them anyway
+                yield {hookpoint: self._read_strips(hookpoint, part, strip) for hookpoint in hookpoints}
+
+    def _strips(
+        self, images: NDArray[np.integer], shard: int, strips_per_row: int
+    ) -> Int[np.ndarray, "strip 3"]:
+        """Shard, row in it and number of every strip of these images."""
+        first = self._shards[shard].first_image
+        rows = (images[:, None] - first) * self.rows_per_image + np.arange(self.rows_per_image)
+        shape = np.meshgrid(rows.ravel(), np.arange(strips_per_row), indexing="ij")
+        return np.stack([np.full(shape[0].size, shard), *(axis.ravel() for axis in shape)], axis=1).astype(np.int64)
+
+    def _read_strips(
+        self, hookpoint: str, places: Int[np.ndarray, "strip 3"], strip: int
+    ) -> Float[Tensor, "token d_in"]:
+        """The tokens of strips that are sorted by shard; single h5py calls, as its slicing costs ten times more."""
+        tokens, d_in = self.tokens_per_row(hookpoint), self.d_in(hookpoint)
+        lengths = np.minimum(strip, tokens - places[:, 2] * strip)
+        ends = np.cumsum(lengths)
+        out = np.empty((int(ends[-1]), d_in), self.layout.stored_dtype)
+        by_shard = np.split(np.arange(len(places)), np.flatnonzero(np.diff(places[:, 0])) + 1)
+        for part in by_shard:
+            shard = self._shards[places[part[0], 0]]
+            with self._explained(shard):
+                dataset = self._file(shard)[f"updates/{hookpoint}"].id
+                space = dataset.get_space()
+                for (_, row, number), length, end in zip(
+                    places[part].tolist(), lengths[part].tolist(), ends[part].tolist(), strict=True
+                ):
+                    space.select_hyperslab((row, number * strip, 0), (1, length, d_in))
+                    dataset.read(h5py.h5s.create_simple((1, length, d_in)), space, out[end - length : end][None])
+        return self.layout.tensor(out)
+
+    def image(self, image: int) -> Image.Image:
+        """The picture, as large as it was kept.
+
+        Raises:
+            ArtifactError: the cache was collected without images, or the picture is damaged.
+        """
+        data = self._picture(image)
+        with self._explained(self._shard(image)):
+            return Image.open(io.BytesIO(data), formats=("WEBP", "PNG")).convert("RGB")
 
     def thumbnail(self, image: int) -> bytes:
-        """The image, small, as WebP.
+        """The picture, small, as WebP.
 
         Raises:
             ArtifactError: the cache was collected without images.
         """
-        if not self.recipe["thumbnails"]:
+        if self.layout.images == "thumbnails":
+            return self._picture(image)
+        return encode_picture(self.image(image), "thumbnails")
+
+    def _picture(self, image: int) -> bytes:
+        if self.layout.images is None:
             raise ArtifactError(
-                f"{self.name} was collected without images. Collect again with thumbnails=True to see them."
+                f"{self.name} was collected without images. Collect again with images='thumbnails' to see them."
             )
-        shard = self._shards[int(np.searchsorted(self._starts, image, side="right")) - 1]
-        group = self._file(shard["file"])["thumbnails"]
-        row = image - shard["first_image"]
-        start, stop = (int(group["ends"][row - 1]) if row else 0), int(group["ends"][row])
-        return bytes(group["bytes"][start:stop].tobytes())
+        shard = self._shard(image)
+        row = image - shard.first_image
+        with self._explained(shard):
+            group = self._file(shard)["images"]
+            ends = np.concatenate([[0], group["ends"][()]])
+            if np.any(np.diff(ends) <= 0) or ends[-1] != len(group["bytes"]):
+                raise ValueError("its pictures do not end where it says")
+            return bytes(group["bytes"][ends[row] : ends[row + 1]].tobytes())
 
-    @cached_property
-    def _starts(self) -> Int[np.ndarray, "shard"]:
-        return np.array([shard["first_image"] for shard in self._shards])
+    def verify(self) -> None:
+        """Hash every file again.
 
-    def _file(self, name: str) -> h5py.File:
-        key = (os.getpid(), name)  # a handle must not cross a fork
+        Raises:
+            ArtifactError: naming each file that is missing, changed or foreign, and the images it affects.
+        """
+        verify(self.artifact)
+
+    def _shard(self, image: int) -> Shard:
+        ((_, _, shard),) = self._runs(np.array([image]))
+        return shard
+
+    def _runs(self, images: NDArray[np.integer]) -> Iterator[tuple[int, int, Shard]]:
+        """Stretches (start, stop, shard) of `images` that are consecutive on disk within one shard."""
+        if len(lost := np.setdiff1d(images, self.present)):
+            raise ArtifactError(
+                f"{self.name} has no image {lost[0]}; it has {len(self.present)} of {self.n_images}. Take one of these."
+            )
+        starts = [shard.first_image for shard in self._shards]
+        number = np.searchsorted(starts, images, side="right") - 1
+        breaks = np.flatnonzero((np.diff(images) != 1) | (np.diff(number) != 0)) + 1
+        edges = [0, *breaks.tolist(), len(images)]
+        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+            if start < stop:
+                yield start, stop, self._shards[number[start]]
+
+    def _file(self, shard: Shard) -> h5py.File:
+        key = (os.getpid(), shard.file)  # a handle must not cross a fork
         if key not in self._open:
-            if len(self._open) == _OPEN_FILES:
+            if len(self._open) >= _OPEN_FILES:
                 self._open.pop(next(iter(self._open))).close()
-            with self._explained(name):
-                self._open[key] = h5py.File(self.artifact.file(name), "r")
+            self._open[key] = self.layout.open(self.artifact.file(shard.file), shard.images)
         return self._open[key]
 
     @contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
+    def _explained(self, shard: Shard) -> Iterator[None]:
         """Say of a file that cannot be read what to do."""
         try:
             yield
-        except OSError as cause:
+        except ArtifactError:
+            raise
+        except Exception as cause:  # a damaged file makes h5py raise whatever it trips over
             raise ArtifactError(
-                f"{name} of {self.name} cannot be read ({cause}). Delete its folder and collect again."
+                f"{shard.file} of {self.name} cannot be read ({cause}). {self.artifact.remedy}"
             ) from None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
 
     def __repr__(self) -> str:
+        return "\n".join([f"ActivationCache {self.name}", *(f"  {key}: {value}" for key, value in self._facts())])
+
+    def _facts(self) -> list[tuple[str, str]]:
         r = self.recipe
-        shapes = ", ".join(f"{h} {height}×{width}×{d}" for h, (height, width, d) in r["hookpoints"].items())
-        return (
-            f"ActivationCache {self.name}: {self.n_images} images of {r['model']}, "
-            f"{r['num_inference_steps']} step(s), guidance {r['guidance_scale']:g}\n"
-            f"  updates: {shapes} ({r['dtype']}), {human_bytes(self.nbytes)} in {self.artifact.folder}\n"
-            f"  held out by prompt: {len(self.images('held_out'))} images"
-        )
+        kept = f", {self.layout.tokens_per_image} tokens of each kept" if self.layout.tokens_per_image else ""
+        shapes = ", ".join(f"{h} {height}×{width}×{d}" for h, (height, width, d) in self.layout.hookpoints.items())
+        steps = ", ".join(map(str, self.layout.steps))
+        progress = "finished" if self.artifact.finished else f"unfinished, {len(self.present):,} images so far"
+        return [
+            ("images", f"{self.n_images:,} of {r['model']}, {progress}"),
+            ("rows", f"{len(self.present) * self.rows_per_image:,}: step {steps} of {r.get('num_inference_steps')}, "
+             f"{' and '.join(self.layout.halves)}, guidance {r.get('guidance_scale')}"),
+            ("updates", f"{shapes} ({self.layout.dtype}){kept}"),
+            ("on disk", f"{human_bytes(self.nbytes)} in {self.artifact.folder}"),
+            ("held out by prompt", f"{len(self.images('held_out')):,} images"),
+        ]  # fmt: skip
+
+    def _repr_html_(self) -> str:
+        facts = html.table([{"": key, " ": value} for key, value in self._facts()], f"Activation cache {self.name}")
+        recipe = html.table([{"setting": key, "value": value} for key, value in self.recipe.items()], "Recipe")
+        prompts = html.table(self.prompts.rows(5), f"The first of {self.n_images:,} prompts")
+        return html.fragment(facts + html.folded("Recipe", recipe) + html.folded("Prompts", prompts))
 
 
-def _runs(images: NDArray[np.integer], starts: NDArray[np.integer]) -> Iterator[tuple[int, int, int]]:
-    """Stretches (start, stop, shard) of `images` that are consecutive on disk within one shard."""
-    shard = np.searchsorted(starts, images, side="right") - 1
-    breaks = np.flatnonzero((np.diff(images) != 1) | (np.diff(shard) != 0)) + 1
-    edges = [0, *breaks.tolist(), len(images)]
-    yield from ((a, b, int(shard[a])) for a, b in zip(edges[:-1], edges[1:], strict=True) if a < b)
+class Updates:
+    """The updates of one hookpoint as something to slice: (image, row, token, d_in), read when asked for.
+
+    >>> cache["mid.0"][10:20, 0].shape                                     # doctest: +SKIP
+    torch.Size([10, 64, 96])
+    """
+
+    def __init__(self, cache: ActivationCache, hookpoint: str) -> None:
+        self.cache, self.hookpoint = cache, hookpoint
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Images, rows of each, tokens of each, d_in."""
+        cache, hookpoint = self.cache, self.hookpoint
+        return cache.n_images, cache.rows_per_image, cache.tokens_per_row(hookpoint), cache.d_in(hookpoint)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the numbers are stored as."""
+        stored: torch.dtype = getattr(torch, self.cache.layout.dtype)
+        return stored
+
+    def __len__(self) -> int:
+        return self.cache.n_images
+
+    def __getitem__(self, key: Any) -> Tensor:
+        """Images by number, slice or list, then whatever indexes the tensor of what was read."""
+        images, *rest = key if isinstance(key, tuple) else (key,)
+        if images is ...:
+            images, rest = slice(None), [..., *rest]
+        chosen = np.arange(len(self))[images]
+        read = self.cache.read(self.hookpoint, np.atleast_1d(chosen))
+        return read[(slice(None), *rest)] if np.ndim(chosen) else read[0][tuple(rest)]
+
+
+def verify(artifact: Artifact) -> None:
+    """Hash every file of a cache again.
+
+    Raises:
+        ArtifactError: naming each file that is missing, changed or foreign, and the images it affects.
+    """
+    if faults := examine(artifact).faults:
+        raise ArtifactError(f"{artifact.folder}: {'; '.join(map(str, faults))}. {artifact.remedy}")

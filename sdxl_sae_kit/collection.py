@@ -2,53 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from tqdm.auto import tqdm
 
-from sdxl_sae_kit.artifacts import Artifact, Store, human_bytes, whole_number
+from sdxl_sae_kit.artifacts import Artifact, Store, name_hash
 from sdxl_sae_kit.cache import ActivationCache
-from sdxl_sae_kit.errors import KitError
-from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, resolve
-from sdxl_sae_kit.hooks import record
-from sdxl_sae_kit.pipelines import SIZE_STEP, chosen, chosen_guidance, describe, dtype_name, generate, scheduler
-from sdxl_sae_kit.prompts import Prompts, load_prompts
-from sdxl_sae_kit.shards import ShardWriter
-
-_SHARD_IMAGES, _SHARD_BYTES = 256, 256 * 2**20
-
-
-@dataclass(frozen=True)
-class CollectionPlan:
-    """What a collection will write, known before it starts."""
-
-    n_images: int
-    n_tokens: int
-    """Tokens of all hookpoints together."""
-    nbytes: int
-    """Bytes of updates; thumbnails add a few kB an image."""
-
-    def __str__(self) -> str:
-        return f"{self.n_images:,} images, {self.n_tokens:,} tokens, {human_bytes(self.nbytes)} of updates"
-
-
-def plan_collection(recipe: dict[str, Any], n_images: int) -> CollectionPlan:
-    """Forecast a collection from its recipe.
-
-    It has images × steps × guidance halves × Σ over hookpoints of height·width·d_in numbers.
-    """
-    rows = n_images * recipe["num_inference_steps"] * len(recipe["halves"])
-    shapes = recipe["hookpoints"].values()
-    numbers = rows * sum(height * width * d_in for height, width, d_in in shapes)
-    return CollectionPlan(
-        n_images, rows * sum(h * w for h, w, _ in shapes), numbers * (4 if recipe["dtype"] == "float32" else 2)
-    )
+from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
+from sdxl_sae_kit.layout import Layout
+from sdxl_sae_kit.observation import as_prompts, make_recipe, observe
+from sdxl_sae_kit.pipelines import count_long, describe, scheduler
+from sdxl_sae_kit.plans import plan_recipe
+from sdxl_sae_kit.processes import Processes, find_processes
+from sdxl_sae_kit.prompts import Prompts
+from sdxl_sae_kit.shards import Shard, ShardWriter, examine, keep_only, read_prompts
 
 
 def collect(
@@ -60,102 +34,179 @@ def collect(
     guidance_scale: float | None = None,
     height: int | None = None,
     width: int | None = None,
+    steps: Sequence[int] | None = None,
+    half: str | None = None,
+    tokens_per_image: int | None = None,
     batch_size: int = 32,
-    thumbnails: bool = True,
+    images: str | None = "thumbnails",
     dtype: torch.dtype | str = "float16",
     store: Store | Path | str | None = None,
 ) -> ActivationCache:
     """Make an image of every prompt and cache the updates of `hookpoints`; returns at once what was collected before.
 
-    Killed at any moment, it goes on where it was when called again, and ends bit-identical. Without `thumbnails` the
-    U-Net stops after the last hookpoint and no image is decoded, which is faster.
+    Killed at any moment, it goes on where it was when called again, and ends bit-identical. Under `accelerate launch`
+    or `torchrun` the processes share the images; what comes out does not depend on how many there are.
 
     Args:
         pipe: from `load_pipeline`, or any SDXL pipeline of diffusers.
         prompts: from `load_prompts`, or texts (the i-th gets seed i).
         hookpoints: short names or module paths, or one of them.
         num_inference_steps, guidance_scale, height, width: by default the model's preset.
+        steps: which denoising steps to keep, from 0; by default all.
+        half: with guidance, "cond" or "uncond"; by default both.
+        tokens_per_image: keep so many tokens of every grid, drawn at random for each image; by default all. Enough for
+            training at a fraction of the bytes, but heat maps need whole grids.
         batch_size: images at once.
-        thumbnails: keep a small picture of every image, for galleries.
+        images: keep "thumbnails" (small WebP) for galleries, whole pictures as "webp" or "png", or None: then the
+            U-Net stops after the last hookpoint and no image is decoded, which is faster.
         dtype: how numbers are stored: float16, bfloat16 or float32.
         store: folder of artifacts.
 
     Raises:
         HookpointError: unknown hookpoint.
-        ArtifactError: another process is collecting the same.
+        ArtifactError: another process is collecting the same, or the disk is too small.
         KitError: an impossible setting, or an update that does not fit into float16.
     """
-    hookpoints = [hookpoints] if isinstance(hookpoints, str) else hookpoints
-    if not hookpoints:
-        raise KitError(f"collect needs at least one hookpoint, such as {DEFAULT_HOOKPOINTS[0]!r}.")
-    prompts = prompts if isinstance(prompts, Prompts) else load_prompts(prompts)
-    model = describe(pipe)
-    steps = chosen("num_inference_steps", num_inference_steps, model.num_inference_steps)
-    guidance = chosen_guidance(guidance_scale, model.guidance_scale)
-    height = chosen("height", height, model.height, SIZE_STEP)
-    width = chosen("width", width, model.width, SIZE_STEP)
-    recipe = {
-        "model": model.name,
-        "revision": model.revision,
-        "scheduler": scheduler(pipe),
-        "prompts": prompts.digest,
-        "num_inference_steps": steps,
-        "guidance_scale": guidance,
-        "halves": ["uncond", "cond"] if guidance > 1 else ["cond"],
-        "height": height,
-        "width": width,
-        "hookpoints": _shapes(pipe, hookpoints, height, width),
-        "batch_size": whole_number("batch_size", batch_size),
-        "thumbnails": thumbnails,
-        "dtype": dtype_name(dtype),
-        "compute_dtype": str(pipe.unet.dtype).removeprefix("torch."),
-    }
-    readable = f"{Path(model.name).name}_{steps}step_{len(prompts)}images"
+    prompts = as_prompts(prompts)
+    recipe = make_recipe(
+        pipe,
+        prompts,
+        hookpoints,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        height=height,
+        width=width,
+        steps=steps,
+        half=half,
+        tokens_per_image=tokens_per_image,
+        batch_size=batch_size,
+        images=images,
+        dtype=dtype,
+    )
+    readable = f"{Path(recipe['model']).name}_{recipe['num_inference_steps']}step_{len(prompts)}images"
     artifact = Store.at(store).artifact("activations", readable, recipe)
-    if not artifact.finished:
-        with artifact.lock():
-            if not artifact.finished:  # by another process, while this one waited
-                _collect(pipe, prompts, artifact)
+    _complete(pipe, prompts, artifact)
     return ActivationCache(artifact)
 
 
-def _shapes(pipe: Any, hookpoints: Sequence[str], height: int, width: int) -> dict[str, list[int]]:
-    found = [resolve(pipe.unet, name) for name in hookpoints]
-    latent = height // pipe.vae_scale_factor, width // pipe.vae_scale_factor
-    return {hookpoint.name: [*hookpoint.grid(*latent), hookpoint.d_in] for hookpoint in found}
+def repair(
+    pipe: Any, cache: ActivationCache | Path | str, *, prompts: Prompts | Iterable[str] | None = None
+) -> ActivationCache:
+    """Collect again what is damaged in a cache (whole shards of up to 64 images), and keep all that is good.
+
+    Args:
+        pipe: the pipeline it was collected with.
+        cache: the cache or its folder.
+        prompts: those it was collected from; needed only if they are damaged too.
+
+    Raises:
+        ArtifactError: its recipe or prompts are lost, or files lie in its folder that do not belong there.
+        KitError: the pipeline is another one.
+    """
+    artifact = cache.artifact if isinstance(cache, ActivationCache) else Artifact(Path(cache).expanduser().resolve())
+    found = examine(artifact)
+    if not found.faults:
+        return ActivationCache.open(artifact.folder)
+    if found.foreign:
+        raise ArtifactError(
+            f"{artifact.folder} holds {', '.join(found.foreign)}, which is not of this cache. Move it elsewhere first."
+        )
+    _check_same(pipe, found.recipe, artifact)
+    artifact = Artifact(artifact.folder, found.recipe)
+    for fault in found.faults:
+        tqdm.write(f"Repairing {artifact.name}: {fault}")
+    given = read_prompts(artifact, Layout.of(found.recipe)) if prompts is None else as_prompts(prompts)
+    if given.digest != found.recipe["prompts"]:
+        raise ArtifactError(f"{artifact.name} was collected from other prompts than these. Pass the same.")
+    _complete(pipe, given, artifact, keep=found.good)
+    return ActivationCache(artifact)
 
 
-def _collect(pipe: Any, prompts: Prompts, artifact: Artifact) -> None:
-    recipe, batch_size = dict(artifact.recipe), artifact.recipe["batch_size"]
-    plan = plan_collection(recipe, len(prompts))
-    per_image = max(1, plan.nbytes // len(prompts))
-    batches_per_shard = max(1, min(_SHARD_IMAGES, _SHARD_BYTES // per_image) // batch_size)
-    writer = ShardWriter(artifact, prompts, batches_per_shard * batch_size)
-    there = f" {writer.next_image:,} of the images are there already." if writer.next_image else ""
-    tqdm.write(f"Collecting {plan}, as {artifact.name}.{there}")
-    with tqdm(total=len(prompts), initial=writer.next_image, desc="collect", unit="image") as bar:
-        for start in range(writer.next_image, len(prompts), batch_size):
-            batch = prompts[start : start + batch_size]
-            writer.append(*_run(pipe, batch, recipe))
-            bar.update(len(batch))
-    writer.finish()
+def _check_same(pipe: Any, recipe: Mapping[str, Any], artifact: Artifact) -> None:
+    """Refuse to mix what two models, or two settings of one, make."""
+    if not artifact.name.endswith(name_hash(recipe)):
+        raise ArtifactError(
+            f"The recipe in {artifact.folder} is not the one that named the folder. Give it back its name, which ends "
+            f"in -{name_hash(recipe)}, or collect again."
+        )
+    model = describe(pipe)
+    here = {"model": model.name, "revision": model.revision, "scheduler": scheduler(pipe)}
+    here["compute_dtype"] = str(pipe.unet.dtype).removeprefix("torch.")
+    if other := [f"{key} {recipe[key]}, not {value}" for key, value in here.items() if recipe[key] != value]:
+        raise KitError(f"{artifact.name} was collected with {'; '.join(other)}. Load that pipeline to repair it.")
 
 
-def _run(pipe: Any, batch: Prompts, recipe: dict[str, Any]) -> tuple[dict[str, NDArray[Any]], list[Image.Image]]:
-    """Make one batch of images; per hookpoint their updates as (image, row, token, d_in)."""
-    settings = {key: recipe[key] for key in ("num_inference_steps", "guidance_scale", "height", "width")}
-    images: list[Image.Image] = []
-    dtype = getattr(torch, recipe["dtype"])
-    with record(pipe, recipe["hookpoints"], dtype=dtype, stop_early=not recipe["thumbnails"]) as recording:
-        images = generate(pipe, batch.texts, batch.seeds, **settings)
-    updates = {}
-    for hookpoint in recipe["hookpoints"]:
-        rows = [recording.update(hookpoint, step, half) for step in recording.steps for half in recording.halves]
-        stacked = torch.stack(rows, dim=1).flatten(2, 3).cpu()
-        if not stacked.isfinite().all():
-            raise KitError(
-                f"An update of {hookpoint} is not finite in {recipe['dtype']}. "
-                "Collect with dtype='bfloat16', or load the pipeline in float32."
-            )
-        updates[hookpoint] = (stacked.view(torch.uint16) if dtype == torch.bfloat16 else stacked).numpy()
-    return updates, images
+def _complete(pipe: Any, prompts: Prompts, artifact: Artifact, keep: Sequence[Shard] | None = None) -> None:
+    """Write the shards that are missing, this process its share of them; of a damaged cache `keep` those."""
+    processes = find_processes()
+    if processes.count == 1 and artifact.finished and keep is None:
+        return
+    writer = ShardWriter(artifact, prompts)
+    with _held(writer, processes, keep):
+        if artifact.finished:  # by others, while this one waited
+            return
+        missing = writer.missing()
+        share = missing[processes.index :: processes.count]
+        _write(pipe, writer, share, processes, n_done=len(prompts) - sum(shard.images for shard in missing))
+        processes.wait()
+        if processes.first:
+            writer.finish({"prompts cut": count_long(pipe, prompts.texts), "prompts repeated": prompts.n_repeated})
+        processes.wait()
+
+
+@contextmanager
+def _held(writer: ShardWriter, processes: Processes, keep: Sequence[Shard] | None) -> Iterator[None]:
+    """Hold the cache's lock, which the first process takes for all, once it has made the folder ready."""
+    if not processes.first:
+        processes.wait()
+    with writer.artifact.lock(shared=not processes.first) as share:
+        if processes.first:
+            if keep is not None:
+                keep_only(writer.artifact, keep)
+            if not writer.artifact.finished:
+                writer.prepare()
+            if processes.count > 1:
+                share()
+            processes.wait()
+        yield
+
+
+def _write(pipe: Any, writer: ShardWriter, shards: Sequence[Shard], processes: Processes, n_done: int) -> None:
+    """Make the images of these shards; while one is made, the one before is written."""
+    recipe, n_images = writer.artifact.recipe, sum(shard.images for shard in shards)
+    if processes.first:
+        _announce(pipe, writer, n_done, processes)
+    bar = tqdm(
+        total=n_done + n_images, initial=n_done, desc="collect", unit="image", disable=not processes.first
+    )
+    with bar, ThreadPoolExecutor(1) as background, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* prompts are longer than")  # told once, for all
+        writing: Future[None] | None = None
+        for shard in shards:
+            batches = []
+            for start in range(shard.first_image, shard.stop, recipe["batch_size"]):
+                batch = writer.prompts[start : min(start + recipe["batch_size"], shard.stop)]
+                batches.append(observe(pipe, batch, recipe))
+                bar.update(len(batch))
+            if writing is not None:
+                writing.result()
+            writing = background.submit(writer.write, shard, batches)
+        if writing is not None:
+            writing.result()
+
+
+def _announce(pipe: Any, writer: ShardWriter, n_done: int, processes: Processes) -> None:
+    """Say what it will cost before it starts, and refuse what does not fit."""
+    prompts, artifact = writer.prompts, writer.artifact
+    plan = plan_recipe(artifact.recipe, len(prompts), artifact.folder)
+    plan.check_space(1 - n_done / len(prompts))
+    there = f" {n_done:,} of the images are there already." if n_done else ""
+    together = f" {processes.count} processes share it." if processes.count > 1 else ""
+    tqdm.write(f"Collecting {plan}, as {artifact.name}.{there}{together}")
+    if long := count_long(pipe, prompts.texts):
+        tqdm.write(
+            f"{long:,} of the prompts are longer than the {pipe.tokenizer.model_max_length} tokens that this model "
+            "reads: cut there."
+        )
+    if prompts.n_repeated:
+        tqdm.write(f"{prompts.n_repeated:,} of the prompts say what an earlier one says; each has its own seed.")

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sdxl_sae_kit.cache import ActivationCache, Split
+from sdxl_sae_kit.activations import Activations, Split
 from sdxl_sae_kit.metrics import ReconstructionMetrics, bootstrap_interval
 from sdxl_sae_kit.sae import FIRES, SAE
 
@@ -19,7 +19,7 @@ MAX_IMAGES = 2048
 
 
 @torch.no_grad()
-def evaluate(sae: SAE, cache: ActivationCache, split: Split = "held_out") -> dict[str, Any]:
+def evaluate(sae: SAE, cache: Activations, split: Split = "held_out") -> dict[str, Any]:
     """Reconstruction metrics (see `metrics`) and their n; explained variance has a 95 % bootstrap interval over images.
 
     `dead_share` is the share of latents that never fired on the tokens evaluated.
@@ -51,7 +51,7 @@ def evaluate(sae: SAE, cache: ActivationCache, split: Split = "held_out") -> dic
 
 
 @torch.no_grad()
-def pca_explained_variance(cache: ActivationCache, hookpoint: str, k: int) -> float:
+def pca_explained_variance(cache: Activations, hookpoint: str, k: int) -> float:
     """Explained variance of held-out tokens by the first k principal axes of training tokens: a control for L0."""
     sample = cache.sample(hookpoint, 40_960)
     mean = sample.mean(dim=0)
@@ -64,7 +64,7 @@ def pca_explained_variance(cache: ActivationCache, hookpoint: str, k: int) -> fl
 
 
 @torch.no_grad()
-def mean_activation(sae: SAE, cache: ActivationCache) -> Float[Tensor, "d_sae"]:
+def mean_activation(sae: SAE, cache: Activations) -> Float[Tensor, "d_sae"]:
     """Mean value of each latent over the tokens on which it fires, of up to 2,048 training images; 0 if none."""
     total = torch.zeros(sae.d_sae, dtype=torch.float64, device=sae.W_enc.device)
     count = torch.zeros_like(total)
@@ -77,7 +77,7 @@ def mean_activation(sae: SAE, cache: ActivationCache) -> Float[Tensor, "d_sae"]:
 
 
 def _images(
-    cache: ActivationCache, hookpoint: str, split: Split, device: torch.device
+    cache: Activations, hookpoint: str, split: Split, device: torch.device
 ) -> Iterator[Float[Tensor, "image token d_in"]]:
     images = cache.images(split)
     if len(images) > MAX_IMAGES:

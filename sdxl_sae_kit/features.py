@@ -85,7 +85,9 @@ class FeatureStats:
             store: folder of artifacts.
 
         Raises:
-            ArtifactError: the SAE was trained at a hookpoint that the cache does not have.
+            ArtifactError: the SAE was trained at a hookpoint that the cache does not have, or the cache keeps only some
+                tokens of each image.
+            KitError: the cache does not have this step.
         """
         if not isinstance(sae, SAE):
             raise KitError(f"measure takes one SAE, such as saes['up.0.1', 'k10'], not a {type(sae).__name__}.")
@@ -95,9 +97,11 @@ class FeatureStats:
                 f"{sae.name} was trained on updates of {hookpoint}; {cache.name} has {', '.join(cache.hookpoints)}. "
                 f"Collect {hookpoint} too."
             )
-        if not 0 <= step < cache.recipe["num_inference_steps"]:
-            raise KitError(
-                f"measure: step={step}, but {cache.name} has steps 0 to {cache.recipe['num_inference_steps'] - 1}."
+        row = cache.row(step)
+        if cache.layout.tokens_per_image is not None:
+            raise ArtifactError(
+                f"{cache.name} keeps {cache.layout.tokens_per_image} tokens of each image; heat maps need whole grids. "
+                "Collect some images again without tokens_per_image."
             )
         made, trained = ((r["model"], r["revision"]) for r in (cache.recipe, vars(sae.site)))
         if made != trained:
@@ -109,7 +113,7 @@ class FeatureStats:
         if not artifact.finished:
             with artifact.lock():
                 if not artifact.finished:
-                    _measure(sae, cache, hookpoint, step, top, artifact)
+                    _measure(sae, cache, hookpoint, step, row, top, artifact)
         return cls.open(artifact.folder)
 
     @classmethod
@@ -233,9 +237,9 @@ class FeatureStats:
 
 
 @torch.no_grad()
-def _measure(sae: SAE, cache: ActivationCache, hookpoint: str, step: int, top: int, artifact: Artifact) -> None:
-    halves = len(cache.recipe["halves"])
-    row = step * halves + halves - 1  # the cond half comes last
+def _measure(
+    sae: SAE, cache: ActivationCache, hookpoint: str, step: int, row: int, top: int, artifact: Artifact
+) -> None:
     tokens = int(np.prod(cache.grid(hookpoint)))
     moments, leaders = (
         _Moments(sae.d_sae),
@@ -335,7 +339,7 @@ class _Leaders:
 
 
 def _store_thumbnails(file: h5py.File, cache: ActivationCache, images: list[int]) -> None:
-    encoded = [cache.thumbnail(image) if cache.recipe["thumbnails"] else b"" for image in images]
+    encoded = [cache.thumbnail(image) if cache.layout.images else b"" for image in images]
     file.create_dataset("thumbnails/image", data=np.array(images, np.int64))
     file.create_dataset("thumbnails/ends", data=np.cumsum([len(data) for data in encoded], dtype=np.int64))
     file.create_dataset("thumbnails/bytes", data=np.frombuffer(b"".join(encoded), np.uint8))

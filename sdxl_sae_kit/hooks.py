@@ -7,7 +7,7 @@ there changes the block's output by the same amount. Nothing here knows what an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -81,18 +81,24 @@ class _Stopped(Exception):
 
 @contextmanager
 def record(
-    pipe: Any, hookpoints: Iterable[str], *, dtype: torch.dtype | None = None, stop_early: bool = False
+    pipe: Any,
+    hookpoints: Iterable[str],
+    *,
+    dtype: torch.dtype | None = None,
+    steps: Collection[int] | None = None,
+    stop_early: bool = False,
 ) -> Iterator[Recording]:
     """Record the updates of these hookpoints for every image made inside the with block.
 
     Updates are kept on the CPU. Each block's own update is read, before any `rewrite` of the same hookpoint. With
-    `stop_early` the pipeline call is broken off after the last hookpoint of the last step, and the with block ends
+    `stop_early` the pipeline call is broken off after the last hookpoint of the last step read, and the with block ends
     there: for when only updates are wanted.
 
     Args:
         pipe: an SDXL pipeline of diffusers.
         hookpoints: short names or module paths.
         dtype: what to keep them in; by default what the model computes in.
+        steps: denoising steps to read, from 0; by default all.
         stop_early: skip the rest of the U-Net and the VAE.
 
     Raises:
@@ -110,8 +116,9 @@ def record(
     last = max(names, key=order.index) if names else None
 
     def read(update: Tensor, call: Call) -> None:
-        recording._add(update.detach().to("cpu", dtype or update.dtype, copy=True), call)
-        if stop_early and call.hookpoint == last and call.step == call.n_steps - 1:
+        if steps is None or call.step in steps:
+            recording._add(update.detach().to("cpu", dtype or update.dtype, copy=True), call)
+        if stop_early and call.hookpoint == last and call.step == (max(steps) if steps else call.n_steps - 1):
             raise _Stopped
 
     try:

@@ -255,6 +255,11 @@ def scale(peak: float) -> str:
     return f'<span class="sae-quiet sae-key">0 {bar} {short(peak)}</span>'
 
 
+def folded(title: str, content: str) -> str:
+    """Content that opens when its title is clicked."""
+    return f"<details><summary>{escape(title)}</summary>{content}</details>"
+
+
 def fragment(*parts: str) -> str:
     """Pieces of HTML with the style they need: what a notebook's output or another page takes in."""
     return f'<div class="sae-kit">{STYLE}{"".join(parts)}</div>'

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import operator
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -177,13 +178,19 @@ def _seed(seed: Any) -> int:
         raise PromptError(f"A seed is an integer, not {seed!r}.") from None
 
 
+def count_long(pipe: StableDiffusionXLPipeline, prompts: Sequence[str]) -> int:
+    """How many prompts have more tokens than the model reads, which cuts them there."""
+    parts = (list(prompts[start : start + 1000]) for start in range(0, len(prompts), 1000))
+    tokens = (ids for part in parts for ids in pipe.tokenizer(part, verbose=False).input_ids)
+    return sum(len(ids) > pipe.tokenizer.model_max_length for ids in tokens)
+
+
 def _warn_of_long(pipe: Any, prompts: Sequence[str]) -> bool:
     """Say in one line what the tokenizer and the pipeline would say in many; False if there is nothing to say."""
-    most = pipe.tokenizer.model_max_length
-    lengths = [len(ids) for ids in pipe.tokenizer(list(prompts), verbose=False).input_ids]
-    if long := sum(length > most for length in lengths):
+    if long := count_long(pipe, prompts):
         warnings.warn(
-            f"{long} of {len(prompts)} prompts are longer than the {most} tokens that this model reads: cut there.",
+            f"{long} of {len(prompts)} prompts are longer than the {pipe.tokenizer.model_max_length} tokens that this "
+            "model reads: cut there.",
             stacklevel=3,
         )
     return bool(long)
@@ -304,7 +311,9 @@ def choose_device(device: str | None) -> str:
     """
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if device is None:
-        return next(kind for kind, count in counts.items() if count)
+        kind = next(kind for kind, count in counts.items() if count)
+        local = int(os.environ.get("LOCAL_RANK", "0"))  # each of several processes takes a device of its own
+        return f"cuda:{local % counts['cuda']}" if kind == "cuda" and local else kind
     kind, _, index = str(device).partition(":")
     if kind not in counts or not (index or "0").isdecimal():
         raise ModelError(f"No device {device!r}; it can be {', '.join(counts)}, cuda:1, ….{did_you_mean(kind, counts)}")

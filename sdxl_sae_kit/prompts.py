@@ -47,6 +47,11 @@ class Prompts(Sequence[str]):
             return self.texts[item]
         return Prompts(self.texts[item], self.seeds[item], self.factors[item])
 
+    def take(self, indices: Iterable[int]) -> Prompts:
+        """Those at these places, in this order."""
+        rows = [(self.texts[i], self.seeds[i], self.factors[i]) for i in indices]
+        return Prompts(*map(tuple, zip(*rows, strict=True)))
+
     @property
     def held_out(self) -> Bool[np.ndarray, "image"]:
         """Which are kept from training: decided by a hash of the text, so the same text is never on both sides."""
@@ -57,6 +62,20 @@ class Prompts(Sequence[str]):
         """sha256 of all of it, for recipes."""
         return hashlib.sha256(self.to_jsonl().encode()).hexdigest()
 
+    @property
+    def n_repeated(self) -> int:
+        """How many say what an earlier one says."""
+        return len(self.texts) - len(set(self.texts))
+
+    def rows(self, n: int | None = None) -> list[dict[str, Any]]:
+        """The first n as rows of a table: text, seed, whether held out, factors."""
+        first = self[: len(self) if n is None else n]
+        told = zip(first.texts, first.seeds, first.held_out.tolist(), first.factors, strict=True)
+        return [
+            {"prompt": text, "seed": seed, "held out": "yes" if held_out else "no"} | factors
+            for text, seed, held_out, factors in told
+        ]
+
     def to_jsonl(self) -> str:
         """One JSON object a line: text, seed, factors."""
         rows = zip(self.texts, self.seeds, self.factors, strict=True)
@@ -66,9 +85,24 @@ class Prompts(Sequence[str]):
 
     @classmethod
     def from_jsonl(cls, text: str) -> Prompts:
-        """What `to_jsonl` wrote."""
-        rows = [json.loads(line) for line in text.splitlines()]
-        return cls(tuple(r["text"] for r in rows), tuple(r["seed"] for r in rows), tuple(r["factors"] for r in rows))
+        """What `to_jsonl` wrote.
+
+        Raises:
+            PromptError: a line is something else.
+        """
+        texts, seeds, factors = [], [], []
+        for number, line in enumerate(text.split("\n")[:-1], 1):
+            try:
+                row = json.loads(line)
+                told = {str(factor): str(value) for factor, value in row["factors"].items()}
+                texts.append(row["text"])
+                seeds.append(operator.index(row["seed"]))
+                factors.append(told)
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise PromptError(f"Line {number} of these prompts is not one that to_jsonl writes.") from None
+        if not all(isinstance(text, str) for text in texts):
+            raise PromptError("A prompt here is no text. Write each line as to_jsonl does.")
+        return cls(tuple(texts), tuple(seeds), tuple(factors))
 
 
 def is_held_out(text: str) -> bool:

@@ -1,16 +1,18 @@
-"""How an activation cache lies on disk: HDF5 shards that only count once a manifest lists them.
+"""The shards of an activation cache: written one by one, and counted only once a manifest lists them.
 
-Think of a ledger: a shard is written in full, closed and made durable, and only then does one line in `manifest.jsonl`
-enter it. What no line names does not exist, so a writer may be killed at any moment and goes on at the next image. The
-format is described in `artifacts/README.md`.
+Think of a ledger: a shard is written in full and made durable, and only then does one line in `manifest.jsonl` enter
+it. What no line names does not exist, so a writer may be killed at any moment, and several processes may write shards
+of one cache side by side. The format is described in `artifacts/README.md`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,189 +21,316 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sdxl_sae_kit.artifacts import Artifact, canonical_json, hash_file, sha256, sync_folder, write_atomically
-from sdxl_sae_kit.errors import ArtifactError
+from sdxl_sae_kit.artifacts import (
+    Artifact,
+    canonical_json,
+    hash_file,
+    name_hash,
+    sha256,
+    sync_folder,
+    write_atomically,
+)
+from sdxl_sae_kit.errors import ArtifactError, PromptError
+from sdxl_sae_kit.layout import LIBVER, Layout
 from sdxl_sae_kit.prompts import Prompts
 
-PROMPTS = "prompts.jsonl"
+PROMPTS, RECIPE = "prompts.jsonl", "recipe.json"
 _MANIFEST, _VIRTUAL = "manifest.jsonl", "all.h5"
-_LIBVER = ("v108", "v110")  # readable by every HDF5 tool since 1.10
-_COLUMNS = {"image": np.int64, "step": np.int16, "half": np.int8}
-"""What is told of each row, and as what."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a cache: a stretch of images, and the sha256 it had when it was written."""
+
+    file: str
+    first_image: int
+    images: int
+    sha256: str
+
+    @property
+    def stop(self) -> int:
+        """The first image after it."""
+        return self.first_image + self.images
+
+    def line(self) -> bytes:
+        """Its line in the manifest, which carries a hash of itself."""
+        told = {"file": self.file, "first_image": self.first_image, "images": self.images, "sha256": self.sha256}
+        return (canonical_json(told | {"line": sha256(canonical_json(told).encode())[:16]}) + "\n").encode()
+
+
+def plan_shard(layout: Layout, index: int, sha256: str = "") -> Shard:
+    """The shard of a cache with this number."""
+    first = index * layout.images_per_shard
+    return Shard(f"shard-{index:05d}.h5", first, min(layout.images_per_shard, layout.n_images - first), sha256)
+
+
+def plan_shards(layout: Layout) -> list[Shard]:
+    """Every shard of a cache, in order."""
+    return [plan_shard(layout, index) for index in range(-(-layout.n_images // layout.images_per_shard))]
 
 
 class ShardWriter:
-    """Appends batches of images to a cache folder; hold the artifact's lock while using it.
+    """Writes the shards of a cache in any order; hold the artifact's lock while using it."""
 
-    Opening it on a half-made cache cuts a torn last manifest line, deletes shards no line names, and continues at
-    `next_image`.
-    """
+    def __init__(self, artifact: Artifact, prompts: Prompts) -> None:
+        self.artifact, self.prompts, self.layout = artifact, prompts, Layout.of(artifact.recipe)
 
-    def __init__(self, artifact: Artifact, prompts: Prompts, images_per_shard: int) -> None:
-        self.artifact, self.prompts, self.images_per_shard = artifact, prompts, images_per_shard
-        _tidy(artifact.folder)
-        self._shards = read_manifest(artifact.folder)
-        self.next_image = sum(shard["images"] for shard in self._shards)
-        self._pending: list[tuple[dict[str, NDArray[Any]], Sequence[Image.Image]]] = []
-        write_atomically(artifact.file(PROMPTS), prompts.to_jsonl().encode())
+    def prepare(self) -> None:
+        """Make the folder ready: say what it is going to hold, and clear away what a killed writer left half done."""
+        write_atomically(self.artifact.file(RECIPE), canonical_json(self.artifact.recipe).encode())
+        write_atomically(self.artifact.file(PROMPTS), self.prompts.to_jsonl().encode())
+        _cut_torn_line(self.artifact.file(_MANIFEST))
+        listed = {shard.file for shard in self.shards()}
+        for path in self.artifact.folder.glob("shard-*"):
+            if path.name not in listed:
+                path.unlink()
 
-    def append(self, updates: Mapping[str, NDArray[Any]], images: Sequence[Image.Image]) -> None:
-        """Add a batch, per hookpoint an array (image, row, token, d_in), and its pictures (or none).
+    def shards(self) -> list[Shard]:
+        """What is written so far."""
+        return read_manifest(self.artifact.folder, self.layout)
 
-        It is written once a shard is full.
+    def missing(self) -> list[Shard]:
+        """What is still to be written, in order."""
+        written = {shard.file for shard in self.shards()}
+        return [shard for shard in plan_shards(self.layout) if shard.file not in written]
+
+    def write(
+        self, shard: Shard, batches: Sequence[tuple[Mapping[str, NDArray[Any]], Sequence[Image.Image]]]
+    ) -> None:
+        """Write one shard, make it durable, and enter it in the manifest.
+
+        Each batch holds the updates per hookpoint, (image, row, token, d_in), and the pictures (or none).
+
+        Raises:
+            ArtifactError: the disk is full.
         """
-        self._pending.append((dict(updates), images))
-        if sum(len(next(iter(updates.values()))) for updates, _ in self._pending) >= self.images_per_shard:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what is pending as one shard, make it durable, and enter it in the manifest."""
-        if not self._pending:
-            return
-        name = f"shard-{len(self._shards):05d}.h5"
-        path = self.artifact.file(name)
-        temporary = path.with_name(name + ".tmp")
-        n = self._write_shard(temporary)
-        _publish(temporary, path)
-        entry = {"file": name, "first_image": self.next_image, "images": n, "sha256": hash_file(path)}
-        with open(self.artifact.file(_MANIFEST), "ab") as handle:
-            handle.write((canonical_json(entry | {"line": _line_hash(entry)}) + "\n").encode())
+        updates = {name: np.concatenate([updates[name] for updates, _ in batches]) for name in self.layout.hookpoints}
+        pictures = [picture for _, pictures in batches for picture in pictures]
+        data = self.layout.encode(shard.first_image, updates, pictures)
+        write_atomically(self.artifact.file(shard.file), data)
+        entered = Shard(shard.file, shard.first_image, shard.images, sha256(data))
+        manifest = self.artifact.file(_MANIFEST)
+        with open(manifest, "ab") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # another process may be entering a shard of its own
+            _cut_torn_line(manifest)
+            handle.write(entered.line())
             handle.flush()
             os.fsync(handle.fileno())
-        sync_folder(path.parent)  # the manifest may be new
-        self._shards.append(entry)
-        self.next_image += n
-        self._pending = []
+        sync_folder(manifest.parent)  # it may be new
 
-    def _write_shard(self, path: Path) -> int:
-        hookpoints = self.artifact.recipe["hookpoints"]
-        with h5py.File(path, "w", libver=_LIBVER) as file:
-            file.attrs.update(format="activations", recipe=sha256(canonical_json(self.artifact.recipe).encode()))
-            for hookpoint in hookpoints:
-                data = np.concatenate([updates[hookpoint] for updates, _ in self._pending])
-                rows = data.reshape(-1, *data.shape[2:])
-                dataset = file.create_dataset(
-                    f"updates/{hookpoint}", data=rows, chunks=(1, *rows.shape[1:]), fletcher32=True
-                )
-                dataset.attrs["logical_dtype"] = self.artifact.recipe["dtype"]
-            n = len(data)
-            halves = len(self.artifact.recipe["halves"])
-            steps = data.shape[1] // halves
-            told = {
-                "image": np.repeat(np.arange(self.next_image, self.next_image + n), data.shape[1]),
-                "step": np.tile(np.repeat(np.arange(steps), halves), n),
-                "half": np.tile(np.arange(halves), n * steps),
-            }
-            columns = {f"rows/{name}": column.astype(_COLUMNS[name]) for name, column in told.items()}
-            if self.artifact.recipe["thumbnails"]:
-                encoded = [encode_thumbnail(image) for _, images in self._pending for image in images]
-                columns["thumbnails/bytes"] = np.frombuffer(b"".join(encoded), np.uint8)
-                columns["thumbnails/ends"] = np.cumsum([len(e) for e in encoded])
-            for name, column in columns.items():
-                file.create_dataset(name, data=column)  # file[name] = … would store the time and end bit-identity
-        return n
-
-    def finish(self) -> Artifact:
-        """Write the last shard and `all.h5`, and seal the artifact."""
-        self.flush()
-        check_complete(self.artifact, self._shards, self.prompts)
-        _write_virtual(self.artifact, self._shards)
-        known = {shard["file"]: shard["sha256"] for shard in self._shards}
-        return self.artifact.seal(known=known, facts={"images": self.next_image})
+    def finish(self, facts: Mapping[str, Any]) -> Artifact:
+        """Sort the manifest, write `all.h5`, and seal the artifact."""
+        shards = self.shards()
+        check_complete(self.artifact, shards, self.layout)
+        write_atomically(self.artifact.file(_MANIFEST), b"".join(shard.line() for shard in shards))
+        write_atomically(self.artifact.file(_VIRTUAL), _virtual(self.layout, shards))
+        known = {shard.file: shard.sha256 for shard in shards}
+        return self.artifact.seal(known=known, facts={"images": self.layout.n_images, **facts})
 
 
-def read_manifest(folder: Path) -> list[dict[str, Any]]:
-    """The shards a manifest lists, in order; a torn last line is not counted.
+def read_manifest(folder: Path, layout: Layout) -> list[Shard]:
+    """The shards a manifest lists, by their first image; a torn last line is not counted.
 
     Raises:
-        ArtifactError: a line was edited, or the shards do not follow each other.
+        ArtifactError: a line was edited, occurs twice, or names what a cache of this recipe does not have.
     """
     path = folder / _MANIFEST
     if not path.exists():
         return []
-    shards: list[dict[str, Any]] = []
+    shards: dict[int, Shard] = {}
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            entry = json.loads(line)
-            stated = entry.pop("line")
-        except (ValueError, KeyError, AttributeError, TypeError):
-            stated, entry = None, {}
-        follows = sum(s["images"] for s in shards) == entry.get("first_image")
-        if stated != _line_hash(entry) or not follows or entry["file"] != f"shard-{len(shards):05d}.h5":
+        shard = _from_line(line, layout)
+        if shard is None or shard.first_image in shards:
             raise ArtifactError(
-                f"Line {number} of {path} was changed after it was written. Delete the folder and collect again."
+                f"Line {number} of {path} was changed after it was written. {Artifact(folder).remedy}"
             )
-        shards.append(entry)
-    return shards
+        shards[shard.first_image] = shard
+    return [shards[first] for first in sorted(shards)]
 
 
-def check_complete(artifact: Artifact, shards: Sequence[Mapping[str, Any]], prompts: Prompts) -> None:
-    """Refuse a manifest that does not list every image once."""
-    if (found := sum(shard["images"] for shard in shards)) != len(prompts):
+def _from_line(line: bytes, layout: Layout) -> Shard | None:
+    """The shard that a line of the manifest enters, or None if the line is not one that was written."""
+    try:
+        told = json.loads(line)
+        shard = plan_shard(layout, told["first_image"] // layout.images_per_shard, str(told["sha256"]))
+    except (ValueError, KeyError, TypeError):
+        return None
+    return shard if line + b"\n" == shard.line() and shard.images > 0 else None
+
+
+def check_complete(artifact: Artifact, shards: Sequence[Shard], layout: Layout) -> None:
+    """Refuse a manifest that does not list every image."""
+    if (found := sum(shard.images for shard in shards)) != layout.n_images:
         raise ArtifactError(
-            f"{artifact.file(_MANIFEST)} lists {found} of {len(prompts)} images. Delete the folder and collect again."
+            f"{artifact.file(_MANIFEST)} lists {found} of {layout.n_images} images. {artifact.remedy}"
         )
 
 
-def encode_thumbnail(image: Image.Image, side: int = 160) -> bytes:
-    """WebP of a picture, at most `side` pixels wide and high."""
-    small = image.convert("RGB")
-    small.thumbnail((side, side))
-    buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=90, method=2)
-    return buffer.getvalue()
+def read_prompts(artifact: Artifact, layout: Layout) -> Prompts:
+    """The prompts of a cache.
+
+    Raises:
+        ArtifactError: they are not those that the recipe names.
+    """
+    text = artifact.read_text(PROMPTS)
+    try:
+        prompts = Prompts.from_jsonl(text)
+    except PromptError as cause:
+        raise ArtifactError(f"{artifact.file(PROMPTS)} cannot be read: {cause} {artifact.remedy}") from None
+    if sha256(text.encode()) != artifact.recipe["prompts"] or len(prompts) != layout.n_images:
+        raise ArtifactError(f"{artifact.file(PROMPTS)} has changed since it was written. {artifact.remedy}")
+    return prompts
 
 
-def _tidy(folder: Path) -> None:
-    manifest = folder / _MANIFEST
+def read_recipe(artifact: Artifact) -> dict[str, Any]:
+    """The recipe as the cache's folder tells it while it is unfinished.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    try:
+        recipe = json.loads(artifact.read_text(RECIPE))
+    except (ValueError, RecursionError):
+        recipe = None
+    if not isinstance(recipe, dict):
+        raise ArtifactError(f"{artifact.file(RECIPE)} holds no recipe. Delete its folder and collect again.")
+    return recipe
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with a cache, and the images whose rows are affected."""
+
+    what: str
+    images: range = range(0)
+
+    def __str__(self) -> str:
+        if not self.images:
+            return f"{self.what} (no image is lost)"
+        return f"{self.what} (images {self.images[0]:,} to {self.images[-1]:,})"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What hashing every file of a cache showed."""
+
+    recipe: Mapping[str, Any]
+    faults: list[Fault]
+    good: list[Shard]
+    """The shards that are as they were written."""
+    foreign: list[str]
+    """Files that do not belong to it."""
+
+
+def examine(artifact: Artifact) -> Findings:
+    """Hash every file of a cache.
+
+    A shard is good if its sha256 is the one that the stamp or an unharmed line of the manifest tells, so that either of
+    them may be lost; so may the recipe, which stands in the stamp and beside it.
+
+    Raises:
+        ArtifactError: no recipe is left, so that nothing can be told.
+    """
+    faults: list[Fault] = []
+    try:
+        stamp = artifact.stamp
+    except ArtifactError as error:
+        stamp = None
+        faults += [Fault(str(error))] if artifact.finished else []
+    recipe = _named(artifact, [*([stamp["recipe"]] if stamp else []), *_recipe_beside(artifact)])
+    if recipe is None:
+        recipe = stamp["recipe"] if stamp else read_recipe(artifact)
+        faults.append(Fault("the recipe is not the one that named the folder", range(Layout.of(recipe).n_images)))
+    layout = Layout.of(recipe)
+    sums = {name: str(entry["sha256"]) for name, entry in stamp["files"].items()} if stamp else {}
+    shards = plan_shards(layout)
+    for name in sorted(sums.keys() - {shard.file for shard in shards}):
+        path, images = artifact.file(name), range(layout.n_images if name == PROMPTS else 0)
+        if Path(name).name != name or not path.is_file():
+            faults.append(Fault(f"{name} is missing", images))
+        elif hash_file(path) != sums[name]:
+            faults.append(Fault(f"{name} has changed", images))
+    listed = _listed(artifact, layout)
+    if not artifact.finished:
+        shards = [shard for shard in shards if shard.file in listed]
+    bad, good = _compare(artifact, shards, listed | sums)
+    present = {path.name for path in artifact.folder.iterdir() if not path.name.startswith(".")}
+    own = {"stamp.json", PROMPTS, RECIPE, _MANIFEST, _VIRTUAL, *(shard.file for shard in plan_shards(layout))}
+    foreign = sorted(name for name in present - own - sums.keys() if not name.endswith(".tmp"))
+    faults += bad + [Fault(f"{name} does not belong to it") for name in foreign]
+    return Findings(recipe, faults, good, foreign)
+
+
+def _named(artifact: Artifact, recipes: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The first recipe that gave the folder its name."""
+    return next((r for r in recipes if artifact.name.endswith(name_hash(r))), None)
+
+
+def _recipe_beside(artifact: Artifact) -> list[dict[str, Any]]:
+    try:
+        return [read_recipe(artifact)]
+    except ArtifactError:
+        return []
+
+
+def _listed(artifact: Artifact, layout: Layout) -> dict[str, str]:
+    """The sha256 of every shard that an unharmed line of the manifest names."""
+    manifest = artifact.file(_MANIFEST)
+    lines = manifest.read_bytes().split(b"\n") if manifest.is_file() else []
+    shards = [shard for line in lines if (shard := _from_line(line, layout)) is not None]
+    return {shard.file: shard.sha256 for shard in shards}
+
+
+def _compare(artifact: Artifact, shards: Iterable[Shard], sums: Mapping[str, str]) -> tuple[list[Fault], list[Shard]]:
+    faults, good = [], []
+    for shard in shards:
+        path, images = artifact.file(shard.file), range(shard.first_image, shard.stop)
+        if not path.is_file():
+            faults.append(Fault(f"{shard.file} is missing", images))
+        elif shard.file not in sums:
+            faults.append(Fault(f"{shard.file} is in no intact list", images))
+        elif hash_file(path) != sums[shard.file]:
+            faults.append(Fault(f"{shard.file} has changed", images))
+        else:
+            good.append(replace(shard, sha256=sums[shard.file]))
+    return faults, good
+
+
+def keep_only(artifact: Artifact, shards: Iterable[Shard]) -> None:
+    """Make a damaged cache an unfinished one that holds these shards; hold its lock."""
+    artifact.unseal()
+    write_atomically(artifact.file(_MANIFEST), b"".join(shard.line() for shard in shards))
+
+
+def _cut_torn_line(manifest: Path) -> None:
+    """Remove what a writer that was killed left of a line, so that the next one starts on its own."""
     if manifest.exists():
-        content = manifest.read_bytes()
-        write_atomically(manifest, content[: content.rfind(b"\n") + 1])
-    listed = {shard["file"] for shard in read_manifest(folder)}
-    for path in folder.glob("shard-*"):
-        if path.name not in listed:
-            path.unlink()
+        with open(manifest, "rb+") as handle:
+            size = handle.seek(0, os.SEEK_END)
+            handle.seek(max(0, size - 4096))  # no line is as long
+            tail = handle.read()
+            handle.truncate(size - len(tail) + tail.rfind(b"\n") + 1)
 
 
-def _write_virtual(artifact: Artifact, shards: Sequence[Mapping[str, Any]]) -> None:
+def _virtual(layout: Layout, shards: Sequence[Shard]) -> memoryview:
     """One file in which any HDF5 tool sees all shards as whole datasets."""
-    r = artifact.recipe
-    rows_per_image = r["num_inference_steps"] * len(r["halves"])
-    total = sum(shard["images"] for shard in shards) * rows_per_image
-    dtype = stored_dtype(r)
-    wanted: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
-        f"updates/{h}": ((height * width, d_in), dtype) for h, (height, width, d_in) in r["hookpoints"].items()
-    }
-    wanted |= {f"rows/{name}": ((), np.dtype(kind)) for name, kind in _COLUMNS.items()}
-    temporary = artifact.file(_VIRTUAL + ".tmp")
-    with h5py.File(temporary, "w", libver=_LIBVER) as file:
-        for name, (shape, kind) in wanted.items():
+    total = shards[-1].stop
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w", libver=LIBVER) as file:
+        for name, field in layout.fields(1).items():
+            if name == "images/ends":
+                continue  # counts from the beginning of its own shard
+            per_image, *shape = field.shape
             settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
             # h5py's own create_virtual_dataset stores the time and ends bit-identity
             settings.set_obj_track_times(False)
             for shard in shards:
-                start, rows = shard["first_image"] * rows_per_image, shard["images"] * rows_per_image
-                place, source = h5py.h5s.create_simple((total, *shape)), h5py.h5s.create_simple((rows, *shape))
-                place.select_hyperslab((start, *[0] * len(shape)), (rows, *shape))
-                settings.set_virtual(place, shard["file"].encode(), name.encode(), source)
+                rows = (shard.images * per_image, *shape)
+                place = h5py.h5s.create_simple((total * per_image, *shape))
+                place.select_hyperslab((shard.first_image * per_image, *[0] * len(shape)), rows)
+                settings.set_virtual(place, shard.file.encode(), name.encode(), h5py.h5s.create_simple(rows))
             group, _, leaf = name.partition("/")
-            space = h5py.h5s.create_simple((total, *shape))
-            h5py.h5d.create(file.require_group(group).id, leaf.encode(), h5py.h5t.py_create(kind), space, settings)
-    _publish(temporary, artifact.file(_VIRTUAL))
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Give a finished file its name, so that not even a power cut takes it back."""
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def stored_dtype(recipe: Mapping[str, Any]) -> np.dtype[Any]:
-    """What numbers are in the file: HDF5 has no bfloat16, so its bits are kept as uint16."""
-    return np.dtype("uint16" if recipe["dtype"] == "bfloat16" else recipe["dtype"])
-
-
-def _line_hash(entry: Mapping[str, Any]) -> str:
-    return sha256(canonical_json(entry).encode())[:16]
+            space = h5py.h5s.create_simple((total * per_image, *shape))
+            kind = h5py.h5t.py_create(field.dtype)
+            h5py.h5d.create(file.require_group(group).id, leaf.encode(), kind, space, settings)
+    return buffer.getbuffer()

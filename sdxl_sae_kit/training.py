@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
+from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.artifacts import Store, slug, whole_number, write_atomically
-from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.evaluation import evaluate, mean_activation
 from sdxl_sae_kit.learning import Learner
@@ -82,7 +82,7 @@ class TrainedSAEs(dict[Key, SAE]):
 
 
 def train(
-    cache: ActivationCache,
+    cache: Activations,
     configs: Mapping[str, SAEConfig] | SAEConfig,
     *,
     hookpoints: Sequence[str] | None = None,
@@ -152,13 +152,13 @@ class _Run:
     """One SAE on its way from a configuration to a finished artifact."""
 
     def __init__(
-        self, cache: ActivationCache, key: Key, config: SAEConfig, batch_size: int, epochs: int, store: Store
+        self, cache: Activations, key: Key, config: SAEConfig, batch_size: int, epochs: int, store: Store
     ) -> None:
         self.key, self.config = key, config
         self.hookpoint, name = key
         cache.grid(self.hookpoint)  # refuses a hookpoint that the cache does not have
         recipe = {
-            "cache": cache.artifact.digest,
+            "cache": cache.digest,
             "hookpoint": self.hookpoint,
             "config": asdict(config),
             "batch_size": batch_size,
@@ -167,7 +167,7 @@ class _Run:
         self.artifact = store.artifact("saes", f"{Path(cache.recipe['model']).name}_{self.hookpoint}_{name}", recipe)
         self.log: list[dict[str, float]] = []
 
-    def start(self, cache: ActivationCache, device: str) -> None:
+    def start(self, cache: Activations, device: str) -> None:
         """Make the SAE, or take it up from its checkpoint."""
         r = cache.recipe
         site = Site(r["model"], r["revision"], self.hookpoint, r["num_inference_steps"], r["guidance_scale"])
@@ -188,7 +188,7 @@ class _Run:
             state = {key: value.contiguous() for key, value in self.learner.state().items()}
             write_atomically(self.artifact.file(_CHECKPOINT), save(state))
 
-    def finish(self, cache: ActivationCache) -> None:
+    def finish(self, cache: Activations) -> None:
         """Measure, save, seal."""
         sae = self.learner.sae.eval().requires_grad_(False)
         sae.mean_activation.copy_(mean_activation(sae, cache))
@@ -206,7 +206,7 @@ class _Run:
         write_atomically(self.artifact.file(_LOG), "".join(json.dumps(line) + "\n" for line in self.log).encode())
 
 
-def _train(runs: Sequence[_Run], cache: ActivationCache, batch_size: int, epochs: int, device: str) -> None:
+def _train(runs: Sequence[_Run], cache: Activations, batch_size: int, epochs: int, device: str) -> None:
     hookpoints = list(dict.fromkeys(run.hookpoint for run in runs))
     tokens = cache.n_tokens(hookpoints[0], "train")
     if not tokens or not len(cache.images("held_out")):

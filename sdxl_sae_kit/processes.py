@@ -1,0 +1,41 @@
+"""How many processes share a piece of work: one, unless `accelerate launch` or `torchrun` started several."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+_PATIENCE = timedelta(days=1)  # shares of long work end far apart
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that work together."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the one that does what must be done once."""
+        return self.index == 0
+
+    def wait(self) -> None:
+        """Return once all have come here; fails if one of them has died."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
+
+def find_processes() -> Processes:
+    """This process and how many work beside it, as the launcher's environment variables tell; sets up their contact."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes()
+    from accelerate import PartialState  # seconds to import, which only those who launch several should pay
+
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+    return Processes(state.process_index, state.num_processes)
