@@ -34,13 +34,13 @@ def mix(
                 yield _take(buffer, free)
             if filled < capacity:
                 stop = min(n, start + capacity - filled)
-                places = torch.arange(filled, filled + stop - start)
+                places: slice | Tensor = slice(filled, filled + stop - start)
                 filled += stop - start
             else:
                 stop = min(n, start + len(free))
                 places, free = free[: stop - start], free[stop - start :]
             for name, tokens in block.items():
-                buffer[name].index_copy_(0, places, tokens[start:stop])
+                buffer[name][places] = tokens[start:stop]
             start = stop
     left = torch.ones(filled, dtype=torch.bool)
     left[free] = False

@@ -146,7 +146,7 @@ class ActivationCache(Activations):
         for part in by_shard:
             shard = self._shards[places[part[0], 0]]
             with self._explained(shard):
-                dataset = self._file(shard)[f"updates/{hookpoint}"].id
+                dataset = h5py.h5d.open(self._file(shard).id, f"updates/{hookpoint}".encode())
                 space = dataset.get_space()
                 for (_, row, number), length, end in zip(
                     places[part].tolist(), lengths[part].tolist(), ends[part].tolist(), strict=True
