@@ -113,7 +113,7 @@ class Artifact:
             raise ArtifactError(
                 f"The stamp of {self.folder} cannot be read ({cause}). Delete the folder and make it again."
             ) from None
-        if not _is_stamp(stamp) or stamp["digest"] != _digest(stamp["recipe"], stamp["files"]):
+        if not _is_stamp(stamp) or stamp["check"] != _check(stamp):
             raise ArtifactError(
                 f"The stamp of {self.folder} is not as it was written. Delete the folder and make it again."
             )
@@ -211,9 +211,9 @@ class Artifact:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "facts": facts or {},
             "files": files,
-            "digest": _digest(self.recipe, files),
+            "digest": sha256(canonical_json({"recipe": self.recipe, "files": files}).encode()),
         }
-        write_atomically(self.file(_STAMP), json.dumps(stamp, indent=1).encode())
+        write_atomically(self.file(_STAMP), json.dumps(stamp | {"check": _check(stamp)}, indent=1).encode())
         return Artifact(self.folder, self.recipe)
 
     def unseal(self) -> None:
@@ -240,11 +240,7 @@ class Artifact:
                 folder's.
         """
         stamp = self.stamp
-        faults = (
-            []
-            if self.name.endswith(name_hash(stamp["recipe"]))
-            else ["the recipe is not the one that named it"]
-        )
+        faults = [] if self.name.endswith(name_hash(stamp["recipe"])) else ["the recipe is not the one that named it"]
         for name, entry in stamp["files"].items():
             if Path(name).name != name or not self.file(name).is_file():
                 faults.append(f"{name} is missing")
@@ -256,13 +252,14 @@ class Artifact:
             raise ArtifactError(f"{self.folder}: {'; '.join(faults)}. Delete the folder and make it again.")
 
 
-def _digest(recipe: Mapping[str, Any], files: Mapping[str, Any]) -> str:
-    return sha256(canonical_json({"recipe": recipe, "files": files}).encode())
+def _check(stamp: Mapping[str, Any]) -> str:
+    """sha256 of all that a stamp says."""
+    return sha256(canonical_json({key: value for key, value in stamp.items() if key != "check"}).encode())
 
 
 def _is_stamp(value: object) -> bool:
     """Whether JSON from a stranger has the shape of a stamp."""
-    if not isinstance(value, dict) or not {"recipe", "files", "facts", "digest"} <= value.keys():
+    if not isinstance(value, dict) or not {"recipe", "files", "facts", "digest", "check"} <= value.keys():
         return False
     recipe, files, facts = value["recipe"], value["files"], value["facts"]
     if not isinstance(recipe, dict) or not isinstance(files, dict) or not isinstance(facts, dict):

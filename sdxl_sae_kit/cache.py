@@ -99,9 +99,7 @@ class ActivationCache(Activations):
                 dataset.read_direct(place, np.s_[first * rows : (first + stop - start) * rows])
         return self.layout.tensor(out)
 
-    def positions(
-        self, hookpoint: str, images: Sequence[int] | NDArray[np.integer]
-    ) -> Int[np.ndarray, "image token"]:
+    def positions(self, hookpoint: str, images: Sequence[int] | NDArray[np.integer]) -> Int[np.ndarray, "image token"]:
         """Which tokens of the grid `read` gives, as y · width + x: all in order, or those that were sampled."""
         self.grid(hookpoint)
         return np.stack([self.layout.positions(hookpoint, int(image)) for image in images])
@@ -118,16 +116,16 @@ class ActivationCache(Activations):
         strip, order = self.layout.strip(hookpoints[0]), rng.permutation(len(self._shards))
         strips_per_row = -(-self.tokens_per_row(hookpoints[0]) // strip)
         for window in (order[i : i + _OPEN_FILES] for i in range(0, len(order), _OPEN_FILES)):
-            places = np.concatenate([self._strips(chosen[slice(*bounds[i])], i, strips_per_row) for i in window])
+            places = np.concatenate(
+                [self._strips(chosen[slice(*bounds[i])], i, strips_per_row) for i in window.tolist()]
+            )
             places = rng.permutation(places)
             for start in range(0, len(places), max(1, block // strip)):
                 part = places[start : start + max(1, block // strip)]
                 part = part[np.lexsort(part.T[::-1])]  # neighbours on disk together: the buffer mixes them anyway
                 yield {hookpoint: self._read_strips(hookpoint, part, strip) for hookpoint in hookpoints}
 
-    def _strips(
-        self, images: NDArray[np.integer], shard: int, strips_per_row: int
-    ) -> Int[np.ndarray, "strip 3"]:
+    def _strips(self, images: NDArray[np.integer], shard: int, strips_per_row: int) -> Int[np.ndarray, "strip 3"]:
         """Shard, row in it and number of every strip of these images."""
         first = self._shards[shard].first_image
         rows = (images[:, None] - first) * self.rows_per_image + np.arange(self.rows_per_image)
@@ -195,7 +193,7 @@ class ActivationCache(Activations):
         Raises:
             ArtifactError: naming each file that is missing, changed or foreign, and the images it affects.
         """
-        verify(self.artifact)
+        verify(Artifact(self.artifact.folder))
 
     def _shard(self, image: int) -> Shard:
         ((_, _, shard),) = self._runs(np.array([image]))

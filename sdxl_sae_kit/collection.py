@@ -176,9 +176,7 @@ def _write(pipe: Any, writer: ShardWriter, shards: Sequence[Shard], processes: P
     recipe, n_images = writer.artifact.recipe, sum(shard.images for shard in shards)
     if processes.first:
         _announce(pipe, writer, n_done, processes)
-    bar = tqdm(
-        total=n_done + n_images, initial=n_done, desc="collect", unit="image", disable=not processes.first
-    )
+    bar = tqdm(total=n_done + n_images, initial=n_done, desc="collect", unit="image", disable=not processes.first)
     with bar, ThreadPoolExecutor(1) as background, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* prompts are longer than")  # told once, for all
         writing: Future[None] | None = None

@@ -129,9 +129,7 @@ def _halves(half: str | None, guidance: float) -> list[str]:
     return [half]
 
 
-def observe(
-    pipe: Any, batch: Prompts, recipe: Mapping[str, Any]
-) -> tuple[dict[str, NDArray[Any]], list[Image.Image]]:
+def observe(pipe: Any, batch: Prompts, recipe: Mapping[str, Any]) -> tuple[dict[str, NDArray[Any]], list[Image.Image]]:
     """Make one batch of images; per hookpoint their updates as (image, row, token, d_in), bfloat16 as its bits.
 
     Raises:

@@ -94,9 +94,7 @@ class ShardWriter:
         written = {shard.file for shard in self.shards()}
         return [shard for shard in plan_shards(self.layout) if shard.file not in written]
 
-    def write(
-        self, shard: Shard, batches: Sequence[tuple[Mapping[str, NDArray[Any]], Sequence[Image.Image]]]
-    ) -> None:
+    def write(self, shard: Shard, batches: Sequence[tuple[Mapping[str, NDArray[Any]], Sequence[Image.Image]]]) -> None:
         """Write one shard, make it durable, and enter it in the manifest.
 
         Each batch holds the updates per hookpoint, (image, row, token, d_in), and the pictures (or none).
@@ -141,9 +139,7 @@ def read_manifest(folder: Path, layout: Layout) -> list[Shard]:
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         shard = _from_line(line, layout)
         if shard is None or shard.first_image in shards:
-            raise ArtifactError(
-                f"Line {number} of {path} was changed after it was written. {Artifact(folder).remedy}"
-            )
+            raise ArtifactError(f"Line {number} of {path} was changed after it was written. {Artifact(folder).remedy}")
         shards[shard.first_image] = shard
     return [shards[first] for first in sorted(shards)]
 
@@ -153,7 +149,7 @@ def _from_line(line: bytes, layout: Layout) -> Shard | None:
     try:
         told = json.loads(line)
         shard = plan_shard(layout, told["first_image"] // layout.images_per_shard, str(told["sha256"]))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return shard if line + b"\n" == shard.line() and shard.images > 0 else None
 
@@ -161,9 +157,7 @@ def _from_line(line: bytes, layout: Layout) -> Shard | None:
 def check_complete(artifact: Artifact, shards: Sequence[Shard], layout: Layout) -> None:
     """Refuse a manifest that does not list every image."""
     if (found := sum(shard.images for shard in shards)) != layout.n_images:
-        raise ArtifactError(
-            f"{artifact.file(_MANIFEST)} lists {found} of {layout.n_images} images. {artifact.remedy}"
-        )
+        raise ArtifactError(f"{artifact.file(_MANIFEST)} lists {found} of {layout.n_images} images. {artifact.remedy}")
 
 
 def read_prompts(artifact: Artifact, layout: Layout) -> Prompts:

@@ -1,6 +1,5 @@
 """The store: names from recipes, one writer, finished in one step, verified byte by byte."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,6 +7,7 @@ import sys
 import textwrap
 
 import pytest
+from caches import rewrite_stamp
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,9 +61,9 @@ def test_the_default_store_follows_the_environment(tmp_path, monkeypatch):
         (lambda f: (f / "result.json").write_text("[1, 3]"), "result.json has changed"),
         (lambda f: (f / "picture.png").unlink(), "picture.png is missing"),
         (lambda f: (f / "stranger").write_text(""), "stranger does not belong"),
-        (lambda f: edit_stamp(f, lambda s: s["recipe"].update(n=4)), "the recipe is not the one that named it"),
+        (lambda f: rewrite_stamp(f, lambda s: s["recipe"].update(n=4)), "the recipe is not the one that named it"),
         (
-            lambda f: edit_stamp(f, lambda s: s["files"].update({"../result.json": {"sha256": ""}})),
+            lambda f: rewrite_stamp(f, lambda s: s["files"].update({"../result.json": {"bytes": 0, "sha256": ""}})),
             r"\.\./result.json is missing",
         ),
     ],
@@ -72,12 +72,6 @@ def test_any_harm_is_found(made, harm, complaint):
     harm(made.folder)
     with pytest.raises(ArtifactError, match=complaint):
         Artifact(made.folder).verify()
-
-
-def edit_stamp(folder, change):
-    stamp = json.loads((folder / "stamp.json").read_text())
-    change(stamp)
-    (folder / "stamp.json").write_text(json.dumps(stamp))
 
 
 def test_one_file_can_be_checked_alone(made):
@@ -92,12 +86,29 @@ def test_an_unfinished_foreign_or_newer_artifact_is_not_opened(made, tmp_path):
         Artifact.open(tmp_path / "nothing", "studies")
     with pytest.raises(ArtifactError, match="holds studies version 1; this kit reads saes"):
         Artifact.open(made.folder, "saes")
-    edit_stamp(made.folder, lambda s: s["recipe"].update(version=99))
+    rewrite_stamp(made.folder, lambda s: s["recipe"].update(version=99))
     with pytest.raises(ArtifactError, match="studies version 99"):
         Artifact.open(made.folder, "studies")
-    (made.folder / "stamp.json").write_text("{}")
-    with pytest.raises(ArtifactError, match="lacks"):
+
+
+@pytest.mark.parametrize(
+    "stamp", ["{}", "[]", "[" * 9999, "{", '{"recipe": 1, "files": {}, "facts": {}, "digest": "", "check": ""}', "\xff"]
+)
+def test_a_stamp_that_is_none_is_refused(made, stamp):
+    (made.folder / "stamp.json").write_text(stamp)
+    with pytest.raises(ArtifactError, match="The stamp of .* (cannot be read|is not as it was written)"):
         Artifact.open(made.folder, "studies")
+
+
+def test_a_word_changed_anywhere_in_a_stamp_is_noticed(made):
+    path = made.folder / "stamp.json"
+    for old, new in (('"rows": 2', '"rows": 3'), ('"time": "2', '"time": "1'), ('"n": 3', '"n": 4')):
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+        with pytest.raises(ArtifactError, match="is not as it was written"):
+            Artifact.open(made.folder, "studies")
+        path.write_text(text)
 
 
 HOLDER = """

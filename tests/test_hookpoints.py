@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from sdxl_sae_kit.errors import HookpointError
 from sdxl_sae_kit import hookpoints
+from sdxl_sae_kit.errors import HookpointError
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, list_hookpoints, resolve
 
 SDXL = {

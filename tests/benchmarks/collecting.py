@@ -20,7 +20,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,8 @@ def bare(pipe: Any, prompts: Prompts, _folder: Path) -> None:
     with hooks.rewrite(pipe, {DEFAULT_HOOKPOINTS[-1]: stop}):
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
-            try:
+            with suppress(_Enough):
                 kit.generate(pipe, batch.texts, batch.seeds)
-            except _Enough:
-                pass
 
 
 def collect(pipe: Any, prompts: Prompts, folder: Path) -> None:
@@ -125,7 +123,9 @@ def main() -> None:
         per_image = f"{1000 * statistics.median(times) / options.images:.2f} ms, {nbytes[name] / options.images:,.0f} B"
         print(f"{name:9} {per_image} an image; {spread} × bare")
     slower = [r / c for r, c in zip(seconds["released"], seconds["collect"], strict=True)]
-    print(f"released takes {statistics.median(slower):.2f} × as long as collect ({min(slower):.2f} to {max(slower):.2f})")
+    print(
+        f"released takes {statistics.median(slower):.2f} × as long as collect ({min(slower):.2f} to {max(slower):.2f})"
+    )
     print(f"collect keeps {nbytes['collect'] / nbytes['released']:.3f} of the bytes")
 
 

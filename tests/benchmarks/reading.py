@@ -166,7 +166,9 @@ def main() -> None:
         for memory in (2**26, 2**27, 2**28, 2**29):
             effect, neighbours, n = design_effect(cache, memory)
             held = memory // (2 * D_IN * SIDE * SIDE)
-            print(f"{memory >> 20} MB ({held} images): design effect {effect:.2f}, neighbours {neighbours:+.4f}, n = {n}")
+            print(
+                f"{memory >> 20} MB ({held} images): design effect {effect:.2f}, neighbours {neighbours:+.4f}, n = {n}"
+            )
     finally:
         shutil.rmtree(folder)
 
