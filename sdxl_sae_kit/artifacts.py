@@ -323,20 +323,28 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as handle:
+        with explain_full(path), open(temporary, "wb") as handle:
             handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)
-    except OSError as cause:
+    finally:
         temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def explain_full(path: Path) -> Iterator[None]:
+    """Say of a disk that is full what to do."""
+    try:
+        yield
+    except OSError as cause:
         if cause.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ArtifactError(
-            f"There is no space left for {path} ({human_bytes(len(data))}). What was written before is kept: make "
-            "room, and the same call goes on from there."
+            f"There is no space left for {path}. What was written before is kept: make room, and the same call goes on "
+            "from there."
         ) from None
-    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

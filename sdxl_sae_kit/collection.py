@@ -202,9 +202,8 @@ def _announce(pipe: Any, writer: ShardWriter, n_done: int, processes: Processes)
     together = f" {processes.count} processes share it." if processes.count > 1 else ""
     tqdm.write(f"Collecting {plan}, as {artifact.name}.{there}{together}")
     if long := count_long(pipe, prompts.texts):
-        tqdm.write(
-            f"{long:,} of the prompts are longer than the {pipe.tokenizer.model_max_length} tokens that this model "
-            "reads: cut there."
-        )
-    if prompts.n_repeated:
-        tqdm.write(f"{prompts.n_repeated:,} of the prompts say what an earlier one says; each has its own seed.")
+        most = pipe.tokenizer.model_max_length
+        longer = "is longer" if long == 1 else "are longer"
+        tqdm.write(f"{long:,} of {len(prompts):,} prompts {longer} than the {most} tokens this model reads: cut there.")
+    if repeated := prompts.n_repeated:
+        tqdm.write(f"{repeated:,} of {len(prompts):,} prompts repeat an earlier one, each with its own seed.")

@@ -24,6 +24,7 @@ from PIL import Image
 from sdxl_sae_kit.artifacts import (
     Artifact,
     canonical_json,
+    explain_full,
     hash_file,
     name_hash,
     sha256,
@@ -108,7 +109,7 @@ class ShardWriter:
         write_atomically(self.artifact.file(shard.file), data)
         entered = Shard(shard.file, shard.first_image, shard.images, sha256(data))
         manifest = self.artifact.file(_MANIFEST)
-        with open(manifest, "ab") as handle:
+        with explain_full(manifest), open(manifest, "ab") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)  # another process may be entering a shard of its own
             _cut_torn_line(manifest)
             handle.write(entered.line())

@@ -1,25 +1,31 @@
 """Collection: the right numbers, once each, whatever interrupts it. A real process is killed for real."""
 
+import io
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from sdxl_sae_kit import collection
+from sdxl_sae_kit import observation, plans
 from sdxl_sae_kit.artifacts import Artifact
-from sdxl_sae_kit.collection import collect, plan_collection
+from sdxl_sae_kit.cache import ActivationCache
+from sdxl_sae_kit.collection import collect, repair
 from sdxl_sae_kit.errors import ArtifactError, HookpointError, KitError
+from sdxl_sae_kit.hookpoints import list_hookpoints
 from sdxl_sae_kit.hooks import record
 from sdxl_sae_kit.pipelines import generate, load_pipeline
 from sdxl_sae_kit.prompts import load_prompts
-from sdxl_sae_kit.shards import read_manifest
 
 PROMPTS = load_prompts("world", 20, seed=5)
 
@@ -51,7 +57,7 @@ def test_stopping_the_u_net_early_collects_the_same(pipe, tmp_path, monkeypatch)
     whole = collect(pipe, PROMPTS, ["down.2.1", "mid.0"], store=tmp_path)
     decoded = []
     monkeypatch.setattr(pipe.vae, "decode", lambda *a, **k: decoded.append(1))
-    early = collect(pipe, PROMPTS, ["down.2.1", "mid.0"], thumbnails=False, store=tmp_path)
+    early = collect(pipe, PROMPTS, ["down.2.1", "mid.0"], images=None, store=tmp_path)
     assert not decoded
     for hookpoint in whole.hookpoints:
         assert torch.equal(whole.read(hookpoint, range(20)), early.read(hookpoint, range(20)))
@@ -60,7 +66,7 @@ def test_stopping_the_u_net_early_collects_the_same(pipe, tmp_path, monkeypatch)
 
 def test_a_second_call_returns_what_is_there_without_running_the_model(pipe, tmp_path, monkeypatch):
     first = collect(pipe, PROMPTS, ["mid.0"], store=tmp_path)
-    monkeypatch.setattr(collection, "generate", None)
+    monkeypatch.setattr(observation, "generate", None)
     assert collect(pipe, PROMPTS, ["mid.0"], store=tmp_path).artifact.digest == first.artifact.digest
     with pytest.raises(TypeError):
         collect(pipe, PROMPTS, ["mid.0"], batch_size=5, store=tmp_path)  # another recipe
@@ -68,7 +74,7 @@ def test_a_second_call_returns_what_is_there_without_running_the_model(pipe, tmp
 
 def test_another_scheduler_is_another_cache(tmp_path):
     pipe = load_pipeline("tiny-turbo", device="cpu", dtype="float32")
-    settings = {"num_inference_steps": 2, "dtype": "float32", "thumbnails": False, "store": tmp_path}
+    settings = {"num_inference_steps": 2, "dtype": "float32", "images": None, "store": tmp_path}
     one = collect(pipe, PROMPTS[:2], ["mid.0"], **settings)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     other = collect(pipe, PROMPTS[:2], ["mid.0"], **settings)
@@ -85,73 +91,191 @@ def test_one_that_another_process_finished_meanwhile_is_left_alone(pipe, tmp_pat
     assert (first.artifact.folder / "stamp.json").read_bytes() == stamp
 
 
-def test_an_exception_at_one_image_loses_nothing_and_the_resumed_cache_is_bit_identical(pipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(collection, "_SHARD_IMAGES", 4)
-    whole = collect(pipe, PROMPTS, ["mid.0"], batch_size=4, store=tmp_path / "whole")
-    calls = []
-
-    def failing(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:
-            raise RuntimeError("out of memory at image 12")
-        return generate(*args, **kwargs)
-
-    monkeypatch.setattr(collection, "generate", failing)
-    with pytest.raises(RuntimeError, match="image 12"):
-        collect(pipe, PROMPTS, ["mid.0"], batch_size=4, store=tmp_path / "broken")
-    resumed = collect(pipe, PROMPTS, ["mid.0"], batch_size=4, store=tmp_path / "broken")
-    assert len(calls) == 4 + 2  # only what was missing
-    assert resumed.artifact.digest == whole.artifact.digest
+def refusal_of(store):
+    """Where a collector says why it stopped: not in the store, whose disk may be full."""
+    return store.with_name(f"{store.name}.refusal")
 
 
-COLLECTOR = """
-    import sys, torch
-    torch.set_num_threads(1)
-    from sdxl_sae_kit import collection, load_pipeline, load_prompts
-    collection._SHARD_IMAGES = 4
-    pipe = load_pipeline("tiny-turbo", device="cpu", dtype="float32")
-    print("ready", flush=True)
-    collection.collect(pipe, load_prompts("world", 48, seed=5), ["mid.0", "up.0.1"], batch_size=4, store=sys.argv[1])
-    print("done", flush=True)
-"""
+class Collector:
+    """A process of its own that collects and may be harmed: forked, so that it starts in milliseconds."""
+
+    def __init__(self, pipe, folder, prompts, **settings):
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                with redirect_stderr(io.StringIO()) as said, redirect_stdout(said):
+                    collect(pipe, prompts, ["mid.0", "up.0.1"], batch_size=4, store=folder, **settings)
+                code = 0
+            except KeyboardInterrupt:
+                code = 130
+            except ArtifactError as error:
+                refusal_of(folder).write_text(str(error))
+                code = 3
+            finally:
+                os._exit(code)
+
+    def signal(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self):
+        """The exit code; minus the signal that killed it."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
-def start_collector(folder):
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(COLLECTOR), str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout.readline() == b"ready\n"
-    return process
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of four images, so that there are many moments at which something can go wrong."""
+    monkeypatch.setattr(observation, "_SHARD_IMAGES", 4)
 
 
-def committed_images(folder):
-    return sum(shard["images"] for cache in folder.glob("activations/*") for shard in read_manifest(cache))
+def folder_of(store):
+    (folder,) = (store / "activations").glob("*")
+    return folder
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.slow)])
-def test_killed_again_and_again_it_still_ends_bit_identical(tmp_path, kills):
-    assert start_collector(tmp_path / "whole").wait(timeout=120) == 0
-    rng = random.Random(0)
-    committed = 0
-    for number in range(kills):
-        process = start_collector(tmp_path / "killed")
-        while process.poll() is None and committed_images(tmp_path / "killed") <= 48 * number // kills:
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.1))  # into the midst of whatever comes next
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=30)
-        now = committed_images(tmp_path / "killed")
-        assert now >= committed  # what was entered stays entered
-        assert number or 0 < now < 48
-        committed = now
-    assert start_collector(tmp_path / "killed").wait(timeout=120) == 0
-    whole, killed = (next((tmp_path / name / "activations").glob("*")) for name in ("whole", "killed"))
-    assert {p.name for p in whole.iterdir()} == {p.name for p in killed.iterdir()}
-    for path in whole.glob("*.h5"):
-        assert path.read_bytes() == (killed / path.name).read_bytes()
+def committed(store):
+    """The images that are entered, and every row of them, as a reader sees them while others may be writing."""
+    try:
+        cache = ActivationCache.open(folder_of(store), unfinished=True)
+    except (ArtifactError, ValueError):  # not even the recipe is there yet
+        return {}
+    present = cache.present.tolist()
+    return {(hookpoint, image): cache.read(hookpoint, [image]) for hookpoint in cache.hookpoints for image in present}
+
+
+def same_files(one, other):
+    names = {path.name for path in one.iterdir()} - {".lock", "stamp.json"}
+    assert names == {path.name for path in other.iterdir()} - {".lock", "stamp.json"}
+    assert all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+    return Artifact(one).digest == Artifact(other).digest
+
+
+@pytest.mark.parametrize("kills", [12, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_loses_nothing_and_ends_bit_identical(pipe, tmp_path, small_shards, kills):
+    prompts, rng = load_prompts("world", 48, seed=5), random.Random(0)
+    whole = collect(pipe, prompts, ["mid.0", "up.0.1"], batch_size=4, store=tmp_path / "whole")
+    expected = {(h, i): whole.read(h, [i]) for h in whole.hookpoints for i in range(48)}
+    started = time.perf_counter()
+    assert Collector(pipe, tmp_path / "timed", prompts).wait() == 0
+    takes, killed, number = time.perf_counter() - started, 0, 0
+    while killed < kills:
+        store, seen = tmp_path / str(number), {}
+        store.mkdir()
+        for _ in range(rng.randint(1, 5)):  # so often, then it may finish
+            process = Collector(pipe, store, prompts)
+            time.sleep(rng.uniform(0, takes))
+            process.signal(signal.SIGKILL)
+            killed += process.wait() == -signal.SIGKILL
+            now = committed(store)
+            assert now.keys() >= seen.keys()  # what was entered stays entered
+            assert all(torch.equal(rows, expected[key]) for key, rows in now.items())
+            seen = now
+        assert Collector(pipe, store, prompts).wait() == 0
+        assert same_files(folder_of(store), whole.artifact.folder)
+        number += 1
+
+
+def test_interrupted_it_keeps_what_is_whole_and_goes_on(pipe, tmp_path, small_shards):
+    prompts = load_prompts("world", 48, seed=5)
+    whole = collect(pipe, prompts, ["mid.0", "up.0.1"], batch_size=4, store=tmp_path / "whole")
+    (tmp_path / "stopped").mkdir()
+    process = Collector(pipe, tmp_path / "stopped", prompts)
+    while len(committed(tmp_path / "stopped")) < 24:
+        time.sleep(0.01)
+    process.signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert 24 <= len(committed(tmp_path / "stopped")) < 96
+    assert Collector(pipe, tmp_path / "stopped", prompts).wait() == 0
+    assert same_files(folder_of(tmp_path / "stopped"), whole.artifact.folder)
+
+
+def test_an_exception_at_image_537_loses_at_most_its_shard_and_is_made_good(pipe, tmp_path, monkeypatch):
+    prompts = load_prompts("world", 600)
+    settings = {"batch_size": 32, "images": None}
+    whole = collect(pipe, prompts, ["mid.0"], store=tmp_path / "whole", **settings)
+    drawn = []
+
+    def failing(pipe, texts, seeds, **more):
+        drawn.extend(seeds)
+        if prompts.seeds[537] in seeds and len(drawn) <= 600:
+            raise RuntimeError("out of memory at image 537")
+        return generate(pipe, texts, seeds, **more)
+
+    monkeypatch.setattr(observation, "generate", failing)
+    with pytest.raises(RuntimeError, match="image 537"):
+        collect(pipe, prompts, ["mid.0"], store=tmp_path / "broken", **settings)
+    reader = ActivationCache.open(folder_of(tmp_path / "broken"), unfinished=True)
+    assert reader.present.tolist() == list(range(512))
+    before = len(drawn)
+    drawn += [0] * 600
+    resumed = collect(pipe, prompts, ["mid.0"], store=tmp_path / "broken", **settings)
+    assert len(drawn) - 600 - before == 600 - 512  # only what was missing
+    assert same_files(resumed.artifact.folder, whole.artifact.folder)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 3 MB, where one may be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_disk_that_is_too_small_is_refused_beforehand(pipe, small_disk):
+    with pytest.raises(ArtifactError, match=r"MB are to be written. It does not fit: .* MB are free"):
+        collect(pipe, load_prompts("world", 300), ["mid.0", "up.0.1"], store=small_disk)
+    assert not list(small_disk.rglob("*.h5"))
+
+
+def test_a_disk_that_fills_up_on_the_way_loses_nothing(pipe, tmp_path, small_disk, small_shards):
+    prompts = load_prompts("world", 48, seed=5)
+    whole = collect(pipe, prompts, ["mid.0", "up.0.1"], batch_size=4, store=tmp_path / "whole")
+    process = Collector(pipe, small_disk, prompts)
+    while len(committed(small_disk)) < 16:
+        time.sleep(0.01)
+    with open(small_disk / "filler", "wb", buffering=0) as filler, suppress(OSError):  # another program fills the disk
+        while True:
+            filler.write(bytes(4096))
+    assert process.wait() == 3
+    assert "There is no space left for" in refusal_of(small_disk).read_text()
+    kept = committed(small_disk)
+    assert 16 <= len(kept) < 96
+    assert not list(small_disk.rglob("*.tmp"))
+    (small_disk / "filler").unlink()
+    with pytest.raises(ArtifactError, match="There is no space left for .* make room, and the same call goes on"):
+        _fill_and_collect(pipe, prompts, small_disk)
+    collect(pipe, prompts, ["mid.0", "up.0.1"], batch_size=4, store=small_disk)  # in the same process that failed
+    assert same_files(folder_of(small_disk), whole.artifact.folder)
+
+
+def _fill_and_collect(pipe, prompts, disk):
+    """Collect with hardly any space left, and give it back afterwards."""
+    filler = disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free - 60_000))
+    try:
+        with patch.object(plans.CollectionPlan, "check_space"):
+            collect(pipe, prompts, ["mid.0", "up.0.1"], batch_size=4, store=disk)
+    finally:
+        filler.unlink()
+
+
+def test_a_second_collector_is_refused_at_once_by_the_name_of_the_first(pipe, tmp_path, small_shards):
+    prompts = load_prompts("world", 200, seed=5)
+    first = Collector(pipe, tmp_path, prompts)
+    while not committed(tmp_path):
+        time.sleep(0.01)
+    started = time.perf_counter()
+    second = Collector(pipe, tmp_path, prompts)
+    assert second.wait() == 3
+    assert time.perf_counter() - started < 10
+    assert f"is being written by process {first.pid} on {os.uname().nodename}" in refusal_of(tmp_path).read_text()
+    first.signal(signal.SIGKILL)
+    first.wait()
 
 
 def test_two_collectors_of_the_same_cache_are_one_too_many(pipe, tmp_path):
@@ -159,26 +283,6 @@ def test_two_collectors_of_the_same_cache_are_one_too_many(pipe, tmp_path):
     (first.artifact.folder / "stamp.json").unlink()
     with first.artifact.lock(), pytest.raises(ArtifactError, match=f"is being written by process {os.getpid()}"):
         collect(pipe, PROMPTS[:2], ["mid.0"], store=tmp_path)
-
-
-def test_the_forecast_is_what_gets_written(pipe, tmp_path):
-    cache = collect(pipe, PROMPTS, num_inference_steps=2, thumbnails=False, store=tmp_path)
-    plan = plan_collection(dict(cache.recipe), 20)
-    assert plan.n_tokens == 20 * 2 * 4 * 64
-    assert plan.nbytes == 20 * 2 * 4 * 64 * 96 * 2
-    assert plan.nbytes == pytest.approx(cache.nbytes, rel=0.05)
-
-
-def test_the_papers_scale_is_forecast_without_its_model():
-    recipe = {
-        "num_inference_steps": 1,
-        "halves": ["cond"],
-        "dtype": "float16",
-        "hookpoints": {str(i): [16, 16, 1280] for i in range(4)},
-    }
-    plan = plan_collection(recipe, 1_500_000)
-    assert plan.n_tokens == 4 * 384_000_000
-    assert plan.nbytes == pytest.approx(3.9e12, rel=0.01)
 
 
 def test_mistakes_are_refused_before_anything_is_made(pipe, tmp_path, unchecked_types):
@@ -193,7 +297,7 @@ def test_mistakes_are_refused_before_anything_is_made(pipe, tmp_path, unchecked_
         ({"guidance_scale": "high"}, "guidance_scale must be a finite number from 0 on, not 'high'"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number from 0 on, not nan"),
         ({"height": 63}, "height must be a multiple of 8 of at least 8, not 63"),
-        ({"hookpoints": []}, "collect needs at least one hookpoint, such as 'down.2.1'"),
+        ({"hookpoints": []}, "At least one hookpoint is needed, such as 'down.2.1'"),
     ]:
         with pytest.raises(KitError, match=complaint):
             collect(pipe, PROMPTS, **{"hookpoints": ["mid.0"], **settings}, store=tmp_path)
@@ -213,3 +317,160 @@ def test_numbers_too_large_for_float16_stop_it_with_advice(pipe, tmp_path, monke
     with pytest.raises(KitError, match="not finite in float16. Collect with dtype='bfloat16'"):
         collect(pipe, PROMPTS[:2], ["mid.0"], store=tmp_path)
     assert collect(pipe, PROMPTS[:2], ["mid.0"], dtype="bfloat16", store=tmp_path).read("mid.0", [0]).isfinite().all()
+
+
+def test_hookpoints_of_several_grids_and_widths_come_in_one_pass(pipe, tmp_path):
+    names = list(list_hookpoints(pipe.unet))
+    cache = collect(pipe, PROMPTS[:5], names, dtype="float32", images=None, store=tmp_path)
+    assert list(cache.hookpoints) == names
+    with record(pipe, names) as recording:
+        generate(pipe, PROMPTS[:5].texts, PROMPTS[:5].seeds)
+    for name in names:
+        assert torch.equal(cache.read(name, range(5))[:, 0], recording.update(name).flatten(1, 2))
+    assert {cache.grid(name) for name in names} == {(8, 8), (16, 16)}
+
+
+def test_steps_halves_and_tokens_can_be_chosen(pipe, tmp_path):
+    settings = {"num_inference_steps": 4, "guidance_scale": 3.0, "dtype": "float32", "images": None, "store": tmp_path}
+    whole = collect(pipe, PROMPTS[:6], ["mid.0", "up.0.1"], batch_size=4, **settings)
+    chosen = {"steps": [2, 0], "half": "uncond", "tokens_per_image": 7}
+    some = collect(pipe, PROMPTS[:6], ["mid.0", "up.0.1"], batch_size=4, **chosen, **settings)
+    rows = [whole.row(step, "uncond") for step in (0, 2)]
+    assert some.rows_per_image == 2
+    for hookpoint in some.hookpoints:
+        kept = torch.from_numpy(some.positions(hookpoint, range(6))).long()
+        expected = whole.read(hookpoint, range(6))[:, rows].gather(2, kept[:, None, :, None].expand(-1, 2, -1, 96))
+        assert torch.equal(some.read(hookpoint, range(6)), expected)
+
+
+def test_nothing_is_drawn_after_the_last_step_that_is_kept(pipe, tmp_path):
+    calls = []
+    handle = pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        collect(pipe, PROMPTS[:2], ["mid.0"], num_inference_steps=4, steps=[0, 1], images=None, store=tmp_path)
+    finally:
+        handle.remove()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (96, 64), (72, 64)])
+def test_sizes_need_not_be_square(pipe, tmp_path, height, width):
+    cache = collect(pipe, PROMPTS[:3], ["mid.0"], height=height, width=width, images="png", store=tmp_path)
+    assert cache.grid("mid.0") == (-(-height // 8), -(-width // 8))
+    assert cache.image(1).size == (width, height)
+    assert cache.read("mid.0", [0]).shape[2] == cache.grid("mid.0")[0] * cache.grid("mid.0")[1]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_batches_may_be_of_any_size(pipe, tmp_path, batch_size):
+    cache = collect(pipe, PROMPTS, ["mid.0"], batch_size=batch_size, dtype="float32", images=None, store=tmp_path)
+    whole = collect(pipe, PROMPTS, ["mid.0"], batch_size=20, dtype="float32", images=None, store=tmp_path)
+    assert torch.allclose(cache.read("mid.0", range(20)), whole.read("mid.0", range(20)), atol=2e-3)
+
+
+def test_whole_pictures_are_those_that_were_drawn(pipe, tmp_path):
+    cache = collect(pipe, PROMPTS[:3], ["mid.0"], images="png", store=tmp_path)
+    drawn = generate(pipe, PROMPTS[:3].texts, PROMPTS[:3].seeds)
+    assert all(np.array_equal(np.array(cache.image(i)), np.array(picture)) for i, picture in enumerate(drawn))
+
+
+def test_long_and_repeated_prompts_are_counted_and_told(pipe, tmp_path, capsys, recwarn):
+    prompts = ["a red circle", "a red circle", "a red circle " * 60, "ein grüner Kreis ✓ 圆", "a red circle"]
+    cache = collect(pipe, prompts, ["mid.0"], batch_size=2, store=tmp_path)
+    told = capsys.readouterr().out
+    assert "1 of 5 prompts is longer than the" in told and "cut there" in told
+    assert "2 of 5 prompts repeat an earlier one" in told
+    assert cache.artifact.stamp["facts"] == {"images": 5, "prompts cut": 1, "prompts repeated": 2}
+    assert not [warning for warning in recwarn if "longer than" in str(warning.message)]
+    assert cache.prompts.texts == tuple(prompts)
+
+
+def test_repair_collects_again_what_is_lost_and_nothing_else(pipe, tmp_path, monkeypatch, small_shards):
+    cache = collect(pipe, PROMPTS, ["mid.0"], batch_size=4, store=tmp_path)
+    folder, digest = cache.artifact.folder, cache.digest
+    data = bytearray((folder / "shard-00002.h5").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "shard-00002.h5").write_bytes(data)
+    (folder / "shard-00004.h5").unlink()
+    (folder / "manifest.jsonl").write_text("")
+    drawn = []
+
+    def counting(pipe, texts, seeds, **settings):
+        drawn.extend(seeds)
+        return generate(pipe, texts, seeds, **settings)
+
+    monkeypatch.setattr(observation, "generate", counting)
+    assert repair(pipe, folder).digest == digest
+    assert drawn == [PROMPTS.seeds[i] for i in (8, 9, 10, 11, 16, 17, 18, 19)]
+    assert repair(pipe, cache).digest == digest  # nothing left to do
+    assert len(drawn) == 8
+
+
+def test_repair_needs_the_same_model_and_only_what_is_lost(pipe, tmp_path):
+    cache = collect(pipe, PROMPTS[:4], ["mid.0"], store=tmp_path)
+    folder = cache.artifact.folder
+    shard, prompts = folder / "shard-00000.h5", folder / "prompts.jsonl"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(KitError, match="collected with model tiny-turbo, not tiny-base; .* Load that pipeline"):
+        repair(load_pipeline("tiny-base", device="cpu"), folder)
+    prompts.write_text("")
+    with pytest.raises(ArtifactError, match="prompts.jsonl has changed"):
+        repair(pipe, folder)
+    with pytest.raises(ArtifactError, match="from other prompts than these. Pass the same"):
+        repair(pipe, folder, prompts=PROMPTS[:3])
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="holds notes.txt, which is not of this cache. Move it elsewhere"):
+        repair(pipe, folder, prompts=PROMPTS[:4])
+    (folder / "notes.txt").unlink()
+    (folder / "stamp.json").write_text("{}")
+    assert repair(pipe, folder, prompts=PROMPTS[:4]).digest == cache.digest
+    renamed = folder.rename(folder.with_name("another-name"))
+    shard = renamed / "shard-00000.h5"
+    shard.write_bytes(b"")
+    with pytest.raises(ArtifactError, match="not the one that named the folder. Give it back its name, which ends"):
+        repair(pipe, renamed)
+
+
+TOGETHER = """
+    import sys
+    import torch
+    torch.set_num_threads(1)
+    import sdxl_sae_kit as kit
+    from sdxl_sae_kit import observation
+    observation._SHARD_IMAGES = 4
+    pipe = kit.load_pipeline("tiny-turbo", device="cpu", dtype="float32")
+    prompts = kit.load_prompts("world", 48, seed=5)
+    cache = kit.collect(pipe, prompts, ["mid.0", "up.0.1"], batch_size=4, store=sys.argv[1])
+    print("digest", cache.digest, flush=True)
+"""
+
+
+LAUNCHERS = {
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"],
+    "torchrun": ["torch.distributed.run", "--nproc_per_node=2", "--standalone"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_make_the_same_cache_and_finish_what_a_dead_one_left(pipe, tmp_path, small_shards, launcher):
+    prompts = load_prompts("world", 48, seed=5)
+    whole = collect(pipe, prompts, ["mid.0", "up.0.1"], batch_size=4, store=tmp_path / "whole")
+    script = tmp_path / "together.py"
+    script.write_text(textwrap.dedent(TOGETHER))
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], str(script), str(tmp_path / "shared")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    while process.poll() is None and not committed_by_two(tmp_path / "shared"):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {shard for _, shard in committed(tmp_path / "shared")}
+    assert 0 < len(before) < 48
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout.count(f"digest {whole.digest}") == 2, done.stderr
+    assert same_files(folder_of(tmp_path / "shared"), whole.artifact.folder)
+
+
+def committed_by_two(store):
+    """Whether both processes have entered a shard: those of one have even numbers, those of the other odd ones."""
+    return {image // 4 % 2 for _, image in committed(store)} == {0, 1}
