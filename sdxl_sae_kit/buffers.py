@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Tokens = Mapping[str, Float[Tensor, "token d_in"]]
+Tokens = Mapping[str, Float[Tensor, "_token _d_in"]]
 """Tokens of several hookpoints: equally many of each, taken from the same places."""
 
 
 def mix(
     blocks: Iterable[Tokens], batch_size: int, capacity: int, rng: np.random.Generator
-) -> Iterator[dict[str, Float[Tensor, "token d_in"]]]:
+) -> Iterator[dict[str, Float[Tensor, "_token _d_in"]]]:
     """Batches of tokens in float32, each drawn at random from a buffer that the blocks keep full; nothing is lost.
 
     The buffer holds `capacity` tokens (at least a batch). A batch leaves it from random places, new tokens take those
@@ -45,8 +45,8 @@ def mix(
     left = torch.ones(filled, dtype=torch.bool)
     left[free] = False
     order = left.nonzero().flatten()[torch.from_numpy(rng.permutation(int(left.sum())))]
-    for places in order.split(batch_size) if len(order) else ():
-        yield _take(buffer, places)
+    for last in order.split(batch_size) if len(order) else ():
+        yield _take(buffer, last)
 
 
 def _take(buffer: Mapping[str, Tensor], places: Tensor) -> dict[str, Tensor]:

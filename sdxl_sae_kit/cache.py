@@ -303,4 +303,5 @@ def verify(artifact: Artifact) -> None:
         ArtifactError: naming each file that is missing, changed or foreign, and the images it affects.
     """
     if faults := examine(artifact).faults:
-        raise ArtifactError(f"{artifact.folder}: {'; '.join(map(str, faults))}. {artifact.remedy}")
+        told = "; ".join(map(str, faults))
+        raise ArtifactError(f"The cache in {artifact.folder} is not as it was written: {told}. {artifact.remedy}")

@@ -78,19 +78,22 @@ def plan_recipe(recipe: Mapping[str, Any], n_images: int, folder: Path, picture:
     """Forecast a collection of so many images from its recipe and the bytes of a picture."""
     layout = Layout.of({"prompts": "", **recipe, "n_images": n_images})
     tokens = sum(map(layout.n_tokens, layout.hookpoints))
-    shards, rest = divmod(n_images, layout.images_per_shard)
-    nbytes = shards * layout.nbytes(layout.images_per_shard) + (layout.nbytes(rest) if rest else 0)
-    pictures = 0 if layout.images is None else n_images * picture
     few = replace(layout, tokens_per_image=min(_FEW_TOKENS, layout.tokens_per_image or _FEW_TOKENS))
+    pictures = 0 if layout.images is None else n_images * picture
     while not folder.exists():
         folder = folder.parent
     return CollectionPlan(
         n_images,
         n_images * layout.rows_per_image * tokens,
-        nbytes + pictures,
+        _updates_on_disk(layout) + pictures,
         shutil.disk_usage(folder).free,
-        n_images * few.nbytes(1) + pictures,
+        _updates_on_disk(few) + pictures,
     )
+
+
+def _updates_on_disk(layout: Layout) -> int:
+    shards, rest = divmod(layout.n_images, layout.images_per_shard)
+    return shards * layout.nbytes(layout.images_per_shard) + (layout.nbytes(rest) if rest else 0)
 
 
 def plan(

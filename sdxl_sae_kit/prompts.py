@@ -1,7 +1,7 @@
 """Prompts: where they come from, one seed for each, and which of them are held out.
 
 Sources: `"world"` (captions of the embedded model's world, whose factors are known), `"scenes"` (everyday scenes for
-real SDXL), a text, JSON-lines or CSV file, or a list of strings.
+real SDXL), a text, JSON-lines or CSV file, a dataset of the Hugging Face hub, or a list of strings.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import hashlib
 import io
 import json
 import operator
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -24,6 +25,8 @@ from sdxl_sae_kit.errors import PromptError, did_you_mean
 from sdxl_sae_kit.tiny import world
 
 HELD_OUT_SHARE = 0.2
+COLUMNS = ("text", "prompt", "caption")
+"""What the field that holds the prompts is usually called."""
 
 
 @dataclass(frozen=True)
@@ -110,18 +113,29 @@ def is_held_out(text: str) -> bool:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < HELD_OUT_SHARE * 2**64
 
 
-def load_prompts(source: str | Path | Iterable[str], n: int | None = None, *, seed: int = 0) -> Prompts:
+def load_prompts(
+    source: str | Path | Iterable[Any],
+    n: int | None = None,
+    *,
+    seed: int = 0,
+    column: str | None = None,
+    split: str = "train",
+) -> Prompts:
     """Prompts from a source, the i-th with seed `seed + i` unless the source says another.
 
     Args:
-        source: `"world"`, `"scenes"`, a .txt, .jsonl (key `text` or `prompt`) or .csv file (column `text` or `prompt`),
-            or strings. Files are UTF-8; empty lines are skipped. JSON lines and CSV may tell each prompt's `seed`, and
-            JSON lines its `factors`, as the `prompts.jsonl` of a cache does.
+        source: `"world"`, `"scenes"`, a .txt, .jsonl or .csv file, `"hf:owner/name"` (a dataset of the Hugging Face
+            hub, or `"hf:"` and a folder of one; it is streamed, and needs the extra `datasets`), strings, or rows such
+            as a dataset gives. Files are UTF-8. JSON lines, CSV and rows may tell each prompt's `seed`, and JSON lines
+            and rows its `factors`, as the `prompts.jsonl` of a cache does.
         n: how many; needed for `"world"` and `"scenes"`, otherwise the first n.
         seed: what the generated sources and the images' noise start from.
+        column: which field of JSON lines, CSV or rows holds the prompts; by default `text`, `prompt` or `caption`.
+        split: of a dataset.
 
     Raises:
-        PromptError: unknown source, a missing or unreadable file or column, an empty prompt, or no prompts at all.
+        PromptError: unknown source, a missing or unreadable file or column, or no prompts at all. Rows without a text
+            are left out with a warning; among strings they are an error.
     """
     if n is not None:
         n = whole_number("load_prompts: n", n)
@@ -131,17 +145,42 @@ def load_prompts(source: str | Path | Iterable[str], n: int | None = None, *, se
         made = (_world if source == "world" else _scenes)(n, seed)
         rows: list[dict[str, Any]] = [{"text": text, "factors": known} for text, known in zip(*made, strict=True)]
     else:
-        rows = [row if isinstance(row, dict) else {"text": row} for row in _read(source)][:n]
-    for i, row in enumerate(rows):
-        if not isinstance(row["text"], str) or not row["text"].strip():
-            raise PromptError(
-                f"Prompt {i} of {_describe(source)} is {row['text']!r}, not a text. Remove it or write one."
-            )
+        rows = _first(_read(source, split), n, column, _describe(source))
     if not rows:
         raise PromptError(f"No prompts in {_describe(source)}. Give at least one.")
     seeds = [row.get("seed", seed + i) for i, row in enumerate(rows)]
     texts = [row["text"] for row in rows]
     return Prompts(tuple(texts), tuple(seeds), tuple(row.get("factors", {}) for row in rows))
+
+
+def _first(rows: Iterable[Any], n: int | None, column: str | None, source: str) -> list[dict[str, Any]]:
+    """The first n rows that have a text."""
+    chosen: list[dict[str, Any]] = []
+    left_out = 0
+    for number, row in enumerate(rows, 1):
+        if len(chosen) == n:
+            break
+        told = {"text": row} if isinstance(row, str) else _pick(row, f"Row {number} of {source}", column)
+        text = told["text"]
+        if not isinstance(row, str) and (text is None or text != text or text == ""):  # NaN is what pandas has for null
+            left_out += 1
+            continue
+        if not isinstance(text, str) or not text.strip():
+            raise PromptError(f"Prompt {number} of {source} is {text!r}, not a text. Remove it or write one.")
+        if not _is_unicode(text):
+            raise PromptError(f"Prompt {number} of {source} is {text!r}, which is no valid Unicode. Mend or remove it.")
+        chosen.append(told)
+    if left_out:
+        warnings.warn(f"{left_out} rows of {source} have no text and were left out.", stacklevel=3)
+    return chosen
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold and no file or tokenizer can
+        return False
+    return True
 
 
 def _world(n: int, seed: int) -> tuple[list[str], list[dict[str, str]]]:
@@ -177,16 +216,18 @@ def _scenes(n: int, seed: int) -> tuple[list[str], list[dict[str, str]]]:
     return [f"{f['style']} of {f['subject']} {f['setting']}" for f in factors], factors
 
 
-def _read(source: str | Path | Iterable[str]) -> Iterable[Any]:
+def _read(source: str | Path | Iterable[Any], split: str) -> Iterable[Any]:
     if not isinstance(source, str | Path):
         return source
+    if str(source).startswith("hf:"):
+        return _from_dataset(str(source).removeprefix("hf:"), split)
     path = Path(source)
-    readers = {".txt": _from_txt, ".jsonl": _from_jsonl, ".csv": _from_csv}
+    readers: dict[str, Callable[[str], list[Any]]] = {".txt": _from_txt, ".jsonl": _from_jsonl, ".csv": _from_csv}
     read = readers.get(path.suffix.lower())
     if read is None:
         raise PromptError(
             f"Unknown prompt source {str(source)!r}; it is 'world', 'scenes', a .txt, .jsonl or .csv file, "
-            f"or a list of texts.{did_you_mean(str(source), ['world', 'scenes'])}"
+            f"'hf:owner/name', or a list of texts.{did_you_mean(str(source), ['world', 'scenes'])}"
         )
     if not path.is_file():
         raise PromptError(f"There is no file {path}. Give the path of a .txt, .jsonl or .csv file.")
@@ -196,7 +237,7 @@ def _read(source: str | Path | Iterable[str]) -> Iterable[Any]:
         raise PromptError(f"{path} is not UTF-8 (byte {cause.start}: {cause.reason}). Save it as UTF-8.") from None
     try:
         return read(text)
-    except PromptError as cause:
+    except (PromptError, csv.Error) as cause:
         raise PromptError(f"{path} cannot be read as prompts. {cause}") from None
 
 
@@ -207,34 +248,50 @@ def _from_txt(text: str) -> list[Any]:
 
 def _from_jsonl(text: str) -> list[Any]:
     rows: list[Any] = []
-    for i, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
-            rows += [_pick(json.loads(line), f"Line {i}")] if line.strip() else []
-        except json.JSONDecodeError as cause:
+            rows += [json.loads(line)] if line.strip() else []
+        except (json.JSONDecodeError, RecursionError) as cause:
             raise PromptError(
-                f"Line {i} is not JSON ({cause}). Mend it, or give a .txt file with one prompt a line."
+                f"Line {number} is not JSON ({cause}). Mend it, or give a .txt file with one prompt a line."
             ) from None
     return rows
 
 
 def _from_csv(text: str) -> list[Any]:
-    return [_pick(row, f"Row {i}") for i, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 1)]
+    return list(csv.DictReader(io.StringIO(text, newline="")))
 
 
-def _pick(row: Any, place: str) -> dict[str, Any]:
+def _from_dataset(name: str, split: str) -> Iterator[Any]:
+    """The rows of a dataset on the hub or in a folder, as they come: nothing is downloaded that is not read."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise PromptError(
+            f"Reading hf:{name} needs the extra datasets: pip install 'sdxl-sae-kit[datasets]'."
+        ) from None
+    try:
+        yield from load_dataset(name, split=split, streaming=True)
+    except Exception as cause:  # the library raises whatever it trips over
+        raise PromptError(f"The dataset {name!r} (split {split!r}) cannot be read: {cause}") from None
+
+
+def _pick(row: Any, place: str, column: str | None) -> dict[str, Any]:
+    """Text, seed and factors of a row."""
     if not isinstance(row, dict):
-        raise PromptError(f'{place} is {row!r}, not an object. Write it as {{"text": "a prompt"}}.')
-    key = next((key for key in ("text", "prompt") if key in row), None)
+        raise PromptError(f'{place} is {row!r}, not a text. Write it as one, or as {{"text": "a prompt"}}.')
+    names = COLUMNS if column is None else (column,)
+    key = next((key for key in names if key in row), None)
     if key is None:
         raise PromptError(
-            f"{place} has neither 'text' nor 'prompt', only {', '.join(map(str, row))}. "
-            "Rename the field that holds the prompts."
+            f"{place} has neither {' nor '.join(map(repr, names))}, only {', '.join(map(str, row))}. "
+            "Say with column= which of them holds the prompts."
         )
     told = {"text": row[key]}
     if row.get("seed") not in (None, ""):
         told["seed"] = _whole(row["seed"], place)
     if isinstance(row.get("factors"), dict):
-        told["factors"] = {str(factor): str(value) for factor, value in row["factors"].items()}
+        told["factors"] = {str(factor): str(value) for factor, value in row["factors"].items() if value is not None}
     return told
 
 
@@ -245,5 +302,5 @@ def _whole(seed: Any, place: str) -> int:
         raise PromptError(f"{place} has the seed {seed!r}, which is no integer. Mend it, or leave it out.") from None
 
 
-def _describe(source: str | Path | Iterable[str]) -> str:
+def _describe(source: str | Path | Iterable[Any]) -> str:
     return str(source) if isinstance(source, str | Path) else "the list given"

@@ -85,13 +85,13 @@ def test_a_dead_latent_has_no_examples_and_unknown_ones_are_refused(small_stats,
 
 
 def test_an_sae_of_another_hookpoint_is_refused_by_name(pipe, small_saes, store):
-    other = collect(pipe, ["a red circle"] * 4, ["mid.0"], thumbnails=False, store=store)
+    other = collect(pipe, ["a red circle"] * 4, ["mid.0"], images=None, store=store)
     with pytest.raises(ArtifactError, match=r"was trained on updates of up.0.1; .* has mid.0"):
         FeatureStats.measure(small_saes["up.0.1", "k8"], other, store=store)
 
 
 def test_a_step_the_cache_does_not_have_is_refused(small_saes, small_cache, store):
-    with pytest.raises(KitError, match="has steps 0 to 0"):
+    with pytest.raises(KitError, match="has no step 1 of cond; it has steps 0"):
         FeatureStats.measure(small_saes["up.0.1", "k8"], small_cache, step=1, store=store)
 
 
@@ -114,7 +114,7 @@ def test_with_guidance_the_cond_half_of_the_step_is_measured_and_images_are_not_
         ["up.0.1"],
         num_inference_steps=2,
         guidance_scale=3.0,
-        thumbnails=False,
+        images=None,
         store=store,
     )
     sae = small_saes["up.0.1", "k8"]

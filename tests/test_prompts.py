@@ -1,5 +1,9 @@
 """Prompts: sources, seeds, the held-out split, and what is refused."""
 
+import itertools
+import json
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -65,11 +69,13 @@ def test_files_of_three_kinds_read_alike(tmp_path):
 @pytest.mark.parametrize(
     ("content", "name", "complaint"),
     [
-        ('["a fox"]\n', "p.jsonl", "Line 1 is .*, not an object"),
-        ('{"caption": "x"}\n', "p.jsonl", "neither 'text' nor 'prompt', only caption"),
+        ('["a fox"]\n', "p.jsonl", "Row 1 of .* is .*, not a text. Write it as"),
+        ('{"words": "x"}\n', "p.jsonl", "neither 'text' nor 'prompt' nor 'caption', only words. Say with column="),
         ("{oops\n", "p.jsonl", "Line 1 is not JSON"),
-        ('{"text": null}\n', "p.jsonl", "Prompt 0 of .* is None"),
-        ("words\nx\n", "p.csv", "neither 'text' nor 'prompt', only words"),
+        ('{"text": 5}\n', "p.jsonl", "Prompt 1 of .* is 5, not a text"),
+        ('{"text": "half a pair \\ud800"}\n', "p.jsonl", "Prompt 1 of .* no valid Unicode"),
+        ("[" * 100_000 + "\n", "p.jsonl", "Line 1 is not JSON"),
+        ("words\nx\n", "p.csv", "neither 'text' nor .*, only words"),
         ("", "p.jsonl", "No prompts in"),
         ("x", "p.parquet", "Unknown prompt source"),
     ],
@@ -87,7 +93,7 @@ def test_seeds_and_factors_that_a_file_tells_are_kept(tmp_path):
     (tmp_path / "p.csv").write_text("text,seed\na fox,7\na cow,\n", encoding="utf-8")
     assert load_prompts(tmp_path / "p.csv", seed=100).seeds == (7, 101)
     (tmp_path / "bad.csv").write_text("text,seed\na fox,soon\n", encoding="utf-8")
-    with pytest.raises(PromptError, match=r"bad.csv cannot be read .* Row 1 has the seed 'soon', which is no integer"):
+    with pytest.raises(PromptError, match=r"Row 1 of .*bad.csv has the seed 'soon', which is no integer"):
         load_prompts(tmp_path / "bad.csv")
 
 
@@ -98,3 +104,63 @@ def test_other_mistakes_say_what_to_do(tmp_path):
         load_prompts("world")
     with pytest.raises(PromptError, match="Did you mean 'world'"):
         load_prompts("wordl")
+
+
+def test_a_field_of_any_name_can_hold_the_prompts(tmp_path):
+    (tmp_path / "p.csv").write_text("id,words\n1,a fox\n2,a cow\n", encoding="utf-8")
+    assert load_prompts(tmp_path / "p.csv", column="words").texts == ("a fox", "a cow")
+    rows = [{"words": "a fox", "text": "not this"}, {"words": "a cow", "seed": 9}]
+    assert load_prompts(rows, column="words").texts == ("a fox", "a cow")
+    assert load_prompts(iter(rows), column="words", seed=5).seeds == (5, 9)
+    with pytest.raises(PromptError, match="Row 1 of the list given has neither 'wrods', only words, text"):
+        load_prompts(rows, column="wrods")
+
+
+def test_rows_without_a_text_are_left_out_and_counted_but_among_strings_they_are_mistakes(tmp_path):
+    rows = [{"caption": None}, {"caption": "a fox"}, {"caption": ""}, {"caption": float("nan")}, {"caption": "a cow"}]
+    with pytest.warns(UserWarning, match="3 rows of the list given have no text and were left out"):
+        assert load_prompts(rows).texts == ("a fox", "a cow")
+    with pytest.warns(UserWarning, match="1 rows"):
+        assert load_prompts(rows, 1).texts == ("a fox",)
+    for wrong in ("", "  ", None, 3):
+        with pytest.raises(PromptError, match="(Prompt 2|Row 2) of the list given is .*, not a text"):
+            load_prompts(["a fox", wrong])
+
+
+def test_an_endless_source_is_read_only_as_far_as_wanted():
+    def endless():
+        for number in itertools.count():
+            assert number < 5
+            yield {"caption": f"a fox {number}"}
+
+    assert len(load_prompts(endless(), 4)) == 4
+
+
+def test_a_dataset_of_the_hub_is_streamed(tmp_path, monkeypatch):
+    """A real dataset in a folder, as the hub has them; where the library is missing, the error names the extra."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(PromptError, match=r"needs the extra datasets: pip install 'sdxl-sae-kit\[datasets\]'"):
+        load_prompts("hf:owner/name", 3)
+    monkeypatch.delitem(sys.modules, "datasets")
+    pytest.importorskip("datasets")
+    lines = [{"caption": f"a fox, {i} ünï"} for i in range(10)] + [{"caption": None}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert load_prompts(f"hf:{tmp_path}", 3).texts == tuple(f"a fox, {i} ünï" for i in range(3))
+    with pytest.warns(UserWarning, match="1 rows of hf:.* have no text"):
+        assert len(load_prompts(f"hf:{tmp_path}")) == 10
+    with pytest.raises(PromptError, match="split 'nothing'.* cannot be read"):
+        load_prompts(f"hf:{tmp_path}", split="nothing")
+
+
+def test_prompts_of_a_stranger_are_read_or_refused():
+    rows = ['{"text": 1, "seed": 0, "factors": {}}\n', '{"text": "a", "seed": 0.5, "factors": {}}\n']
+    for text in ("[]\n", "{}\n", "x\n", *rows):
+        with pytest.raises(PromptError):
+            Prompts.from_jsonl(text)
+
+
+def test_it_counts_repeats_and_shows_itself_as_rows():
+    prompts = load_prompts(["a fox", "a cow", "a fox", "a fox"])
+    assert prompts.n_repeated == 2
+    assert prompts.rows(1) == [{"prompt": "a fox", "seed": 0, "held out": "yes" if prompts.held_out[0] else "no"}]
+    assert prompts.take([3, 1]).seeds == (3, 1)

@@ -141,7 +141,7 @@ def test_auxk_brings_dead_latents_back(small_cache, tmp_path):
 def test_mistakes_are_refused(pipe, small_cache, tmp_path):
     with pytest.raises(HookpointError, match="Did you mean 'up.0.1'"):
         train(small_cache, CONFIG, hookpoints=["up.O.1"], store=tmp_path)
-    few = collect(pipe, ["one prompt"], ["mid.0"], thumbnails=False, store=tmp_path)
+    few = collect(pipe, ["one prompt"], ["mid.0"], images=None, store=tmp_path)
     with pytest.raises(KitError, match="too few to keep some for testing. Collect more prompts"):
         train(few, CONFIG, store=tmp_path)
 

@@ -1,0 +1,64 @@
+"""Plans: what they say before is what is there afterwards."""
+
+import pytest
+
+from sdxl_sae_kit.collection import collect
+from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.plans import CollectionPlan, plan
+from sdxl_sae_kit.prompts import load_prompts
+
+PROMPTS = load_prompts("world", 200, seed=9)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"images": None},
+        {},
+        {"images": "png"},
+        {"tokens_per_image": 16, "images": None},
+        {"num_inference_steps": 2, "steps": [1], "dtype": "float32", "images": None},
+        {"guidance_scale": 3.0, "dtype": "bfloat16", "images": None},
+    ],
+)
+def test_bytes_are_forecast_within_five_per_cent(pipe, tmp_path, settings):
+    forecast = plan(pipe, PROMPTS, store=tmp_path, **settings)
+    cache = collect(pipe, PROMPTS, store=tmp_path, **settings)
+    assert forecast.nbytes == pytest.approx(cache.nbytes, rel=0.05)
+    assert forecast.n_tokens == sum(cache.n_tokens(hookpoint) for hookpoint in cache.hookpoints)
+
+
+def test_the_time_is_that_of_a_few_batches(pipe, tmp_path):
+    few, many = (plan(pipe, n, ["mid.0"], images=None, store=tmp_path) for n in (100, 100_000))
+    assert many.n_images == 100_000
+    assert 200 < many.seconds / few.seconds < 5000  # each timed anew, so only about 1,000
+    assert "on this machine" in str(few)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_papers_scale_is_forecast_without_its_weights(tmp_path):
+    paper = plan("stabilityai/sdxl-turbo", 1_500_000, images=None, store=tmp_path)
+    assert paper.n_tokens == 4 * 384_000_000
+    assert paper.nbytes == pytest.approx(1_500_000 * 4 * 256 * 1280 * 2, rel=0.01)
+    assert paper.nbytes_sampled == pytest.approx(paper.nbytes / 8, rel=0.03)
+    assert paper.seconds is None
+    base = plan("stabilityai/stable-diffusion-xl-base-1.0", 10, ["down.1.0"], images=None, store=tmp_path)
+    assert base.nbytes == pytest.approx(10 * 20 * 2 * 64 * 64 * 640 * 2, rel=0.01)
+
+
+def test_it_says_when_a_stream_is_the_better_way():
+    large = CollectionPlan(10, 10, nbytes=4 * 10**12, free=10**11, nbytes_sampled=5 * 10**11)
+    assert "It does not fit: 100 GB are free. Keep fewer tokens of each image (tokens_per_image=32" in str(large)
+    assert "train online from stream()" in str(large)
+    assert "Train online" in str(CollectionPlan(10, 10, 10**12, 10**11, nbytes_sampled=10**12))
+    assert "fit" not in str(CollectionPlan(10, 10, 10**9, 10**11, nbytes_sampled=10**8, seconds=7200.0))
+    assert "2 hours" in str(CollectionPlan(10, 10, 10**9, 10**11, nbytes_sampled=10**8, seconds=7200.0))
+
+
+def test_names_that_it_does_not_know_are_refused():
+    with pytest.raises(KitError, match="plan knows stabilityai/sdxl-turbo, .* not 'sdxl-turbo'. Pass the pipeline"):
+        plan("sdxl-turbo", 10)
+    with pytest.raises(KitError, match="SDXL has no hookpoint 'up.0.3'; it has .* Did you mean 'up.0.2'"):
+        plan("stabilityai/sdxl-turbo", 10, ["up.0.3"])
+    with pytest.raises(KitError, match="prompts must be an integer of at least 1, not 0"):
+        plan("stabilityai/sdxl-turbo", 0)
