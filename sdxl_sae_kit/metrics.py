@@ -40,6 +40,20 @@ def participation_ratio(x: Float[Tensor, "token d_in"]) -> float:
     return _ratio(covariance.trace().square(), covariance.square().sum())  # Σλ² is the squared Frobenius norm
 
 
+def variance_spectrum(x: Float[Tensor, "token d_in"]) -> Float[NDArray[np.float64], "d_in"]:
+    """λ / Σλ of the eigenvalues λ of the tokens' covariance, largest first: the share of variance in each direction."""
+    centred = x.detach().double() - x.detach().double().mean(0)
+    eigenvalues = torch.linalg.eigvalsh(centred.T @ centred).flip(0).clamp_min(0)
+    shares: NDArray[np.float64] = (eigenvalues / eigenvalues.sum()).cpu().numpy()
+    return shares
+
+
+def neighbour_correlation(x: Float[Tensor, "token d_in"]) -> float:
+    """Σ (x_i − mean)·(x_{i+1} − mean) / Σ ‖x_i − mean‖²: how alike neighbours are, 0 if they are independent."""
+    centred = x.detach().double() - x.detach().double().mean(0)
+    return _ratio((centred[1:] * centred[:-1]).sum(), centred.square().sum())
+
+
 def constant_share(x: Float[Tensor, "image token d_in"]) -> float:
     """Share of the tokens' variance that lies between images' means: what is the same at every token of an image."""
     x = x.detach().double()

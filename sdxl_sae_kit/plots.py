@@ -12,6 +12,8 @@ import plotly.graph_objects as go
 from jaxtyping import Float, Int
 from plotly.colors import qualitative
 
+from sdxl_sae_kit.artifacts import human_bytes
+
 COLOURS = qualitative.Safe
 """Colour-blind-safe."""
 
@@ -69,6 +71,20 @@ def line_figure(curves: Mapping[str, Sequence[tuple[float, float]]], *, title: s
     made = figure(f"{title}: {len(curves)} lines of {y} over {x}; last values: {ends}.", title=title, x=x, y=y)
     for name, points in curves.items():
         made.add_scatter(x=[px for px, _ in points], y=[py for _, py in points], name=name, mode="lines")
+    return made
+
+
+def byte_bars(sizes: Mapping[str, float], *, title: str) -> go.Figure:
+    """Bars of bytes on a log axis, one per name, each with its size beside it."""
+    texts = [human_bytes(size) for size in sizes.values()]
+    told = "; ".join(f"{name} {text}" for name, text in zip(sizes, texts, strict=True))
+    made = figure(f"{title}: {told}.", title=title, x="bytes", height=110 + 46 * len(sizes))
+    made.add_bar(
+        y=list(sizes), x=list(sizes.values()), text=texts, orientation="h", textposition="auto", cliponaxis=False
+    )
+    made.update_xaxes(type="log", exponentformat="SI")
+    made.update_yaxes(autorange="reversed")
+    made.update_layout(margin={"l": 250})
     return made
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.decomposition import PCA
 from sklearn.metrics import r2_score
 
 from sdxl_sae_kit.metrics import (
@@ -13,7 +14,9 @@ from sdxl_sae_kit.metrics import (
     constant_share,
     explained_variance,
     explained_variance_per_channel,
+    neighbour_correlation,
     participation_ratio,
+    variance_spectrum,
 )
 
 seeds = st.integers(0, 2**32 - 1)
@@ -115,3 +118,20 @@ def test_bootstrap_interval_contains_its_estimate_and_takes_ratios(seed):
 
 def test_one_cluster_has_no_interval():
     assert all(np.isnan(bound) for bound in bootstrap_interval(np.array([1.0])))
+
+
+@given(seeds)
+def test_the_spectrum_is_that_of_principal_components(seed):
+    x, _ = data(seed)
+    assert np.allclose(variance_spectrum(x), PCA().fit(x.double().numpy()).explained_variance_ratio_, atol=1e-9)
+    assert participation_ratio(x) == pytest.approx(1 / np.square(variance_spectrum(x)).sum())
+
+
+def test_neighbours_of_one_walk_are_alike_and_shuffled_ones_are_not():
+    steps = np.random.default_rng(0).normal(size=(20_000, 3))
+    walk = np.zeros_like(steps)
+    for i in range(1, len(steps)):
+        walk[i] = 0.8 * walk[i - 1] + steps[i]  # an autoregression: neighbours correlate by 0.8
+    walk = torch.from_numpy(walk)
+    assert neighbour_correlation(walk) == pytest.approx(0.8, abs=0.02)
+    assert neighbour_correlation(walk[torch.randperm(len(walk))]) == pytest.approx(0, abs=0.02)

@@ -11,6 +11,7 @@ LOGS = {"mid.0 k5": [{"step": 1, "unexplained": 0.9}, {"step": 20, "unexplained"
 FIGURES = {
     "training curves": (lambda: plots.training_curves(LOGS), "0.123"),
     "lines": (lambda: plots.line_figure({"a": [(0, 1.0), (1, 7.25)]}, title="t", x="x", y="y"), "a 7.25"),
+    "bytes": (lambda: plots.byte_bars({"all": 2.5e12, "some": 3e9}, title="t"), "all 2.5 TB; some 3 GB"),
     "effects": (
         lambda: plots.effects_by_group(["f 1"], {"off": [(0.5, 0.4, 0.6)], "on": [(0.2, 0.1, 0.3)]}, title="t", y="y"),
         "off 0.5 [0.4, 0.6]",

@@ -29,6 +29,7 @@ import torch
 from sdxl_sae_kit.artifacts import Store
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.learning import Learner
+from sdxl_sae_kit.metrics import neighbour_correlation
 from sdxl_sae_kit.prompts import load_prompts
 from sdxl_sae_kit.sae import SAE, SAEConfig, Site
 from sdxl_sae_kit.shards import ShardWriter
@@ -116,12 +117,6 @@ def design_effect(cache: ActivationCache, memory: int) -> tuple[float, float, in
     n, total = len(means), cache.n_tokens(HOOKPOINT, "train")
     independent = variance / n / BATCH * (1 - BATCH / total)  # without replacement
     return float((torch.stack(means).var(0) / independent).mean()), statistics.fmean(neighbours), n
-
-
-def neighbour_correlation(x: torch.Tensor) -> float:
-    """Σ (x_i − mean)·(x_{i+1} − mean) / Σ ‖x_i − mean‖²."""
-    centred = x - x.mean(0)
-    return float((centred[1:] * centred[:-1]).sum() / centred.square().sum())
 
 
 def step_milliseconds(cache: ActivationCache) -> float:
