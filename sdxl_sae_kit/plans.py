@@ -52,7 +52,7 @@ class CollectionPlan:
             return ""
         few = f"tokens_per_image={_FEW_TOKENS} would take {human_bytes(self.nbytes_sampled)}"
         return (
-            f"It does not fit: {human_bytes(self.free)} are free. "
+            f"It does not fit: {human_bytes(self.free)} are free.\n"
             + (f"Keep fewer tokens of each image ({few}), or train" if self.nbytes_sampled < self.nbytes else "Train")
             + " online from stream(), which keeps nothing."
         )
@@ -65,13 +65,13 @@ class CollectionPlan:
         """
         if share * self.nbytes >= self.free:
             raise ArtifactError(
-                f"{human_bytes(share * self.nbytes)} are to be written. {self.advice or 'The disk is full.'}"
+                f"{human_bytes(share * self.nbytes)} are to be written.\n{self.advice or 'The disk is full: make room.'}"
             )
 
     def __str__(self) -> str:
         took = "" if self.seconds is None else f", about {_duration(self.seconds)} on this machine"
         text = f"{self.n_images:,} images, {self.n_tokens:,} tokens, {human_bytes(self.nbytes)}{took}"
-        return f"{text}. {self.advice}" if self.advice else text
+        return f"{text}.\n{self.advice}" if self.advice else text
 
 
 def plan_recipe(recipe: Mapping[str, Any], n_images: int, folder: Path, picture: int = _A_THUMBNAIL) -> CollectionPlan:

@@ -75,7 +75,12 @@ class Prompts(Sequence[str]):
         first = self[: len(self) if n is None else n]
         told = zip(first.texts, first.seeds, first.held_out.tolist(), first.factors, strict=True)
         return [
-            {"prompt": text, "seed": seed, "held out": "yes" if held_out else "no"} | factors
+            {
+                "prompt": text,
+                "seed": seed,
+                "held out": "yes" if held_out else "no",
+                "factors": ", ".join(f"{factor} {value}" for factor, value in factors.items()),
+            }
             for text, seed, held_out, factors in told
         ]
 

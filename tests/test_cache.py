@@ -240,6 +240,10 @@ def test_it_tells_of_itself_in_text_and_html(tmp_path):
     )
 
 
+def test_the_worlds_prompts_are_shown_with_their_factors(small_cache):
+    assert small_cache.prompts.factors[0]["background"] in small_cache._repr_html_()
+
+
 def test_a_hookpoint_it_lacks_and_a_folder_without_cache_are_refused(tmp_path):
     cache, _ = a_cache(tmp_path, 2)
     with pytest.raises(

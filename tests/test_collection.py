@@ -227,7 +227,7 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_refused_beforehand(pipe, small_disk):
-    with pytest.raises(ArtifactError, match=r"MB are to be written. It does not fit: .* MB are free"):
+    with pytest.raises(ArtifactError, match=r"MB are to be written.\sIt does not fit: .* MB are free"):
         collect(pipe, load_prompts("world", 300), ["mid.0", "up.0.1"], store=small_disk)
     assert not list(small_disk.rglob("*.h5"))
 

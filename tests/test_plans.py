@@ -48,7 +48,7 @@ def test_the_papers_scale_is_forecast_without_its_weights(tmp_path):
 
 def test_it_says_when_a_stream_is_the_better_way():
     large = CollectionPlan(10, 10, nbytes=4 * 10**12, free=10**11, nbytes_sampled=5 * 10**11)
-    assert "It does not fit: 100 GB are free. Keep fewer tokens of each image (tokens_per_image=32" in str(large)
+    assert "It does not fit: 100 GB are free.\nKeep fewer tokens of each image (tokens_per_image=32" in str(large)
     assert "train online from stream()" in str(large)
     assert "Train online" in str(CollectionPlan(10, 10, 10**12, 10**11, nbytes_sampled=10**12))
     assert "fit" not in str(CollectionPlan(10, 10, 10**9, 10**11, nbytes_sampled=10**8, seconds=7200.0))

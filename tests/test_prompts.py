@@ -162,5 +162,9 @@ def test_prompts_of_a_stranger_are_read_or_refused():
 def test_it_counts_repeats_and_shows_itself_as_rows():
     prompts = load_prompts(["a fox", "a cow", "a fox", "a fox"])
     assert prompts.n_repeated == 2
-    assert prompts.rows(1) == [{"prompt": "a fox", "seed": 0, "held out": "yes" if prompts.held_out[0] else "no"}]
+    assert prompts.rows(1) == [
+        {"prompt": "a fox", "seed": 0, "held out": "yes" if prompts.held_out[0] else "no", "factors": ""}
+    ]
+    known = Prompts(("a fox",), (3,), ({"animal": "fox", "hue": "red"},))
+    assert known.rows()[0]["factors"] == "animal fox, hue red"
     assert prompts.take([3, 1]).seeds == (3, 1)

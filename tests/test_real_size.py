@@ -1,4 +1,4 @@
-"""The real SDXL U-Net's size: random weights, because the trained ones cannot be had everywhere. Slow, 11 GB of memory."""
+"""The real SDXL U-Net's size: random weights, as the trained ones cannot be had everywhere. Slow, 11 GB of memory."""
 
 import os
 import time
