@@ -92,7 +92,7 @@ def collect(
 def repair(
     pipe: Any, cache: ActivationCache | Path | str, *, prompts: Prompts | Iterable[str] | None = None
 ) -> ActivationCache:
-    """Collect again what is damaged in a cache (whole shards of up to 64 images), and keep all that is good.
+    """Collect again what is damaged in a cache (whole shards of up to 128 images), and keep all that is good.
 
     Args:
         pipe: the pipeline it was collected with.
@@ -142,15 +142,19 @@ def _complete(pipe: Any, prompts: Prompts, artifact: Artifact, keep: Sequence[Sh
     if processes.count == 1 and artifact.finished and keep is None:
         return
     writer = ShardWriter(artifact, prompts)
+    facts = {"prompts cut": count_long(pipe, prompts.texts), "prompts repeated": prompts.n_repeated}
     with _held(writer, processes, keep):
         if artifact.finished:  # by others, while this one waited
             return
         missing = writer.missing()
         share = missing[processes.index :: processes.count]
-        _write(pipe, writer, share, processes, n_done=len(prompts) - sum(shard.images for shard in missing))
+        n_done = len(prompts) - sum(shard.images for shard in missing)
+        if processes.first:
+            _announce(pipe, writer, n_done, processes, facts)
+        _write(pipe, writer, share, processes, n_done)
         processes.wait()
         if processes.first:
-            writer.finish({"prompts cut": count_long(pipe, prompts.texts), "prompts repeated": prompts.n_repeated})
+            writer.finish(facts)
         processes.wait()
 
 
@@ -174,8 +178,6 @@ def _held(writer: ShardWriter, processes: Processes, keep: Sequence[Shard] | Non
 def _write(pipe: Any, writer: ShardWriter, shards: Sequence[Shard], processes: Processes, n_done: int) -> None:
     """Make the images of these shards; while one is made, the one before is written."""
     recipe, n_images = writer.artifact.recipe, sum(shard.images for shard in shards)
-    if processes.first:
-        _announce(pipe, writer, n_done, processes)
     bar = tqdm(total=n_done + n_images, initial=n_done, desc="collect", unit="image", disable=not processes.first)
     with bar, ThreadPoolExecutor(1) as background, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* prompts are longer than")  # told once, for all
@@ -193,7 +195,7 @@ def _write(pipe: Any, writer: ShardWriter, shards: Sequence[Shard], processes: P
             writing.result()
 
 
-def _announce(pipe: Any, writer: ShardWriter, n_done: int, processes: Processes) -> None:
+def _announce(pipe: Any, writer: ShardWriter, n_done: int, processes: Processes, facts: Mapping[str, int]) -> None:
     """Say what it will cost before it starts, and refuse what does not fit."""
     prompts, artifact = writer.prompts, writer.artifact
     plan = plan_recipe(artifact.recipe, len(prompts), artifact.folder)
@@ -201,9 +203,9 @@ def _announce(pipe: Any, writer: ShardWriter, n_done: int, processes: Processes)
     there = f" {n_done:,} of the images are there already." if n_done else ""
     together = f" {processes.count} processes share it." if processes.count > 1 else ""
     tqdm.write(f"Collecting {plan}, as {artifact.name}.{there}{together}")
-    if long := count_long(pipe, prompts.texts):
+    if long := facts["prompts cut"]:
         most = pipe.tokenizer.model_max_length
         longer = "is longer" if long == 1 else "are longer"
         tqdm.write(f"{long:,} of {len(prompts):,} prompts {longer} than the {most} tokens this model reads: cut there.")
-    if repeated := prompts.n_repeated:
+    if repeated := facts["prompts repeated"]:
         tqdm.write(f"{repeated:,} of {len(prompts):,} prompts repeat an earlier one, each with its own seed.")

@@ -53,7 +53,8 @@ class Recording:
                 or "nothing: call the pipeline inside the with block"
             )
             raise HookpointError(f"Nothing recorded at {hookpoint} step {step} {half}; recorded: {known}.")
-        return torch.cat(self._parts[hookpoint, step, half])
+        parts = self._parts[hookpoint, step, half]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @property
     def steps(self) -> list[int]:

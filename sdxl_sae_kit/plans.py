@@ -64,9 +64,8 @@ class CollectionPlan:
             ArtifactError: less is free than this share of it takes.
         """
         if share * self.nbytes >= self.free:
-            raise ArtifactError(
-                f"{human_bytes(share * self.nbytes)} are to be written.\n{self.advice or 'The disk is full: make room.'}"
-            )
+            advice = self.advice or "The disk is full: make room."
+            raise ArtifactError(f"{human_bytes(share * self.nbytes)} are to be written.\n{advice}")
 
     def __str__(self) -> str:
         took = "" if self.seconds is None else f", about {_duration(self.seconds)} on this machine"

@@ -109,13 +109,15 @@ class ShardWriter:
         write_atomically(self.artifact.file(shard.file), data)
         entered = Shard(shard.file, shard.first_image, shard.images, sha256(data))
         manifest = self.artifact.file(_MANIFEST)
+        new = not manifest.exists()
         with explain_full(manifest), open(manifest, "ab") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)  # another process may be entering a shard of its own
             _cut_torn_line(manifest)
             handle.write(entered.line())
             handle.flush()
             os.fsync(handle.fileno())
-        sync_folder(manifest.parent)  # it may be new
+        if new:
+            sync_folder(manifest.parent)
 
     def finish(self, facts: Mapping[str, Any]) -> Artifact:
         """Sort the manifest, write `all.h5`, and seal the artifact."""
