@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,12 +16,13 @@ from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
 from sdxl_sae_kit.layout import Layout
-from sdxl_sae_kit.observation import as_prompts, make_recipe, observe
+from sdxl_sae_kit.observation import as_prompts, make_recipe, observing
 from sdxl_sae_kit.pipelines import count_long, describe, scheduler
 from sdxl_sae_kit.plans import plan_recipe
 from sdxl_sae_kit.processes import Processes, find_processes
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.shards import Shard, ShardWriter, examine, keep_only, read_prompts
+from sdxl_sae_kit.tiny.quiet import hushed
 
 
 def collect(
@@ -92,7 +92,7 @@ def collect(
 def repair(
     pipe: Any, cache: ActivationCache | Path | str, *, prompts: Prompts | Iterable[str] | None = None
 ) -> ActivationCache:
-    """Collect again what is damaged in a cache (whole shards of up to 128 images), and keep all that is good.
+    """Collect again what is damaged in a cache (whole shards of up to 128 images) or missing, and keep what is good.
 
     Args:
         pipe: the pipeline it was collected with.
@@ -105,7 +105,7 @@ def repair(
     """
     artifact = cache.artifact if isinstance(cache, ActivationCache) else Artifact(Path(cache).expanduser().resolve())
     found = examine(artifact)
-    if not found.faults:
+    if not found.faults and artifact.finished:
         return ActivationCache.open(artifact.folder)
     if found.foreign:
         raise ArtifactError(
@@ -179,14 +179,13 @@ def _write(pipe: Any, writer: ShardWriter, shards: Sequence[Shard], processes: P
     """Make the images of these shards; while one is made, the one before is written."""
     recipe, n_images = writer.artifact.recipe, sum(shard.images for shard in shards)
     bar = tqdm(total=n_done + n_images, initial=n_done, desc="collect", unit="image", disable=not processes.first)
-    with bar, ThreadPoolExecutor(1) as background, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".* prompts are longer than")  # told once, for all
+    with bar, ThreadPoolExecutor(1) as background, hushed(), observing(pipe, recipe) as observe:
         writing: Future[None] | None = None
         for shard in shards:
             batches = []
             for start in range(shard.first_image, shard.stop, recipe["batch_size"]):
                 batch = writer.prompts[start : min(start + recipe["batch_size"], shard.stop)]
-                batches.append(observe(pipe, batch, recipe))
+                batches.append(observe(batch))
                 bar.update(len(batch))
             if writing is not None:
                 writing.result()

@@ -8,7 +8,7 @@ there changes the block's output by the same amount. Nothing here knows what an 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -112,6 +112,42 @@ def record(
         torch.Size([1, 8, 8, 96])
     """
     recording = Recording()
+    readers = _readers(pipe, recording, hookpoints, dtype, steps, stop_early)
+    with suppress(_Stopped), _hooked(pipe, readers, first=True):
+        yield recording
+
+
+@contextmanager
+def watch(
+    pipe: Any, hookpoints: Iterable[str], *, dtype: torch.dtype, steps: Collection[int], stop_early: bool
+) -> Iterator[Callable[[Callable[[], Any]], tuple[Recording, Any]]]:
+    """Like `record` for many calls of the pipeline, with hooks that stay: yields what makes one of them.
+
+    That takes a function which calls the pipeline, and returns what was recorded during it alone and what it returned,
+    which is None if it was broken off.
+    """
+    recording = Recording()
+
+    def observe(call: Callable[[], Any]) -> tuple[Recording, Any]:
+        recording._parts.clear()
+        try:
+            made = call()
+        except _Stopped:
+            made = None
+        return Recording(dict(recording._parts)), made
+
+    with _hooked(pipe, _readers(pipe, recording, hookpoints, dtype, steps, stop_early), first=True):
+        yield observe
+
+
+def _readers(
+    pipe: Any,
+    recording: Recording,
+    hookpoints: Iterable[str],
+    dtype: torch.dtype | None,
+    steps: Collection[int] | None,
+    stop_early: bool,
+) -> dict[str, Callable[[Tensor, Call], None]]:
     order = list(list_hookpoints(pipe.unet))
     names = [resolve(pipe.unet, name).name for name in hookpoints]
     last = max(names, key=order.index) if names else None
@@ -122,11 +158,7 @@ def record(
         if stop_early and call.hookpoint == last and call.step == (max(steps) if steps else call.n_steps - 1):
             raise _Stopped
 
-    try:
-        with _hooked(pipe, dict.fromkeys(names, read), first=True):
-            yield recording
-    except _Stopped:
-        pass
+    return dict.fromkeys(names, read)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import h5py
 import numpy as np
@@ -31,6 +31,7 @@ IMAGES = ("thumbnails", "webp", "png")
 
 _STRIP_BYTES = 80 * 2**10  # 32 tokens of SDXL: small enough to mix images well, large enough to read fast
 _PICTURE_CHUNK = 2**14
+_MOST_SHARDS = 10**6  # what claims more is refused before it is counted
 _HOOKPOINT = re.compile(r"[A-Za-z0-9_.]+")
 
 
@@ -75,6 +76,7 @@ class Layout:
             ArtifactError: the recipe is not one that `collect` writes.
         """
         r = dict(recipe)
+        n_images, per_shard = r.get("n_images"), r.get("images_per_shard")
         good = {
             "hookpoints": _are_shapes(r.get("hookpoints")),
             "steps": _are_steps(r.get("steps")),
@@ -82,8 +84,8 @@ class Layout:
             "tokens_per_image": r.get("tokens_per_image", 0) is None or _counts(r.get("tokens_per_image")),
             "dtype": r.get("dtype") in ("float16", "bfloat16", "float32"),
             "images": r.get("images", "") in (None, *IMAGES),
-            "n_images": _counts(r.get("n_images")),
-            "images_per_shard": _counts(r.get("images_per_shard")),
+            "images_per_shard": _counts(per_shard),
+            "n_images": _counts(n_images) and (not _counts(per_shard) or n_images <= _MOST_SHARDS * per_shard),
             "prompts": isinstance(r.get("prompts"), str),
             "model": isinstance(r.get("model"), str),
         }
@@ -291,7 +293,7 @@ def _on_disk(field: Field) -> int:
     return n_chunks * (prod(field.chunks) * field.dtype.itemsize + 20) + 3600
 
 
-def _counts(value: object) -> bool:
+def _counts(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 from sdxl_sae_kit.artifacts import whole_number
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, Hookpoint, resolve
-from sdxl_sae_kit.hooks import record
+from sdxl_sae_kit.hooks import Recording, watch
 from sdxl_sae_kit.layout import IMAGES, Layout
 from sdxl_sae_kit.pipelines import (
     SIZE_STEP,
@@ -20,8 +21,8 @@ from sdxl_sae_kit.pipelines import (
     chosen,
     chosen_guidance,
     describe,
+    draw,
     dtype_name,
-    generate,
     scheduler,
 )
 from sdxl_sae_kit.prompts import Prompts, load_prompts
@@ -129,26 +130,32 @@ def _halves(half: str | None, guidance: float) -> list[str]:
     return [half]
 
 
-def observe(pipe: Any, batch: Prompts, recipe: Mapping[str, Any]) -> tuple[dict[str, NDArray[Any]], list[Image.Image]]:
-    """Make one batch of images; per hookpoint their updates as (image, row, token, d_in), bfloat16 as its bits.
+Batch = tuple[dict[str, NDArray[Any]], list[Image.Image]]
+"""Updates per hookpoint as (image, row, token, d_in), bfloat16 as its bits; and the pictures, or none."""
 
-    Raises:
-        KitError: an update does not fit into the recipe's dtype.
-    """
+
+@contextmanager
+def observing(pipe: Any, recipe: Mapping[str, Any]) -> Iterator[Callable[[Prompts], Batch]]:
+    """Yield what makes one batch of images and returns their updates; it raises KitError where they do not fit."""
     settings = {key: recipe[key] for key in ("num_inference_steps", "guidance_scale", "height", "width")}
-    pictures: list[Image.Image] = []
-    dtype = getattr(torch, recipe["dtype"])
-    early = recipe["images"] is None
-    with record(pipe, recipe["hookpoints"], dtype=dtype, steps=recipe["steps"], stop_early=early) as recording:
-        pictures = generate(pipe, batch.texts, batch.seeds, **settings)
-    updates = {}
-    for hookpoint in recipe["hookpoints"]:
-        rows = [recording.update(hookpoint, step, half) for step in recipe["steps"] for half in recipe["halves"]]
-        stacked = torch.stack(rows, dim=1).flatten(2, 3)
-        if not torch.stack(torch.aminmax(stacked)).isfinite().all():  # nine times faster than asking every number
-            raise KitError(
-                f"An update of {hookpoint} is not finite in {recipe['dtype']}. "
-                "Collect with dtype='bfloat16', or load the pipeline in float32."
-            )
-        updates[hookpoint] = (stacked.view(torch.uint16) if dtype == torch.bfloat16 else stacked).numpy()
-    return updates, pictures
+    dtype, early = getattr(torch, recipe["dtype"]), recipe["images"] is None
+    with watch(pipe, recipe["hookpoints"], dtype=dtype, steps=recipe["steps"], stop_early=early) as watched:
+
+        def observe(batch: Prompts) -> Batch:
+            recording, pictures = watched(lambda: draw(pipe, batch.texts, batch.seeds, **settings))
+            return {name: _rows(recording, name, recipe) for name in recipe["hookpoints"]}, pictures or []
+
+        yield observe
+
+
+def _rows(recording: Recording, hookpoint: str, recipe: Mapping[str, Any]) -> NDArray[Any]:
+    """Updates as (image, row, token, d_in), step by step and half by half."""
+    rows = [recording.update(hookpoint, step, half) for step in recipe["steps"] for half in recipe["halves"]]
+    stacked = (rows[0][:, None] if len(rows) == 1 else torch.stack(rows, dim=1)).flatten(2, 3)
+    if not torch.stack(torch.aminmax(stacked)).isfinite().all():  # nine times faster than asking every number
+        raise KitError(
+            f"An update of {hookpoint} is not finite in {recipe['dtype']}. "
+            "Collect with dtype='bfloat16', or load the pipeline in float32."
+        )
+    bits: NDArray[Any] = (stacked.view(torch.uint16) if stacked.dtype == torch.bfloat16 else stacked).numpy()
+    return bits

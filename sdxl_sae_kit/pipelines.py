@@ -160,7 +160,6 @@ def generate(
         hint = did_you_mean(str(output_type), OUTPUT_TYPES)
         raise KitError(f"generate: output_type is {', '.join(OUTPUT_TYPES)}, not {output_type!r}.{hint}")
     settings = {
-        "generator": [torch.Generator().manual_seed(_seed(seed)) for seed in seeds],
         "num_inference_steps": chosen("num_inference_steps", num_inference_steps, model.num_inference_steps),
         "guidance_scale": chosen_guidance(guidance_scale, model.guidance_scale),
         "height": chosen("height", height, model.height, SIZE_STEP),
@@ -168,7 +167,13 @@ def generate(
         "output_type": output_type,
     }
     with hushed() if _warn_of_long(pipe, prompts) else nullcontext():
-        return pipe(list(prompts), **settings).images
+        return draw(pipe, prompts, seeds, **settings)
+
+
+def draw(pipe: StableDiffusionXLPipeline, prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> Any:
+    """One call of the pipeline, each image with its own CPU generator; `settings` are the pipeline's."""
+    generators = [torch.Generator().manual_seed(_seed(seed)) for seed in seeds]
+    return pipe(list(prompts), generator=generators, **settings).images
 
 
 def _seed(seed: Any) -> int:

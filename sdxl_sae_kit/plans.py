@@ -13,7 +13,7 @@ from sdxl_sae_kit.artifacts import Store, human_bytes, whole_number
 from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, SDXL
 from sdxl_sae_kit.layout import Layout, encode_picture
-from sdxl_sae_kit.observation import as_prompts, make_recipe, observe, outline
+from sdxl_sae_kit.observation import as_prompts, make_recipe, observing, outline
 from sdxl_sae_kit.pipelines import PRESETS, Model
 from sdxl_sae_kit.prompts import Prompts
 
@@ -149,11 +149,12 @@ def _timed(pipe: Any, prompts: Prompts, recipe: Mapping[str, Any]) -> tuple[floa
     """Seconds per image and bytes of a picture, of the quickest of a few batches."""
     batch = prompts[: recipe["batch_size"]]
     layout, seconds = Layout.of({**recipe, "n_images": len(batch)}), []
-    for _ in range(_TIMED_BATCHES):
-        started = time.perf_counter()
-        updates, pictures = observe(pipe, batch, recipe)
-        layout.encode(0, updates, pictures)
-        seconds.append((time.perf_counter() - started) / len(batch))
+    with observing(pipe, recipe) as observe:
+        for _ in range(_TIMED_BATCHES):
+            started = time.perf_counter()
+            updates, pictures = observe(batch)
+            layout.encode(0, updates, pictures)
+            seconds.append((time.perf_counter() - started) / len(batch))
     sizes = [len(encode_picture(picture, recipe["images"])) for picture in pictures]
     return min(seconds), sum(sizes) // max(1, len(sizes))
 

@@ -12,6 +12,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -228,46 +229,56 @@ def examine(artifact: Artifact) -> Findings:
     Raises:
         ArtifactError: no recipe is left, so that nothing can be told.
     """
-    faults: list[Fault] = []
-    try:
-        stamp = artifact.stamp
-    except ArtifactError as error:
-        stamp = None
-        faults += [Fault(str(error))] if artifact.finished else []
-    recipe = _named(artifact, [*([stamp["recipe"]] if stamp else []), *_recipe_beside(artifact)])
-    if recipe is None:
-        recipe = stamp["recipe"] if stamp else read_recipe(artifact)
-        faults.append(Fault("the recipe is not the one that named the folder", range(Layout.of(recipe).n_images)))
+    sums, faults = _stamped(artifact)
+    recipe = _find_recipe(artifact)
     layout = Layout.of(recipe)
-    sums = {name: str(entry["sha256"]) for name, entry in stamp["files"].items()} if stamp else {}
+    if not artifact.name.endswith(name_hash(recipe)):
+        faults.append(Fault("the recipe is not the one that named the folder", range(layout.n_images)))
+    known = {RECIPE: sha256(canonical_json(recipe).encode()), PROMPTS: str(recipe["prompts"])}
     shards = plan_shards(layout)
-    for name in sorted(sums.keys() - {shard.file for shard in shards}):
-        path, images = artifact.file(name), range(layout.n_images if name == PROMPTS else 0)
-        if Path(name).name != name or not path.is_file():
-            faults.append(Fault(f"{name} is missing", images))
-        elif hash_file(path) != sums[name]:
-            faults.append(Fault(f"{name} has changed", images))
+    files = {shard.file for shard in shards}
+    others = {name: digest for name, digest in (sums | known).items() if name not in files}
+    faults += _compare_files(artifact, others, layout.n_images)
     listed = _listed(artifact, layout)
     if not artifact.finished:
         shards = [shard for shard in shards if shard.file in listed]
     bad, good = _compare(artifact, shards, listed | sums)
     present = {path.name for path in artifact.folder.iterdir() if not path.name.startswith(".")}
-    own = {"stamp.json", PROMPTS, RECIPE, _MANIFEST, _VIRTUAL, *(shard.file for shard in plan_shards(layout))}
-    foreign = sorted(name for name in present - own - sums.keys() if not name.endswith(".tmp"))
+    own = {"stamp.json", PROMPTS, RECIPE, _MANIFEST, _VIRTUAL, *files}
+    foreign = sorted(name for name in present - own if not name.endswith(".tmp"))
     faults += bad + [Fault(f"{name} does not belong to it") for name in foreign]
     return Findings(recipe, faults, good, foreign)
 
 
-def _named(artifact: Artifact, recipes: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The first recipe that gave the folder its name."""
-    return next((r for r in recipes if artifact.name.endswith(name_hash(r))), None)
-
-
-def _recipe_beside(artifact: Artifact) -> list[dict[str, Any]]:
+def _stamped(artifact: Artifact) -> tuple[dict[str, str], list[Fault]]:
+    """The sha256 of each file as the stamp tells it, and what is wrong with the stamp."""
     try:
-        return [read_recipe(artifact)]
-    except ArtifactError:
-        return []
+        return {name: entry["sha256"] for name, entry in artifact.stamp["files"].items()}, []
+    except ArtifactError as error:
+        return {}, [Fault(str(error))] if artifact.finished else []
+
+
+def _find_recipe(artifact: Artifact) -> Mapping[str, Any]:
+    """The recipe in the stamp or beside it, whichever named the folder."""
+    recipes: list[Mapping[str, Any]] = []
+    for read in (lambda: artifact.stamp["recipe"], lambda: read_recipe(artifact)):
+        with suppress(ArtifactError):
+            recipes.append(read())
+    named = (recipe for recipe in recipes if artifact.name.endswith(name_hash(recipe)))
+    return next(named, None) or (recipes[0] if recipes else read_recipe(artifact))
+
+
+def _compare_files(artifact: Artifact, sums: Mapping[str, str], n_images: int) -> list[Fault]:
+    """What is wrong with the files beside the shards; without its prompts, no image is known."""
+    faults = []
+    for name in sorted(sums):
+        path = artifact.file(name)
+        images = range(n_images if name == PROMPTS else 0)
+        if Path(name).name != name or not path.is_file():
+            faults.append(Fault(f"{name} is missing", images))
+        elif hash_file(path) != sums[name]:
+            faults.append(Fault(f"{name} has changed", images))
+    return faults
 
 
 def _listed(artifact: Artifact, layout: Layout) -> dict[str, str]:

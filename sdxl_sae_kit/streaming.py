@@ -16,8 +16,9 @@ from sdxl_sae_kit.artifacts import canonical_json, name_hash, sha256
 from sdxl_sae_kit.buffers import Tokens
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
 from sdxl_sae_kit.layout import Layout
-from sdxl_sae_kit.observation import as_prompts, make_recipe, observe
+from sdxl_sae_kit.observation import as_prompts, make_recipe, observing
 from sdxl_sae_kit.prompts import Prompts
+from sdxl_sae_kit.tiny.quiet import hushed
 
 
 class ActivationStream(Activations):
@@ -54,7 +55,8 @@ class ActivationStream(Activations):
         recipe = {**self.recipe, "hookpoints": {h: self.recipe["hookpoints"][h] for h in hookpoints}}
         for start in range(0, len(images), recipe["batch_size"]):
             part = images[start : start + recipe["batch_size"]].tolist()
-            updates, _ = observe(self.pipe, self.prompts.take(part), recipe)
+            with hushed(), observing(self.pipe, recipe) as observe:  # no hooks while the caller does other things
+                updates, _ = observe(self.prompts.take(part))
             yield {hookpoint: self._kept(hookpoint, part, updates[hookpoint]) for hookpoint in hookpoints}
 
     def _kept(

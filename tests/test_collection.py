@@ -24,7 +24,7 @@ from sdxl_sae_kit.collection import collect, repair
 from sdxl_sae_kit.errors import ArtifactError, HookpointError, KitError
 from sdxl_sae_kit.hookpoints import list_hookpoints
 from sdxl_sae_kit.hooks import record
-from sdxl_sae_kit.pipelines import generate, load_pipeline
+from sdxl_sae_kit.pipelines import draw, generate, load_pipeline
 from sdxl_sae_kit.prompts import load_prompts
 
 PROMPTS = load_prompts("world", 20, seed=5)
@@ -66,7 +66,7 @@ def test_stopping_the_u_net_early_collects_the_same(pipe, tmp_path, monkeypatch)
 
 def test_a_second_call_returns_what_is_there_without_running_the_model(pipe, tmp_path, monkeypatch):
     first = collect(pipe, PROMPTS, ["mid.0"], store=tmp_path)
-    monkeypatch.setattr(observation, "generate", None)
+    monkeypatch.setattr(observation, "draw", None)
     assert collect(pipe, PROMPTS, ["mid.0"], store=tmp_path).artifact.digest == first.artifact.digest
     with pytest.raises(TypeError):
         collect(pipe, PROMPTS, ["mid.0"], batch_size=5, store=tmp_path)  # another recipe
@@ -201,9 +201,9 @@ def test_an_exception_at_image_537_loses_at_most_its_shard_and_is_made_good(pipe
         drawn.extend(seeds)
         if prompts.seeds[537] in seeds and len(drawn) <= 600:
             raise RuntimeError("out of memory at image 537")
-        return generate(pipe, texts, seeds, **more)
+        return draw(pipe, texts, seeds, **more)
 
-    monkeypatch.setattr(observation, "generate", failing)
+    monkeypatch.setattr(observation, "draw", failing)
     with pytest.raises(RuntimeError, match="image 537"):
         collect(pipe, prompts, ["mid.0"], store=tmp_path / "broken", **settings)
     reader = ActivationCache.open(folder_of(tmp_path / "broken"), unfinished=True)
@@ -397,9 +397,9 @@ def test_repair_collects_again_what_is_lost_and_nothing_else(pipe, tmp_path, mon
 
     def counting(pipe, texts, seeds, **settings):
         drawn.extend(seeds)
-        return generate(pipe, texts, seeds, **settings)
+        return draw(pipe, texts, seeds, **settings)
 
-    monkeypatch.setattr(observation, "generate", counting)
+    monkeypatch.setattr(observation, "draw", counting)
     assert repair(pipe, folder).digest == digest
     assert drawn == [PROMPTS.seeds[i] for i in (8, 9, 10, 11, 16, 17, 18, 19)]
     assert repair(pipe, cache).digest == digest  # nothing left to do

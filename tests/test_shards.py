@@ -310,6 +310,7 @@ def test_six_kilobytes_that_claim_terabytes_are_refused(tmp_path):
         lambda r: r.update(halves=["both"]),
         lambda r: r.update(dtype="object"),
         lambda r: r.update(n_images=-1),
+        lambda r: r.update(n_images=10**15),
         lambda r: r.update(images_per_shard=True),
         lambda r: r.pop("tokens_per_image"),
         lambda r: r.update(images="gif"),

@@ -7,7 +7,7 @@ import torch
 from sdxl_sae_kit import observation
 from sdxl_sae_kit.collection import collect
 from sdxl_sae_kit.errors import HookpointError, KitError
-from sdxl_sae_kit.pipelines import generate
+from sdxl_sae_kit.pipelines import draw
 from sdxl_sae_kit.prompts import load_prompts
 from sdxl_sae_kit.sae import SAEConfig
 from sdxl_sae_kit.streaming import stream
@@ -49,9 +49,9 @@ def test_it_runs_the_model_only_as_far_as_it_is_read(pipe, monkeypatch):
 
     def counting(pipe, texts, seeds, **settings):
         drawn.extend(seeds)
-        return generate(pipe, texts, seeds, **settings)
+        return draw(pipe, texts, seeds, **settings)
 
-    monkeypatch.setattr(observation, "generate", counting)
+    monkeypatch.setattr(observation, "draw", counting)
     made = stream(pipe, PROMPTS, ["mid.0"], batch_size=8)
     next(made.batches(["mid.0"], 100, memory=600 * 96 * 2))
     assert len(drawn) == 16  # the first batch of images fills the buffer, the second pushes the first tokens out
