@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sdxl_sae_kit.artifacts import whole_number
 from sdxl_sae_kit.buffers import Tokens, mix
 from sdxl_sae_kit.errors import HookpointError, KitError, did_you_mean
 from sdxl_sae_kit.layout import Layout
@@ -21,6 +22,8 @@ Split = Literal["train", "held_out", "all"]
 
 MEMORY = 512 * 2**20
 """Bytes that shuffling may take unless told otherwise."""
+
+_PART_BYTES = 64 * 2**20
 
 
 class Activations(ABC):
@@ -117,6 +120,12 @@ class Activations(ABC):
             raise KitError(f"No split {split!r}; there are {', '.join(chosen)}.{did_you_mean(str(split), chosen)}")
         return np.flatnonzero(chosen[split])
 
+    def parts(self, hookpoint: str, images: NDArray[np.integer]) -> list[NDArray[np.integer]]:
+        """These images in parts whose updates take about 64 MB in float32, to be read one after the other."""
+        per_image = 4 * self.rows_per_image * self.tokens_per_row(hookpoint) * self.d_in(hookpoint)
+        n_parts = -(-len(images) * per_image // _PART_BYTES)
+        return np.array_split(images, max(1, min(n_parts, len(images))))
+
     def batches(
         self,
         hookpoints: Sequence[str],
@@ -135,6 +144,7 @@ class Activations(ABC):
         Raises:
             HookpointError: hookpoints of different grids.
         """
+        batch_size, seed = whole_number("batch_size", batch_size), whole_number("seed", seed, least=0)
         if len({self.grid(hookpoint) for hookpoint in hookpoints}) != 1:
             grids = ", ".join(f"{h} {self.grid(h)[0]}×{self.grid(h)[1]}" for h in hookpoints) or "none"
             raise HookpointError(f"batches needs hookpoints of one grid, not {grids}. Call it for each grid.")
@@ -142,16 +152,22 @@ class Activations(ABC):
         capacity = min(memory // width, self.n_tokens(hookpoints[0], split))
         rng = np.random.default_rng([seed, epoch])
         block = min(batch_size, max(1, capacity))
-        yield from mix(self._blocks(hookpoints, split, rng, block), batch_size, capacity, rng)
+        return mix(self._blocks(hookpoints, split, rng, block), batch_size, capacity, rng)
 
     def sample(self, hookpoint: str, n: int, *, seed: int = 0) -> Float[Tensor, "token d_in"]:
-        """About n training tokens (at most all of them) drawn from images all over, in float32."""
+        """About n training tokens (at most all of them) drawn from images all over, in float32.
+
+        Raises:
+            KitError: there are no training images.
+        """
         rng = np.random.default_rng(seed)
         images = self.images("train")
+        if not len(images):
+            raise KitError(f"{self.name} has no training images to sample from. Collect more prompts.")
         images = np.sort(rng.permutation(images)[: max(1, min(len(images), n, self.sample_images or n))])
         per_image = -(-n // len(images))
         chosen = []
-        for part in np.array_split(images, max(1, len(images) // 256)):
+        for part in self.parts(hookpoint, images):
             tokens = self.read(hookpoint, part).flatten(1, 2)
             picks = torch.from_numpy(rng.random(tokens.shape[:2])).argsort(1)[:, :per_image]
             chosen.append(tokens.gather(1, picks[..., None].expand(-1, -1, tokens.shape[2])).flatten(0, 1).float())

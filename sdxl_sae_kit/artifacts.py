@@ -12,14 +12,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sdxl_sae_kit.errors import ArtifactError, KitError
 
@@ -109,14 +109,11 @@ class Artifact:
         """
         try:
             stamp: dict[str, Any] = json.loads((self.folder / _STAMP).read_text())
+            genuine = _is_stamp(stamp) and stamp["check"] == _check(stamp)
         except (OSError, ValueError, RecursionError) as cause:
-            raise ArtifactError(
-                f"The stamp of {self.folder} cannot be read ({cause}). Delete the folder and make it again."
-            ) from None
-        if not _is_stamp(stamp) or stamp["check"] != _check(stamp):
-            raise ArtifactError(
-                f"The stamp of {self.folder} is not as it was written. Delete the folder and make it again."
-            )
+            raise ArtifactError(f"The stamp of {self.folder} cannot be read ({cause}). {self.remedy}") from None
+        if not genuine or stamp["digest"] != _digest(stamp["recipe"], stamp["files"]):
+            raise ArtifactError(f"The stamp of {self.folder} is not as it was written. {self.remedy}")
         return stamp
 
     @property
@@ -161,46 +158,68 @@ class Artifact:
             ArtifactError: naming a file that is missing or of another size.
         """
         for name, entry in self.stamp["files"].items():
-            path = self.file(name)
-            if Path(name).name != name or not path.is_file() or path.stat().st_size != entry["bytes"]:
-                raise ArtifactError(f"{path} is missing or has changed. {self.remedy}")
+            if not self.holds(name) or self.file(name).stat().st_size != entry["bytes"]:
+                raise ArtifactError(f"{self.file(name)} is missing or has changed. {self.remedy}")
         return self
+
+    def holds(self, name: str) -> bool:
+        """Whether there is a file of this name in its folder itself; no other folder is looked into."""
+        try:
+            return Path(name).name == name and self.file(name).is_file()
+        except (OSError, ValueError):  # a name that no file can have
+            return False
 
     @contextmanager
     def lock(self, *, shared: bool = False) -> Iterator[Callable[[], None]]:
         """Hold the folder (made if need be) for writing; freed when the process ends, however it ends.
 
         Processes that write it together hold it `shared`: the first takes it alone, makes it ready, and then calls
-        what this yields, which lets the others in and keeps strangers out.
+        what this yields, which admits the others and keeps strangers out.
 
         Raises:
-            ArtifactError: the store cannot be written, or another process is writing the folder; then the message
-                names it.
+            ArtifactError: the store cannot be written, a link lies in the folder, which writing would follow, or
+                another process is writing it; then the message names it.
         """
         with explain_unwritable(self.folder.parent.parent):
             self.folder.mkdir(parents=True, exist_ok=True)
+            if links := [path.name for path in self.folder.iterdir() if path.is_symlink()]:
+                raise ArtifactError(f"{self.folder} holds links ({', '.join(links)}). Remove them: nothing is written.")
             handle = open(self.folder / _LOCK, "a+")  # noqa: SIM115
         with handle:
-            try:
-                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError:
-                handle.seek(0)
-                holder = handle.read().strip() or "another process"
-                raise ArtifactError(
-                    f"{self.name} is being written by {holder}. Wait for it, or stop it and call again."
-                ) from None
+            self._flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
             if not shared:
-                handle.truncate(0)
-                handle.write(f"process {os.getpid()} on {os.uname().nodename}")
-                handle.flush()
-            yield lambda: fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                with explain_full(self.folder / _LOCK):
+                    handle.truncate(0)
+                    handle.write(f"process {os.getpid()} on {os.uname().nodename}")
+                    handle.flush()
+            yield lambda: self._flock(handle, fcntl.LOCK_SH)
 
-    def seal(self, *, known: Mapping[str, str] | None = None, facts: Mapping[str, Any] | None = None) -> Artifact:
-        """Finish: hash every file (not those whose sha256 is `known`), then write the stamp in one step."""
+    def _flock(self, handle: IO[str], kind: int) -> None:
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise ArtifactError(
+                f"{self.name} is being written by {holder}. Wait for it, or stop it and call again."
+            ) from None
+
+    def seal(
+        self,
+        *,
+        known: Mapping[str, str] | None = None,
+        facts: Mapping[str, Any] | None = None,
+        names: Iterable[str] | None = None,
+    ) -> Artifact:
+        """Finish: hash every file (not those whose sha256 is `known`), then write the stamp in one step.
+
+        The files are those `names`, or all there are but hidden ones.
+        """
         known = known or {}
         for leftover in self.folder.glob("*.tmp"):  # of a writer that was killed
             leftover.unlink()
-        names = sorted(path.name for path in self.folder.iterdir() if path.name not in (_STAMP, _LOCK))
+        there = (path.name for path in self.folder.iterdir() if path.is_file() and not path.name.startswith("."))
+        names = sorted(set(there if names is None else names) - {_STAMP})
         files = {
             name: {"bytes": self.file(name).stat().st_size, "sha256": known.get(name) or hash_file(self.file(name))}
             for name in names
@@ -211,7 +230,7 @@ class Artifact:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "facts": facts or {},
             "files": files,
-            "digest": sha256(canonical_json({"recipe": self.recipe, "files": files}).encode()),
+            "digest": _digest(self.recipe, files),
         }
         write_atomically(self.file(_STAMP), json.dumps(stamp | {"check": _check(stamp)}, indent=1).encode())
         return Artifact(self.folder, self.recipe)
@@ -242,14 +261,18 @@ class Artifact:
         stamp = self.stamp
         faults = [] if self.name.endswith(name_hash(stamp["recipe"])) else ["the recipe is not the one that named it"]
         for name, entry in stamp["files"].items():
-            if Path(name).name != name or not self.file(name).is_file():
+            if not self.holds(name):
                 faults.append(f"{name} is missing")
             elif hash_file(self.file(name)) != entry["sha256"]:
                 faults.append(f"{name} has changed")
-        present = {path.name for path in self.folder.iterdir()} - {_STAMP, _LOCK}
+        present = {path.name for path in self.folder.iterdir() if not path.name.startswith(".")} - {_STAMP}
         faults += [f"{name} does not belong to it" for name in sorted(present - stamp["files"].keys())]
         if faults:
             raise ArtifactError(f"{self.folder}: {'; '.join(faults)}. Delete the folder and make it again.")
+
+
+def _digest(recipe: Mapping[str, Any], files: Mapping[str, Any]) -> str:
+    return sha256(canonical_json({"recipe": recipe, "files": files}).encode())
 
 
 def _check(stamp: Mapping[str, Any]) -> str:
@@ -323,7 +346,8 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with explain_full(path), open(temporary, "wb") as handle:
+        temporary.unlink(missing_ok=True)
+        with explain_full(path), open(temporary, "xb") as handle:  # a link in its place would be followed by "wb"
             handle.write(data)
             handle.flush()
             os.fsync(handle.fileno())

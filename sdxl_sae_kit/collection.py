@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from sdxl_sae_kit.artifacts import Artifact, Store, name_hash
+from sdxl_sae_kit.artifacts import Artifact, Store, human_bytes, name_hash
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
@@ -21,8 +21,9 @@ from sdxl_sae_kit.pipelines import count_long, describe, scheduler
 from sdxl_sae_kit.plans import plan_recipe
 from sdxl_sae_kit.processes import Processes, find_processes
 from sdxl_sae_kit.prompts import Prompts
-from sdxl_sae_kit.shards import Shard, ShardWriter, examine, keep_only, read_prompts
-from sdxl_sae_kit.tiny.quiet import hushed
+from sdxl_sae_kit.shards import Shard, ShardWriter, examine, keep_only, read_prompts, read_recipe
+
+_MUCH_MEMORY = 2**30
 
 
 def collect(
@@ -45,7 +46,8 @@ def collect(
     """Make an image of every prompt and cache the updates of `hookpoints`; returns at once what was collected before.
 
     Killed at any moment, it goes on where it was when called again, and ends bit-identical. Under `accelerate launch`
-    or `torchrun` the processes share the images; what comes out does not depend on how many there are.
+    or `torchrun` the processes, each of which must call it, share the images; what comes out does not depend on how
+    many there are.
 
     Args:
         pipe: from `load_pipeline`, or any SDXL pipeline of diffusers.
@@ -85,14 +87,17 @@ def collect(
     )
     readable = f"{Path(recipe['model']).name}_{recipe['num_inference_steps']}step_{len(prompts)}images"
     artifact = Store.at(store).artifact("activations", readable, recipe)
-    _complete(pipe, prompts, artifact)
+    processes = find_processes()
+    if processes.count > 1 or not artifact.finished:
+        writer = ShardWriter(artifact, prompts)
+        _complete(pipe, artifact.folder, processes, lambda: None if artifact.finished else writer.prepare())
     return ActivationCache(artifact)
 
 
 def repair(
     pipe: Any, cache: ActivationCache | Path | str, *, prompts: Prompts | Iterable[str] | None = None
 ) -> ActivationCache:
-    """Collect again what is damaged in a cache (whole shards of up to 128 images) or missing, and keep what is good.
+    """Collect again what is damaged in a cache (whole shards) or missing, and keep all that is good.
 
     Args:
         pipe: the pipeline it was collected with.
@@ -103,23 +108,36 @@ def repair(
         ArtifactError: its recipe or prompts are lost, or files lie in its folder that do not belong there.
         KitError: the pipeline is another one.
     """
-    artifact = cache.artifact if isinstance(cache, ActivationCache) else Artifact(Path(cache).expanduser().resolve())
-    found = examine(artifact)
-    if not found.faults and artifact.finished:
-        return ActivationCache.open(artifact.folder)
+    folder = cache.artifact.folder if isinstance(cache, ActivationCache) else Path(cache).expanduser().resolve()
+    if not folder.is_dir():
+        raise ArtifactError(f"There is no folder {folder}. Pass a cache, or the path of its folder.")
+    _complete(pipe, folder, find_processes(), lambda: _keep_good(pipe, folder, prompts))
+    return ActivationCache.open(folder)
+
+
+def _keep_good(pipe: Any, folder: Path, prompts: Prompts | Iterable[str] | None) -> None:
+    """Make a damaged cache an unfinished one that holds what is good; hold its lock."""
+    found = examine(Artifact(folder))
+    if not found.faults:
+        return
     if found.foreign:
         raise ArtifactError(
-            f"{artifact.folder} holds {', '.join(found.foreign)}, which is not of this cache. Move it elsewhere first."
+            f"{folder} holds {', '.join(found.foreign)}, which is not of this cache. Move it elsewhere first."
         )
+    artifact = Artifact(folder, found.recipe)
     _check_same(pipe, found.recipe, artifact)
-    artifact = Artifact(artifact.folder, found.recipe)
-    for fault in found.faults:
-        tqdm.write(f"Repairing {artifact.name}: {fault}")
-    given = read_prompts(artifact, Layout.of(found.recipe)) if prompts is None else as_prompts(prompts)
+    try:
+        given = read_prompts(artifact, Layout.of(found.recipe)) if prompts is None else as_prompts(prompts)
+    except ArtifactError:
+        raise ArtifactError(
+            f"The prompts of {artifact.name} are damaged. Pass those it was collected from: repair(…, prompts=…)."
+        ) from None
     if given.digest != found.recipe["prompts"]:
         raise ArtifactError(f"{artifact.name} was collected from other prompts than these. Pass the same.")
-    _complete(pipe, given, artifact, keep=found.good)
-    return ActivationCache(artifact)
+    for fault in found.faults:
+        tqdm.write(f"Repairing {artifact.name}: {fault}")
+    keep_only(artifact, found.good)
+    ShardWriter(artifact, given).prepare()
 
 
 def _check_same(pipe: Any, recipe: Mapping[str, Any], artifact: Artifact) -> None:
@@ -136,22 +154,17 @@ def _check_same(pipe: Any, recipe: Mapping[str, Any], artifact: Artifact) -> Non
         raise KitError(f"{artifact.name} was collected with {'; '.join(other)}. Load that pipeline to repair it.")
 
 
-def _complete(pipe: Any, prompts: Prompts, artifact: Artifact, keep: Sequence[Shard] | None = None) -> None:
-    """Write the shards that are missing, this process its share of them; of a damaged cache `keep` those."""
-    processes = find_processes()
-    if processes.count == 1 and artifact.finished and keep is None:
-        return
-    writer = ShardWriter(artifact, prompts)
-    facts = {"prompts cut": count_long(pipe, prompts.texts), "prompts repeated": prompts.n_repeated}
-    with _held(writer, processes, keep):
-        if artifact.finished:  # by others, while this one waited
+def _complete(pipe: Any, folder: Path, processes: Processes, prepare: Callable[[], None]) -> None:
+    """Write the shards that are missing once the first process has prepared the folder, each process its share."""
+    with _held(Artifact(folder), processes, prepare):
+        if Artifact(folder).finished:  # by others, while this one waited; or nothing was wrong with it
             return
+        artifact = Artifact(folder, read_recipe(Artifact(folder)))
+        writer = ShardWriter(artifact, read_prompts(artifact, Layout.of(artifact.recipe)))
         missing = writer.missing()
-        share = missing[processes.index :: processes.count]
-        n_done = len(prompts) - sum(shard.images for shard in missing)
-        if processes.first:
-            _announce(pipe, writer, n_done, processes, facts)
-        _write(pipe, writer, share, processes, n_done)
+        n_done = len(writer.prompts) - sum(shard.images for shard in missing)
+        facts = _announce(pipe, writer, n_done, processes) if processes.first else {}
+        _write(pipe, writer, missing[processes.index :: processes.count], processes, n_done)
         processes.wait()
         if processes.first:
             writer.finish(facts)
@@ -159,18 +172,15 @@ def _complete(pipe: Any, prompts: Prompts, artifact: Artifact, keep: Sequence[Sh
 
 
 @contextmanager
-def _held(writer: ShardWriter, processes: Processes, keep: Sequence[Shard] | None) -> Iterator[None]:
-    """Hold the cache's lock, which the first process takes for all, once it has made the folder ready."""
+def _held(artifact: Artifact, processes: Processes, prepare: Callable[[], None]) -> Iterator[None]:
+    """Hold the cache's lock, which the first process takes for all, once it has prepared the folder."""
     if not processes.first:
         processes.wait()
-    with writer.artifact.lock(shared=not processes.first) as share:
+    with artifact.lock(shared=not processes.first) as admit_others:
         if processes.first:
-            if keep is not None:
-                keep_only(writer.artifact, keep)
-            if not writer.artifact.finished:
-                writer.prepare()
+            prepare()
             if processes.count > 1:
-                share()
+                admit_others()
             processes.wait()
         yield
 
@@ -179,14 +189,14 @@ def _write(pipe: Any, writer: ShardWriter, shards: Sequence[Shard], processes: P
     """Make the images of these shards; while one is made, the one before is written."""
     recipe, n_images = writer.artifact.recipe, sum(shard.images for shard in shards)
     bar = tqdm(total=n_done + n_images, initial=n_done, desc="collect", unit="image", disable=not processes.first)
-    with bar, ThreadPoolExecutor(1) as background, hushed(), observing(pipe, recipe) as observe:
+    with bar, ThreadPoolExecutor(1) as background, observing(pipe, writer.prompts, recipe) as observe:
         writing: Future[None] | None = None
         for shard in shards:
             batches = []
             for start in range(shard.first_image, shard.stop, recipe["batch_size"]):
-                batch = writer.prompts[start : min(start + recipe["batch_size"], shard.stop)]
-                batches.append(observe(batch))
-                bar.update(len(batch))
+                images = range(start, min(start + recipe["batch_size"], shard.stop))
+                batches.append(observe(images))
+                bar.update(len(images))
             if writing is not None:
                 writing.result()
             writing = background.submit(writer.write, shard, batches)
@@ -194,17 +204,26 @@ def _write(pipe: Any, writer: ShardWriter, shards: Sequence[Shard], processes: P
             writing.result()
 
 
-def _announce(pipe: Any, writer: ShardWriter, n_done: int, processes: Processes, facts: Mapping[str, int]) -> None:
-    """Say what it will cost before it starts, and refuse what does not fit."""
+def _announce(pipe: Any, writer: ShardWriter, n_done: int, processes: Processes) -> dict[str, int]:
+    """Say what it will cost before it starts, and refuse what does not fit; returns what is worth noting of prompts."""
     prompts, artifact = writer.prompts, writer.artifact
-    plan = plan_recipe(artifact.recipe, len(prompts), artifact.folder)
-    plan.check_space(1 - n_done / len(prompts))
+    n, recipe = len(prompts), artifact.recipe
+    plan = plan_recipe(recipe, n, artifact.folder)
+    plan.check_space(1 - n_done / n)
     there = f" {n_done:,} of the images are there already." if n_done else ""
     together = f" {processes.count} processes share it." if processes.count > 1 else ""
     tqdm.write(f"Collecting {plan}, as {artifact.name}.{there}{together}")
+    held = min(n, recipe["images_per_shard"]) * plan.nbytes / n
+    if held > _MUCH_MEMORY:
+        tqdm.write(
+            f"About {human_bytes(3 * held)} of memory are needed, for {min(n, recipe['images_per_shard'])} images at "
+            "once; a smaller batch_size needs less."
+        )
+    facts = {"prompts cut": count_long(pipe, prompts.texts), "prompts repeated": prompts.n_repeated}
     if long := facts["prompts cut"]:
         most = pipe.tokenizer.model_max_length
         longer = "is longer" if long == 1 else "are longer"
-        tqdm.write(f"{long:,} of {len(prompts):,} prompts {longer} than the {most} tokens this model reads: cut there.")
+        tqdm.write(f"{long:,} of {n:,} prompts {longer} than the {most} tokens this model reads: cut there.")
     if repeated := facts["prompts repeated"]:
-        tqdm.write(f"{repeated:,} of {len(prompts):,} prompts repeat an earlier one, each with its own seed.")
+        tqdm.write(f"{repeated:,} of {n:,} prompts repeat an earlier one, each with its own seed.")
+    return facts

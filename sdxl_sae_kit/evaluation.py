@@ -82,7 +82,7 @@ def _images(
     images = cache.images(split)
     if len(images) > MAX_IMAGES:
         images = images[np.linspace(0, len(images) - 1, MAX_IMAGES).astype(int)]
-    for part in np.array_split(images, -(-len(images) // 64)):
+    for part in cache.parts(hookpoint, images):
         yield cache.read(hookpoint, part).flatten(1, 2).to(device, torch.float32)
 
 

@@ -128,7 +128,7 @@ def watch(
     """
     recording = Recording()
 
-    def observe(call: Callable[[], Any]) -> tuple[Recording, Any]:
+    def run(call: Callable[[], Any]) -> tuple[Recording, Any]:
         recording._parts.clear()
         try:
             made = call()
@@ -137,7 +137,7 @@ def watch(
         return Recording(dict(recording._parts)), made
 
     with _hooked(pipe, _readers(pipe, recording, hookpoints, dtype, steps, stop_early), first=True):
-        yield observe
+        yield run
 
 
 def _readers(

@@ -29,10 +29,18 @@ LIBVER = ("v108", "v110")  # readable by every HDF5 tool since 1.10
 IMAGES = ("thumbnails", "webp", "png")
 """How pictures may be kept: small WebP files, or the whole picture as WebP (lossy) or PNG (exact)."""
 
+THUMBNAIL = 160
+"""Pixels that a thumbnail is at most wide and high."""
+
 _STRIP_BYTES = 80 * 2**10  # 32 tokens of SDXL: small enough to mix images well, large enough to read fast
 _PICTURE_CHUNK = 2**14
-_MOST_SHARDS = 10**6  # what claims more is refused before it is counted
+_COUNTS = ("n_images", "num_inference_steps", "height", "width", "batch_size", "images_per_shard")
+_TEXTS = ("model", "revision", "scheduler", "prompts", "compute_dtype")
 _HOOKPOINT = re.compile(r"[A-Za-z0-9_.]+")
+
+
+Batch = tuple[Mapping[str, NDArray[Any]], Sequence[Image.Image]]
+"""Of some images, updates per hookpoint as (image, row, token, d_in), bfloat16 as its bits; and pictures, or none."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,11 @@ class Field:
     def nbytes(self) -> int:
         """Bytes of its numbers."""
         return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def n_chunks(self) -> int:
+        """How many chunks hold them."""
+        return prod(-(-n // c) for n, c in zip(self.shape, self.chunks, strict=True))
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,6 @@ class Layout:
             ArtifactError: the recipe is not one that `collect` writes.
         """
         r = dict(recipe)
-        n_images, per_shard = r.get("n_images"), r.get("images_per_shard")
         good = {
             "hookpoints": _are_shapes(r.get("hookpoints")),
             "steps": _are_steps(r.get("steps")),
@@ -84,11 +96,10 @@ class Layout:
             "tokens_per_image": r.get("tokens_per_image", 0) is None or _counts(r.get("tokens_per_image")),
             "dtype": r.get("dtype") in ("float16", "bfloat16", "float32"),
             "images": r.get("images", "") in (None, *IMAGES),
-            "images_per_shard": _counts(per_shard),
-            "n_images": _counts(n_images) and (not _counts(per_shard) or n_images <= _MOST_SHARDS * per_shard),
-            "prompts": isinstance(r.get("prompts"), str),
-            "model": isinstance(r.get("model"), str),
         }
+        good |= {name: _counts(r.get(name)) for name in _COUNTS}
+        good |= {name: isinstance(r.get(name), str) for name in _TEXTS}
+        good["guidance_scale"] = isinstance(r.get("guidance_scale"), int | float)
         if bad := [name for name, fits in good.items() if not fits]:
             raise ArtifactError(
                 f"This is no recipe of an activation cache: {', '.join(bad)} cannot be as they are. Collect again."
@@ -135,7 +146,7 @@ class Layout:
         height, width, _ = self.hookpoints[hookpoint]
         if self.tokens_per_image is None:
             return np.arange(height * width, dtype=np.int32)
-        drawn = np.random.default_rng([image, height, width]).permutation(height * width)
+        drawn = np.random.RandomState([image, height, width]).permutation(height * width)  # the same in every NumPy
         return np.sort(drawn[: self.tokens_per_image]).astype(np.int32)
 
     def keep(self, hookpoint: str, images: Iterable[int], updates: NDArray[Any]) -> NDArray[Any]:
@@ -170,25 +181,12 @@ class Layout:
 
     # Writing ----------------------------------------------------------------------------------------------------------
 
-    def encode(
-        self, first_image: int, updates: Mapping[str, NDArray[Any]], pictures: Sequence[Image.Image]
-    ) -> memoryview:
-        """The bytes of a shard: updates as (image, row, token, d_in) per hookpoint, all tokens of the grid."""
-        n = len(next(iter(updates.values())))
-        columns: dict[str, NDArray[Any]] = {
-            "rows/image": np.repeat(np.arange(first_image, first_image + n), self.rows_per_image),
-            "rows/step": np.tile(np.repeat(self.steps, len(self.halves)), n),
-            "rows/half": np.tile(np.arange(len(self.halves)), n * len(self.steps)),
-        }
-        images = range(first_image, first_image + n)
-        for name, (height, width, _) in self.hookpoints.items():
-            kept = self.keep(name, images, updates[name])
-            columns[f"updates/{name}"] = kept.reshape(-1, *kept.shape[2:])
-            if self.tokens_per_image is not None:
-                columns[f"tokens/{height}x{width}"] = np.stack([self.positions(name, image) for image in images])
-        fields = self.fields(n)
+    def encode(self, first_image: int, batches: Sequence[Batch]) -> memoryview:
+        """The bytes of a shard, from batches of images: their updates (image, row, token, d_in) and their pictures."""
+        n = sum(len(next(iter(updates.values()))) for updates, _ in batches)
+        fields, columns = self.fields(n), self._columns(first_image, n)
         if self.images is not None:
-            encoded = [encode_picture(picture, self.images) for picture in pictures]
+            encoded = [encode_picture(picture, self.images) for _, pictures in batches for picture in pictures]
             columns["images/ends"] = np.cumsum([len(e) for e in encoded])
             columns["images/bytes"] = np.frombuffer(b"".join(encoded), np.uint8)
             fields["images/bytes"] = _picture_field(len(columns["images/bytes"]))
@@ -196,20 +194,38 @@ class Layout:
         with h5py.File(buffer, "w", libver=LIBVER) as file:
             file.attrs.update(format="activations", recipe=self.recipe_hash)
             for name, field in fields.items():
-                dataset = file.create_dataset(
-                    name, data=columns[name].astype(field.dtype, copy=False), chunks=field.chunks, fletcher32=True
-                )
-                if name.startswith("updates/"):
-                    dataset.attrs["logical_dtype"] = self.dtype
+                dataset = file.create_dataset(name, field.shape, field.dtype, chunks=field.chunks, fletcher32=True)
+                if name in columns:
+                    dataset[...] = columns[name]
+                    continue
+                dataset.attrs["logical_dtype"] = self.dtype
+                start = 0
+                for updates, _ in batches:
+                    rows = updates[name.removeprefix("updates/")].reshape(-1, *field.shape[1:])
+                    dataset[start : start + len(rows)] = rows
+                    start += len(rows)
         return buffer.getbuffer()
+
+    def _columns(self, first_image: int, n: int) -> dict[str, NDArray[Any]]:
+        """What tells the rows of n images apart."""
+        columns: dict[str, NDArray[Any]] = {
+            "rows/image": np.repeat(np.arange(first_image, first_image + n), self.rows_per_image),
+            "rows/step": np.tile(np.repeat(self.steps, len(self.halves)), n),
+            "rows/half": np.tile(np.arange(len(self.halves)), n * len(self.steps)),
+        }
+        if self.tokens_per_image is not None:
+            for name, (height, width, _) in self.hookpoints.items():
+                kept = [self.positions(name, image) for image in range(first_image, first_image + n)]
+                columns[f"tokens/{height}x{width}"] = np.stack(kept)
+        return columns
 
     # Reading ----------------------------------------------------------------------------------------------------------
 
-    def open(self, path: Path, n_images: int) -> h5py.File:
-        """A shard of so many images, opened for reading after everything but its numbers was checked.
+    def open(self, path: Path, first_image: int, n_images: int) -> h5py.File:
+        """The shard of so many images from this one on, opened for reading after all but its numbers was checked.
 
         Raises:
-            ArtifactError: it cannot be read, or holds anything that `encode` does not write.
+            ArtifactError: it cannot be read, or holds anything that `encode` does not write there.
         """
         try:
             file = h5py.File(path, "r")
@@ -217,11 +233,14 @@ class Layout:
             raise ArtifactError(f"{path} cannot be read ({cause}). Mend it with repair(pipe, folder).") from None
         try:
             self._check(file, n_images, path.stat().st_size)
+            for name, column in self._columns(first_image, n_images).items():
+                if not np.array_equal(file[name][()], column):
+                    raise ValueError(f"its {name} are those of other images")
         except Exception as cause:  # a damaged file makes h5py raise whatever it trips over
             file.close()
             raise ArtifactError(
-                f"{path} is not what collect writes ({cause}). Nothing was read from it. Mend "
-                "it with repair(pipe, folder), or collect again."
+                f"{path} is not what collect writes ({cause}). Nothing was read from it. Mend it with "
+                "repair(pipe, folder), or collect again."
             ) from None
         return file
 
@@ -243,8 +262,9 @@ class Layout:
                 raise ValueError(f"{name} is stored elsewhere or by other means than checksummed chunks")
             if dataset.chunks != field.chunks:
                 raise ValueError(f"{name} has chunks of {dataset.chunks}, not {field.chunks}")
-            if dataset.id.get_storage_size() < field.nbytes:
-                raise ValueError(f"{name} claims {field.nbytes} bytes and has {dataset.id.get_storage_size()}")
+            n_chunks, there = field.n_chunks, dataset.id.get_num_chunks()
+            if there != n_chunks or dataset.id.get_storage_size() < field.nbytes:
+                raise ValueError(f"{name} claims {n_chunks} chunks, {field.nbytes} bytes, and has {there} chunks")
             stored += dataset.id.get_storage_size()
         if stored > size:
             raise ValueError(f"it claims {stored} bytes and has {size}")
@@ -252,11 +272,11 @@ class Layout:
             raise ValueError("it belongs to another cache")
 
 
-def encode_picture(image: Image.Image, kind: str, side: int = 160) -> bytes:
-    """A picture as WebP or PNG bytes; thumbnails are at most `side` pixels wide and high."""
+def encode_picture(image: Image.Image, kind: str) -> bytes:
+    """A picture as WebP or PNG bytes; thumbnails are at most 160 pixels wide and high."""
     picture = image.convert("RGB")
     if kind == "thumbnails":
-        picture.thumbnail((side, side))
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     if kind == "png":
         picture.save(buffer, "PNG")
@@ -289,8 +309,7 @@ def _picture_field(n: int) -> Field:
 
 def _on_disk(field: Field) -> int:
     """About the bytes of whole chunks, each with a checksum and a line in the index, and of what describes them."""
-    n_chunks = prod(-(-n // c) for n, c in zip(field.shape, field.chunks, strict=True))
-    return n_chunks * (prod(field.chunks) * field.dtype.itemsize + 20) + 3600
+    return field.n_chunks * (prod(field.chunks) * field.dtype.itemsize + 20) + 3600
 
 
 def _counts(value: object) -> TypeGuard[int]:

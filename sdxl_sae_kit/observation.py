@@ -26,8 +26,10 @@ from sdxl_sae_kit.pipelines import (
     scheduler,
 )
 from sdxl_sae_kit.prompts import Prompts, load_prompts
+from sdxl_sae_kit.tiny.quiet import hushed
 
 HALVES = ("uncond", "cond")
+_NO_WEIGHTS = {"prompts": "", "scheduler": "", "compute_dtype": ""}  # what an outline leaves open
 _SHARD_IMAGES, _SHARD_BYTES = 128, 128 * 2**20  # what an interruption may cost
 
 
@@ -103,8 +105,8 @@ def outline(
 
 
 def _images_per_shard(recipe: Mapping[str, Any]) -> int:
-    """At most 128 images and about 128 MB, in whole batches, so that a batch is always made of the same images."""
-    per_image = Layout.of({"prompts": "", **recipe, "images_per_shard": 1}).nbytes(1)
+    """At most 128 images and about 128 MB, but whole batches, so that a batch is always made of the same images."""
+    per_image = Layout.of({**_NO_WEIGHTS, **recipe, "images_per_shard": 1}).nbytes(1)
     batch_size: int = recipe["batch_size"]
     return max(1, min(_SHARD_IMAGES, _SHARD_BYTES // per_image) // batch_size) * batch_size
 
@@ -130,20 +132,27 @@ def _halves(half: str | None, guidance: float) -> list[str]:
     return [half]
 
 
-Batch = tuple[dict[str, NDArray[Any]], list[Image.Image]]
-"""Updates per hookpoint as (image, row, token, d_in), bfloat16 as its bits; and the pictures, or none."""
-
-
 @contextmanager
-def observing(pipe: Any, recipe: Mapping[str, Any]) -> Iterator[Callable[[Prompts], Batch]]:
-    """Yield what makes one batch of images and returns their updates; it raises KitError where they do not fit."""
-    settings = {key: recipe[key] for key in ("num_inference_steps", "guidance_scale", "height", "width")}
-    dtype, early = getattr(torch, recipe["dtype"]), recipe["images"] is None
-    with watch(pipe, recipe["hookpoints"], dtype=dtype, steps=recipe["steps"], stop_early=early) as watched:
+def observing(
+    pipe: Any, prompts: Prompts, recipe: Mapping[str, Any]
+) -> Iterator[Callable[[Sequence[int]], tuple[dict[str, NDArray[Any]], list[Image.Image]]]]:
+    """Yield what makes the images with these indices, as one batch, and returns what is kept of them.
 
-        def observe(batch: Prompts) -> Batch:
+    That is, updates per hookpoint as (image, row, token, d_in), bfloat16 as its bits, and the pictures, or none. It
+    raises KitError where an update does not fit into the recipe's dtype.
+    """
+    settings = {key: recipe[key] for key in ("num_inference_steps", "guidance_scale", "height", "width")}
+    dtype, early, layout = getattr(torch, recipe["dtype"]), recipe["images"] is None, Layout.of(recipe)
+    with (
+        hushed(),  # long prompts are counted beforehand, not told of at every batch
+        watch(pipe, recipe["hookpoints"], dtype=dtype, steps=recipe["steps"], stop_early=early) as watched,
+    ):
+
+        def observe(images: Sequence[int]) -> tuple[dict[str, NDArray[Any]], list[Image.Image]]:
+            batch = prompts.take(images)
             recording, pictures = watched(lambda: draw(pipe, batch.texts, batch.seeds, **settings))
-            return {name: _rows(recording, name, recipe) for name in recipe["hookpoints"]}, pictures or []
+            kept = {name: layout.keep(name, images, _rows(recording, name, recipe)) for name in layout.hookpoints}
+            return kept, pictures or []
 
         yield observe
 

@@ -12,7 +12,7 @@ from typing import Any
 from sdxl_sae_kit.artifacts import Store, human_bytes, whole_number
 from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, SDXL
-from sdxl_sae_kit.layout import Layout, encode_picture
+from sdxl_sae_kit.layout import THUMBNAIL, Layout, encode_picture
 from sdxl_sae_kit.observation import as_prompts, make_recipe, observing, outline
 from sdxl_sae_kit.pipelines import PRESETS, Model
 from sdxl_sae_kit.prompts import Prompts
@@ -20,7 +20,7 @@ from sdxl_sae_kit.prompts import Prompts
 _SIZES = {"stabilityai/sdxl-turbo": 512, "stabilityai/stable-diffusion-xl-base-1.0": 1024}
 _TIMED_BATCHES = 3
 _FEW_TOKENS = 32
-_A_THUMBNAIL = 3000  # bytes, until one was made
+_BYTES_OF_A_PIXEL = {"thumbnails": 0.12, "webp": 0.3, "png": 1.7}  # a guess, until a picture was made
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,13 @@ class CollectionPlan:
         return f"{text}.\n{self.advice}" if self.advice else text
 
 
-def plan_recipe(recipe: Mapping[str, Any], n_images: int, folder: Path, picture: int = _A_THUMBNAIL) -> CollectionPlan:
-    """Forecast a collection of so many images from its recipe and the bytes of a picture."""
-    layout = Layout.of({"prompts": "", **recipe, "n_images": n_images})
+def plan_recipe(recipe: Mapping[str, Any], n_images: int, folder: Path, picture: int | None = None) -> CollectionPlan:
+    """Forecast a collection of so many images from its recipe and the bytes of a picture, guessed if unknown."""
+    layout = Layout.of({"prompts": "", "scheduler": "", "compute_dtype": "", **recipe, "n_images": n_images})
+    picture = _guess_picture(recipe) if picture is None else picture
     tokens = sum(map(layout.n_tokens, layout.hookpoints))
     few = replace(layout, tokens_per_image=min(_FEW_TOKENS, layout.tokens_per_image or _FEW_TOKENS))
-    pictures = 0 if layout.images is None else n_images * picture
+    pictures = n_images * picture
     while not folder.exists():
         folder = folder.parent
     return CollectionPlan(
@@ -88,6 +89,14 @@ def plan_recipe(recipe: Mapping[str, Any], n_images: int, folder: Path, picture:
         shutil.disk_usage(folder).free,
         _updates_on_disk(few) + pictures,
     )
+
+
+def _guess_picture(recipe: Mapping[str, Any]) -> int:
+    """Bytes of a picture of this size, as photographs have them."""
+    pixels = recipe["height"] * recipe["width"]
+    if recipe["images"] == "thumbnails":
+        pixels = min(pixels, THUMBNAIL**2)
+    return int(_BYTES_OF_A_PIXEL.get(recipe["images"], 0) * pixels)
 
 
 def _updates_on_disk(layout: Layout) -> int:
@@ -107,7 +116,7 @@ def plan(
 
     Args:
         pipe: a pipeline, which is timed on a few batches; or the name of a real model, whose weights are not needed:
-            then no time is told.
+            then no time is told, and the bytes of pictures are a guess.
         prompts: as `collect` takes them, or how many there will be.
         hookpoints: as `collect` takes them.
         store: where it would be kept.
@@ -136,24 +145,25 @@ def _outline(name: str, n_images: int, hookpoints: Sequence[str], settings: Mapp
             f"plan knows {', '.join(_SIZES)} by name, not {name!r}. Pass the pipeline that load_pipeline gives."
             f"{did_you_mean(name, _SIZES)}"
         )
-    names = [hookpoints] if isinstance(hookpoints, str) else hookpoints
-    if unknown := [hookpoint for hookpoint in names if hookpoint not in SDXL]:
-        hint = did_you_mean(str(unknown[0]), SDXL)
+    known = SDXL | {hookpoint.path: hookpoint for hookpoint in SDXL.values()}
+    names = [each.removeprefix("unet.") for each in ([hookpoints] if isinstance(hookpoints, str) else hookpoints)]
+    if unknown := [hookpoint for hookpoint in names if hookpoint not in known]:
+        hint = did_you_mean(unknown[0], SDXL)
         raise KitError(f"SDXL has no hookpoint {unknown[0]!r}; it has {', '.join(SDXL)}.{hint}")
     preset, size = PRESETS[name], _SIZES[name]
     model = Model(name, "", preset.num_inference_steps, preset.guidance_scale, size, size)
-    return outline(model, [SDXL[hookpoint] for hookpoint in names], 8, n_images, **settings)
+    return outline(model, [known[hookpoint] for hookpoint in names], 8, n_images, **settings)
 
 
 def _timed(pipe: Any, prompts: Prompts, recipe: Mapping[str, Any]) -> tuple[float, int]:
     """Seconds per image and bytes of a picture, of the quickest of a few batches."""
-    batch = prompts[: recipe["batch_size"]]
-    layout, seconds = Layout.of({**recipe, "n_images": len(batch)}), []
-    with observing(pipe, recipe) as observe:
+    batch = range(min(len(prompts), recipe["batch_size"]))
+    layout, seconds = Layout.of(recipe), []
+    with observing(pipe, prompts, recipe) as observe:
         for _ in range(_TIMED_BATCHES):
             started = time.perf_counter()
             updates, pictures = observe(batch)
-            layout.encode(0, updates, pictures)
+            layout.encode(0, [(updates, pictures)])
             seconds.append((time.perf_counter() - started) / len(batch))
     sizes = [len(encode_picture(picture, recipe["images"])) for picture in pictures]
     return min(seconds), sum(sizes) // max(1, len(sizes))

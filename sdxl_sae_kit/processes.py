@@ -32,8 +32,11 @@ class Processes:
 
 
 def find_processes() -> Processes:
-    """This process and how many work beside it, as the launcher's environment variables tell; sets up their contact."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """This process and how many work beside it, as the launcher's environment variables tell; sets up their contact.
+
+    Each of them must make every call that shares work: one that does not is waited for.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
         return Processes()
     from accelerate import PartialState  # seconds to import, which only those who launch several should pay
 

@@ -12,7 +12,7 @@ import io
 import json
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -46,14 +46,18 @@ class Prompts(Sequence[str]):
     @overload
     def __getitem__(self, item: slice) -> Prompts: ...
     def __getitem__(self, item: int | slice) -> str | Prompts:
-        if isinstance(item, int):
+        if not isinstance(item, slice):
             return self.texts[item]
         return Prompts(self.texts[item], self.seeds[item], self.factors[item])
 
     def take(self, indices: Iterable[int]) -> Prompts:
         """Those at these places, in this order."""
-        rows = [(self.texts[i], self.seeds[i], self.factors[i]) for i in indices]
-        return Prompts(*map(tuple, zip(*rows, strict=True)))
+        chosen = list(indices)
+        return Prompts(
+            tuple(self.texts[i] for i in chosen),
+            tuple(self.seeds[i] for i in chosen),
+            tuple(self.factors[i] for i in chosen),
+        )
 
     @property
     def held_out(self) -> Bool[np.ndarray, "image"]:
@@ -108,7 +112,7 @@ class Prompts(Sequence[str]):
                 factors.append(told)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise PromptError(f"Line {number} of these prompts is not one that to_jsonl writes.") from None
-        if not all(isinstance(text, str) for text in texts):
+        if not all(isinstance(text, str) and _is_unicode(text) for text in texts):
             raise PromptError("A prompt here is no text. Write each line as to_jsonl does.")
         return cls(tuple(texts), tuple(seeds), tuple(factors))
 
@@ -144,7 +148,7 @@ def load_prompts(
     """
     if n is not None:
         n = whole_number("load_prompts: n", n)
-    if source in ("world", "scenes"):
+    if isinstance(source, str) and source in ("world", "scenes"):
         if n is None:
             raise PromptError(f"load_prompts({source!r}) makes as many prompts as you want: say n=.")
         made = (_world if source == "world" else _scenes)(n, seed)
@@ -167,7 +171,7 @@ def _first(rows: Iterable[Any], n: int | None, column: str | None, source: str) 
             break
         told = {"text": row} if isinstance(row, str) else _pick(row, f"Row {number} of {source}", column)
         text = told["text"]
-        if not isinstance(row, str) and (text is None or text != text or text == ""):  # NaN is what pandas has for null
+        if not isinstance(row, str) and _is_null(text):
             left_out += 1
             continue
         if not isinstance(text, str) or not text.strip():
@@ -178,6 +182,11 @@ def _first(rows: Iterable[Any], n: int | None, column: str | None, source: str) 
     if left_out:
         warnings.warn(f"{left_out} rows of {source} have no text and were left out.", stacklevel=3)
     return chosen
+
+
+def _is_null(text: object) -> bool:
+    """Whether a field is empty: None, white space, or NaN, which is what pandas has for it."""
+    return text is None or (isinstance(text, float) and text != text) or (isinstance(text, str) and not text.strip())
 
 
 def _is_unicode(text: str) -> bool:
@@ -223,6 +232,8 @@ def _scenes(n: int, seed: int) -> tuple[list[str], list[dict[str, str]]]:
 
 def _read(source: str | Path | Iterable[Any], split: str) -> Iterable[Any]:
     if not isinstance(source, str | Path):
+        if isinstance(source, Mapping) or not isinstance(source, Iterable):
+            raise PromptError(f"load_prompts takes a name, a file, or a list of texts or rows, not {source!r}.")
         return source
     if str(source).startswith("hf:"):
         return _from_dataset(str(source).removeprefix("hf:"), split)
@@ -256,7 +267,7 @@ def _from_jsonl(text: str) -> list[Any]:
     for number, line in enumerate(text.split("\n"), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
-        except (json.JSONDecodeError, RecursionError) as cause:
+        except (ValueError, RecursionError) as cause:
             raise PromptError(
                 f"Line {number} is not JSON ({cause}). Mend it, or give a .txt file with one prompt a line."
             ) from None
@@ -302,9 +313,12 @@ def _pick(row: Any, place: str, column: str | None) -> dict[str, Any]:
 
 def _whole(seed: Any, place: str) -> int:
     try:
-        return int(seed) if isinstance(seed, str) else operator.index(seed)
+        number = int(seed) if isinstance(seed, str) else operator.index(seed)
     except (TypeError, ValueError):
         raise PromptError(f"{place} has the seed {seed!r}, which is no integer. Mend it, or leave it out.") from None
+    if not 0 <= number < 2**63:
+        raise PromptError(f"{place} has the seed {seed!r}; it must be from 0 to 2⁶³ − 1. Mend it, or leave it out.")
+    return number
 
 
 def _describe(source: str | Path | Iterable[Any]) -> str:

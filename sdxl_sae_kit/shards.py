@@ -11,6 +11,7 @@ import fcntl
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,9 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from sdxl_sae_kit.artifacts import (
     Artifact,
@@ -33,11 +31,13 @@ from sdxl_sae_kit.artifacts import (
     write_atomically,
 )
 from sdxl_sae_kit.errors import ArtifactError, PromptError
-from sdxl_sae_kit.layout import LIBVER, Layout
+from sdxl_sae_kit.layout import LIBVER, Batch, Layout
 from sdxl_sae_kit.prompts import Prompts
 
 PROMPTS, RECIPE = "prompts.jsonl", "recipe.json"
 _MANIFEST, _VIRTUAL = "manifest.jsonl", "all.h5"
+_SHARD = re.compile(r"shard-\d{5,}\.h5(\.tmp)?")
+_MOST_SHARDS = 10**7  # what claims more is refused before it is counted
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class ShardWriter:
 
     def prepare(self) -> None:
         """Make the folder ready: say what it is going to hold, and clear away what a killed writer left half done."""
-        write_atomically(self.artifact.file(RECIPE), canonical_json(self.artifact.recipe).encode())
         write_atomically(self.artifact.file(PROMPTS), self.prompts.to_jsonl().encode())
+        write_atomically(self.artifact.file(RECIPE), canonical_json(self.artifact.recipe).encode())
         _cut_torn_line(self.artifact.file(_MANIFEST))
         listed = {shard.file for shard in self.shards()}
         for path in self.artifact.folder.glob("shard-*"):
-            if path.name not in listed:
+            if path.name not in listed and _SHARD.fullmatch(path.name):
                 path.unlink()
 
     def shards(self) -> list[Shard]:
@@ -96,17 +96,13 @@ class ShardWriter:
         written = {shard.file for shard in self.shards()}
         return [shard for shard in plan_shards(self.layout) if shard.file not in written]
 
-    def write(self, shard: Shard, batches: Sequence[tuple[Mapping[str, NDArray[Any]], Sequence[Image.Image]]]) -> None:
+    def write(self, shard: Shard, batches: Sequence[Batch]) -> None:
         """Write one shard, make it durable, and enter it in the manifest.
-
-        Each batch holds the updates per hookpoint, (image, row, token, d_in), and the pictures (or none).
 
         Raises:
             ArtifactError: the disk is full.
         """
-        updates = {name: np.concatenate([updates[name] for updates, _ in batches]) for name in self.layout.hookpoints}
-        pictures = [picture for _, pictures in batches for picture in pictures]
-        data = self.layout.encode(shard.first_image, updates, pictures)
+        data = self.layout.encode(shard.first_image, batches)
         write_atomically(self.artifact.file(shard.file), data)
         entered = Shard(shard.file, shard.first_image, shard.images, sha256(data))
         manifest = self.artifact.file(_MANIFEST)
@@ -127,7 +123,8 @@ class ShardWriter:
         write_atomically(self.artifact.file(_MANIFEST), b"".join(shard.line() for shard in shards))
         write_atomically(self.artifact.file(_VIRTUAL), _virtual(self.layout, shards))
         known = {shard.file: shard.sha256 for shard in shards}
-        return self.artifact.seal(known=known, facts={"images": self.layout.n_images, **facts})
+        names = [RECIPE, PROMPTS, _MANIFEST, _VIRTUAL, *known]
+        return self.artifact.seal(known=known, facts={"images": self.layout.n_images, **facts}, names=names)
 
 
 def read_manifest(folder: Path, layout: Layout) -> list[Shard]:
@@ -187,7 +184,7 @@ def read_recipe(artifact: Artifact) -> dict[str, Any]:
         ArtifactError: there is none.
     """
     try:
-        recipe = json.loads(artifact.read_text(RECIPE))
+        recipe = json.loads(artifact.read_text(RECIPE), parse_constant=lambda name: None)
     except (ValueError, RecursionError):
         recipe = None
     if not isinstance(recipe, dict):
@@ -229,14 +226,18 @@ def examine(artifact: Artifact) -> Findings:
     Raises:
         ArtifactError: no recipe is left, so that nothing can be told.
     """
-    sums, faults = _stamped(artifact)
-    recipe = _find_recipe(artifact)
+    sums, stamped, faults = _stamped(artifact)
+    recipe = _find_recipe(artifact, stamped)
     layout = Layout.of(recipe)
-    if not artifact.name.endswith(name_hash(recipe)):
+    if layout.n_images > _MOST_SHARDS * layout.images_per_shard:
+        raise ArtifactError(f"{artifact.folder} claims {layout.n_images:,} images. {artifact.remedy}")
+    if not artifact.name.endswith(name_hash(recipe)) or (stamped is not None and stamped != recipe):
         faults.append(Fault("the recipe is not the one that named the folder", range(layout.n_images)))
     known = {RECIPE: sha256(canonical_json(recipe).encode()), PROMPTS: str(recipe["prompts"])}
     shards = plan_shards(layout)
     files = {shard.file for shard in shards}
+    if sums and sums.keys() != {RECIPE, PROMPTS, _MANIFEST, _VIRTUAL} | files:
+        faults.append(Fault("the stamp lists other files than such a cache has"))
     others = {name: digest for name, digest in (sums | known).items() if name not in files}
     faults += _compare_files(artifact, others, layout.n_images)
     listed = _listed(artifact, layout)
@@ -250,20 +251,20 @@ def examine(artifact: Artifact) -> Findings:
     return Findings(recipe, faults, good, foreign)
 
 
-def _stamped(artifact: Artifact) -> tuple[dict[str, str], list[Fault]]:
-    """The sha256 of each file as the stamp tells it, and what is wrong with the stamp."""
+def _stamped(artifact: Artifact) -> tuple[dict[str, str], Mapping[str, Any] | None, list[Fault]]:
+    """The sha256 of each file and the recipe as the stamp tells them, and what is wrong with the stamp."""
     try:
-        return {name: entry["sha256"] for name, entry in artifact.stamp["files"].items()}, []
+        stamp = artifact.stamp
     except ArtifactError as error:
-        return {}, [Fault(str(error))] if artifact.finished else []
+        return {}, None, [Fault(str(error))] if artifact.finished else []
+    return {name: entry["sha256"] for name, entry in stamp["files"].items()}, stamp["recipe"], []
 
 
-def _find_recipe(artifact: Artifact) -> Mapping[str, Any]:
+def _find_recipe(artifact: Artifact, stamped: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """The recipe in the stamp or beside it, whichever named the folder."""
-    recipes: list[Mapping[str, Any]] = []
-    for read in (lambda: artifact.stamp["recipe"], lambda: read_recipe(artifact)):
-        with suppress(ArtifactError):
-            recipes.append(read())
+    recipes = [] if stamped is None else [stamped]
+    with suppress(ArtifactError):
+        recipes.append(read_recipe(artifact))
     named = (recipe for recipe in recipes if artifact.name.endswith(name_hash(recipe)))
     return next(named, None) or (recipes[0] if recipes else read_recipe(artifact))
 
@@ -272,11 +273,10 @@ def _compare_files(artifact: Artifact, sums: Mapping[str, str], n_images: int) -
     """What is wrong with the files beside the shards; without its prompts, no image is known."""
     faults = []
     for name in sorted(sums):
-        path = artifact.file(name)
         images = range(n_images if name == PROMPTS else 0)
-        if Path(name).name != name or not path.is_file():
+        if not artifact.holds(name):
             faults.append(Fault(f"{name} is missing", images))
-        elif hash_file(path) != sums[name]:
+        elif hash_file(artifact.file(name)) != sums[name]:
             faults.append(Fault(f"{name} has changed", images))
     return faults
 
@@ -293,7 +293,7 @@ def _compare(artifact: Artifact, shards: Iterable[Shard], sums: Mapping[str, str
     faults, good = [], []
     for shard in shards:
         path, images = artifact.file(shard.file), range(shard.first_image, shard.stop)
-        if not path.is_file():
+        if not artifact.holds(shard.file):
             faults.append(Fault(f"{shard.file} is missing", images))
         elif shard.file not in sums:
             faults.append(Fault(f"{shard.file} is in no intact list", images))

@@ -18,7 +18,6 @@ from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
 from sdxl_sae_kit.layout import Layout
 from sdxl_sae_kit.observation import as_prompts, make_recipe, observing
 from sdxl_sae_kit.prompts import Prompts
-from sdxl_sae_kit.tiny.quiet import hushed
 
 
 class ActivationStream(Activations):
@@ -55,14 +54,9 @@ class ActivationStream(Activations):
         recipe = {**self.recipe, "hookpoints": {h: self.recipe["hookpoints"][h] for h in hookpoints}}
         for start in range(0, len(images), recipe["batch_size"]):
             part = images[start : start + recipe["batch_size"]].tolist()
-            with hushed(), observing(self.pipe, recipe) as observe:  # no hooks while the caller does other things
-                updates, _ = observe(self.prompts.take(part))
-            yield {hookpoint: self._kept(hookpoint, part, updates[hookpoint]) for hookpoint in hookpoints}
-
-    def _kept(
-        self, hookpoint: str, images: Sequence[int], updates: NDArray[Any]
-    ) -> Float[Tensor, "image row token d_in"]:
-        return self.layout.tensor(self.layout.keep(hookpoint, images, updates))
+            with observing(self.pipe, self.prompts, recipe) as observe:  # no hooks while the caller does other things
+                updates, _ = observe(part)
+            yield {hookpoint: self.layout.tensor(updates[hookpoint]) for hookpoint in hookpoints}
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{h} {height}×{width}×{d}" for h, (height, width, d) in self.layout.hookpoints.items())
@@ -79,7 +73,7 @@ def stream(
 
     Each pass makes every image anew, so this costs a run of the U-Net where a cache costs a reading of the disk. Use it
     when `plan` says that a cache does not fit. Tokens mix in a buffer of bounded memory (`batches(memory=…)`), as they
-    do from a cache.
+    do from a cache; one batch of images lies in memory beside it.
 
     Args:
         pipe, prompts, hookpoints: as `collect` takes them.

@@ -13,6 +13,7 @@ from PIL import Image
 
 from sdxl_sae_kit.artifacts import Artifact, Store, canonical_json, sha256
 from sdxl_sae_kit.cache import ActivationCache
+from sdxl_sae_kit.layout import Layout
 from sdxl_sae_kit.prompts import Prompts, load_prompts
 from sdxl_sae_kit.shards import ShardWriter
 
@@ -28,8 +29,8 @@ def made_up_recipe(n: int, **settings: Any) -> dict[str, Any]:
     return {
         "model": "m", "revision": "r", "scheduler": "s", "compute_dtype": "float32", "n_images": n,
         "prompts": made_up_prompts(n).digest, "num_inference_steps": 1, "steps": [0], "guidance_scale": 0.0,
-        "halves": ["cond"], "hookpoints": SHAPES, "tokens_per_image": None, "batch_size": 4, "dtype": "float16",
-        "images": None, "images_per_shard": 4, **settings,
+        "height": 16, "width": 24, "halves": ["cond"], "hookpoints": SHAPES, "tokens_per_image": None,
+        "batch_size": 4, "dtype": "float16", "images": None, "images_per_shard": 4, **settings,
     }  # fmt: skip
 
 
@@ -50,6 +51,15 @@ def as_stored(array: np.ndarray, dtype: str) -> np.ndarray:
     return array.astype(dtype)
 
 
+def a_batch(
+    recipe: dict[str, Any], updates: dict[str, np.ndarray], images: range, pictures: Sequence[Image.Image] = ()
+) -> tuple[dict[str, np.ndarray], Sequence[Image.Image]]:
+    """What is kept of some of the images."""
+    layout = Layout.of(recipe)
+    kept = {h: layout.keep(h, images, array[images.start : images.stop]) for h, array in updates.items()}
+    return kept, pictures[images.start : images.stop]
+
+
 def write_cache(
     folder: Path | str,
     recipe: dict[str, Any],
@@ -64,15 +74,17 @@ def write_cache(
     with artifact.lock():
         writer.prepare()
         for shard in writer.missing()[:stop_after]:
-            part = slice(shard.first_image, shard.stop)
-            writer.write(shard, [({name: array[part] for name, array in updates.items()}, pictures[part])])
+            writer.write(shard, [a_batch(recipe, updates, range(shard.first_image, shard.stop), pictures)])
         return artifact if stop_after is not None else writer.finish({})
 
 
-def rewrite_stamp(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def rewrite_stamp(folder: Path, change: Callable[[dict[str, Any]], None], *, digest: bool = True) -> None:
     """What a stranger can do: another stamp that checks out."""
     stamp = json.loads((folder / "stamp.json").read_text())
     change(stamp)
+    if digest:
+        told = {"recipe": stamp["recipe"], "files": stamp["files"]}
+        stamp["digest"] = sha256(canonical_json(told).encode())
     stamp["check"] = sha256(canonical_json({k: v for k, v in stamp.items() if k != "check"}).encode())
     (folder / "stamp.json").write_text(json.dumps(stamp))
 

@@ -136,6 +136,19 @@ def test_it_is_sliced_like_a_dataset_of_h5py(tmp_path):
         cache["mid.1"]
 
 
+def test_settings_that_cannot_be_are_refused_at_once(tmp_path, unchecked_types):
+    cache, _ = a_cache(tmp_path)
+    for wrong in ({"batch_size": 0}, {"batch_size": 2.5}, {"batch_size": 4, "seed": -5}):
+        with pytest.raises(KitError, match="must be an integer of at least"):
+            cache.batches(["mid.0"], **wrong)
+    assert cache.positions("mid.0", []).shape == (0, 2)
+    with pytest.raises(ArtifactError, match="has no image 999; it has 12 of 12"):
+        cache.positions("mid.0", [999])
+    unfinished = write_cache(tmp_path / "none", made_up_recipe(4), made_up_updates(made_up_recipe(4)), stop_after=0)
+    with pytest.raises(KitError, match="has no training images to sample from"):
+        ActivationCache.open(unfinished.folder, unfinished=True).sample("mid.0", 5)
+
+
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_of_a_data_loader_read_correct_rows(tmp_path, context):
     cache, updates = a_cache(tmp_path, 13)

@@ -122,9 +122,21 @@ def test_rows_without_a_text_are_left_out_and_counted_but_among_strings_they_are
         assert load_prompts(rows).texts == ("a fox", "a cow")
     with pytest.warns(UserWarning, match="1 rows"):
         assert load_prompts(rows, 1).texts == ("a fox",)
+    with pytest.warns(UserWarning, match="1 rows"):
+        assert load_prompts([{"text": "  "}, {"text": "a fox"}]).texts == ("a fox",)
     for wrong in ("", "  ", None, 3):
         with pytest.raises(PromptError, match="(Prompt 2|Row 2) of the list given is .*, not a text"):
             load_prompts(["a fox", wrong])
+
+
+def test_what_is_no_source_is_refused(unchecked_types):
+    for wrong in (5, None, {"a fox": 1}):
+        with pytest.raises(PromptError, match="takes a name, a file, or a list of texts or rows, not"):
+            load_prompts(wrong)
+    assert load_prompts(np.array(["a fox", "a cow"])).texts == ("a fox", "a cow")
+    for seed in (2**70, -1):
+        with pytest.raises(PromptError, match="it must be from 0 to"):
+            load_prompts([{"text": "a fox", "seed": seed}])
 
 
 def test_an_endless_source_is_read_only_as_far_as_wanted():

@@ -10,7 +10,8 @@ import textwrap
 import h5py
 import numpy as np
 import pytest
-from caches import a_cache, made_up_prompts, made_up_recipe, made_up_updates, rewrite_stamp, write_cache
+from caches import a_batch, a_cache, made_up_prompts, made_up_recipe, made_up_updates, rewrite_stamp, write_cache
+from PIL import Image
 
 from sdxl_sae_kit.artifacts import Artifact, sha256
 from sdxl_sae_kit.cache import ActivationCache, verify
@@ -47,7 +48,7 @@ def test_a_line_that_a_dead_neighbour_left_torn_does_not_spoil_the_next(tmp_path
     writer = ShardWriter(artifact, made_up_prompts(12))
     first, second, third = writer.missing()
     for shard in (third, first):  # in any order
-        writer.write(shard, [({h: a[shard.first_image : shard.stop] for h, a in updates.items()}, [])])
+        writer.write(shard, [a_batch(recipe, updates, range(shard.first_image, shard.stop))])
         with open(artifact.folder / "manifest.jsonl", "ab") as manifest:
             manifest.write(torn)
     assert [shard.file for shard in writer.shards()] == [first.file, third.file]
@@ -57,14 +58,14 @@ def test_a_line_that_a_dead_neighbour_left_torn_does_not_spoil_the_next(tmp_path
 def test_shards_written_by_several_processes_at_once_are_all_entered(tmp_path):
     code = """
         import sys
-        from caches import made_up_prompts, made_up_recipe, made_up_updates
+        from caches import a_batch, made_up_prompts, made_up_recipe, made_up_updates
         from sdxl_sae_kit.artifacts import Store
         from sdxl_sae_kit.shards import ShardWriter
         recipe = made_up_recipe(60, images_per_shard=1)
         updates = made_up_updates(recipe)
         writer = ShardWriter(Store.at(sys.argv[1]).artifact("activations", "test", recipe), made_up_prompts(60))
         for shard in [s for s in writer.missing() if s.first_image % 3 == int(sys.argv[2])]:
-            writer.write(shard, [({h: a[shard.first_image : shard.stop] for h, a in updates.items()}, [])])
+            writer.write(shard, [a_batch(recipe, updates, range(shard.first_image, shard.stop))])
     """
     recipe = made_up_recipe(60, images_per_shard=1)
     updates = made_up_updates(recipe)
@@ -161,13 +162,81 @@ def test_any_damage_is_found_with_the_images_it_affects_and_what_is_good_is_kept
         assert content(folder) == before
 
 
+def test_swapped_shards_are_not_taken_for_each_other(tmp_path):
+    cache, _ = a_cache(tmp_path)
+    swap(cache.artifact.folder / "shard-00000.h5", cache.artifact.folder / "shard-00001.h5")
+    with pytest.raises(ArtifactError, match="shard-00000.h5 is not what collect writes .* are those of other images"):
+        ActivationCache.open(cache.artifact.folder).read("mid.0", [0])
+
+
+def test_a_chunk_that_was_lost_whole_is_noticed_although_its_checksum_is_right(tmp_path):
+    cache, _ = a_cache(tmp_path)
+    path = cache.artifact.folder / "shard-00000.h5"
+    with h5py.File(path) as file:
+        chunk = file["updates/mid.0"].id.get_chunk_info(2)
+    data = bytearray(path.read_bytes())
+    data[chunk.byte_offset : chunk.byte_offset + chunk.size] = bytes(chunk.size)  # as a file system leaves it
+    path.write_bytes(data)
+    for read in (lambda c: c.read("mid.0", [2]), lambda c: list(c.batches(["mid.0"], 4, split="all"))):
+        with pytest.raises(ArtifactError, match="shard-00000.h5 of .* has changed since it was written"):
+            read(ActivationCache.open(cache.artifact.folder))
+
+
+def test_zeros_that_were_measured_are_read(tmp_path):
+    recipe = made_up_recipe(12)
+    updates = {h: np.zeros_like(a) for h, a in made_up_updates(recipe).items()}
+    cache = ActivationCache(write_cache(tmp_path, recipe, updates))
+    assert not cache.read("mid.0", range(12)).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda stamp: stamp.update(digest="0" * 64), "stamp of .* is not as it was written|digest"),
+        (lambda stamp: stamp["files"].pop("all.h5"), "the stamp lists other files than such a cache has"),
+        (lambda stamp: stamp["recipe"].update(guidance_scale=9.0), "the recipe is not the one that named the folder"),
+    ],
+)
+def test_an_edited_stamp_that_checks_out_is_found(tmp_path, change, complaint):
+    cache, _ = a_cache(tmp_path)
+    rewrite_stamp(cache.artifact.folder, change, digest="digest" not in complaint)
+    with pytest.raises(ArtifactError, match=complaint):
+        cache.verify()
+
+
+def test_links_in_a_folder_are_not_written_through(tmp_path):
+    recipe = made_up_recipe(12)
+    artifact = write_cache(tmp_path, recipe, made_up_updates(recipe), stop_after=1)
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    for name in ("manifest.jsonl.tmp", ".lock", "shard-00001.h5"):
+        (artifact.folder / name).unlink(missing_ok=True)
+        (artifact.folder / name).symlink_to(victim)
+        with pytest.raises(ArtifactError, match=rf"holds links \({name}\). Remove them"):
+            write_cache(tmp_path, recipe, made_up_updates(recipe))
+        (artifact.folder / name).unlink()
+    assert victim.read_text() == "mine"
+
+
+def test_what_others_leave_in_the_folder_is_no_part_of_it(tmp_path):
+    recipe = made_up_recipe(12)
+    updates = made_up_updates(recipe)
+    whole = write_cache(tmp_path / "whole", recipe, updates)
+    artifact = write_cache(tmp_path / "other", recipe, updates, stop_after=1)
+    (artifact.folder / ".ipynb_checkpoints").mkdir()
+    (artifact.folder / ".DS_Store").write_text("x")
+    (artifact.folder / "shard-notes.txt").write_text("mine")
+    finished = write_cache(tmp_path / "other", recipe, updates)
+    assert finished.digest == whole.digest
+    assert (artifact.folder / "shard-notes.txt").read_text() == "mine"
+
+
 def test_a_recipe_that_is_not_the_folders_is_found(tmp_path):
     cache, _ = a_cache(tmp_path)
     folder = cache.artifact.folder
     rewrite_stamp(folder, lambda stamp: stamp["recipe"].update(model="another"))
     with pytest.raises(ArtifactError, match="recipe"):
         ActivationCache.open(folder).read("mid.0", [0])  # the shards say that they belong to another
-    (folder / "recipe.json").unlink()
     with pytest.raises(ArtifactError, match=r"the recipe is not the one that named the folder \(images 0 to 11\)"):
         cache.verify()
 
@@ -283,21 +352,27 @@ def test_a_hostile_shard_is_refused_before_anything_is_read(tmp_path, trick, mon
         stranger.read("down.2.1", [0])
 
 
-def test_six_kilobytes_that_claim_terabytes_are_refused(tmp_path):
-    n = 2**32
+@pytest.mark.parametrize("read", ["read", "batches", "sample"])
+def test_six_kilobytes_that_claim_terabytes_are_refused_before_memory_is_taken(tmp_path, read):
     cache, _ = a_cache(tmp_path, 4)
     folder = cache.artifact.folder
+    rewrite_stamp(folder, lambda stamp: stamp["recipe"].update(hookpoints={"mid.0": [10**6, 10**6, 1280]}))
+    layout = Layout.of(json.loads((folder / "stamp.json").read_text())["recipe"])
     path = folder / "shard-00000.h5"
     with h5py.File(path, "w", libver=("v108", "v110")) as file:
-        layout = Layout.of({**cache.recipe, "n_images": n, "images_per_shard": n})
         file.attrs["recipe"] = layout.recipe_hash
-        for name, field in layout.fields(n).items():
-            file.create_dataset(
-                name, field.shape, field.dtype, chunks=field.chunks if name[0] == "u" else (1000,), fletcher32=True
-            )
+        for name, field in layout.fields(4).items():
+            file.create_dataset(name, field.shape, field.dtype, chunks=field.chunks, fletcher32=True)
     assert path.stat().st_size < 20_000
-    with pytest.raises(ArtifactError, match="claims .* bytes and has 0|has chunks of"):
-        layout.open(path, n)
+    agree(folder, path)
+    stranger = ActivationCache.open(folder)
+    calls = {
+        "read": lambda: stranger.read("mid.0", [0]),
+        "batches": lambda: next(stranger.batches(["mid.0"], 4)),
+        "sample": lambda: stranger.sample("mid.0", 4),
+    }
+    with pytest.raises(ArtifactError, match="shard-00000.h5 .* claims .* chunks, .* bytes, and has 0 chunks"):
+        calls[read]()
 
 
 @pytest.mark.parametrize(
@@ -310,7 +385,8 @@ def test_six_kilobytes_that_claim_terabytes_are_refused(tmp_path):
         lambda r: r.update(halves=["both"]),
         lambda r: r.update(dtype="object"),
         lambda r: r.update(n_images=-1),
-        lambda r: r.update(n_images=10**15),
+        lambda r: r.update(revision=None),
+        lambda r: r.pop("guidance_scale"),
         lambda r: r.update(images_per_shard=True),
         lambda r: r.pop("tokens_per_image"),
         lambda r: r.update(images="gif"),
@@ -324,16 +400,26 @@ def test_a_recipe_that_collect_cannot_have_written_is_refused(tmp_path, change):
         ActivationCache.open(cache.artifact.folder)
 
 
-def test_names_with_directories_in_a_stamp_are_refused(tmp_path):
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "x" * 300, "a\0b"])
+def test_names_that_lead_elsewhere_in_a_stamp_are_refused(tmp_path, name):
     cache, _ = a_cache(tmp_path)
     (tmp_path / "secret").write_text("x")
     rewrite_stamp(
-        cache.artifact.folder,
-        lambda stamp: stamp["files"].update({"../../secret": {"bytes": 1, "sha256": sha256(b"x")}}),
+        cache.artifact.folder, lambda stamp: stamp["files"].update({name: {"bytes": 1, "sha256": sha256(b"x")}})
     )
-    with pytest.raises(ArtifactError, match="secret is missing or has changed"):
+    with pytest.raises(ArtifactError, match="is missing or has changed"):
         ActivationCache.open(cache.artifact.folder)
-    with pytest.raises(ArtifactError, match="secret is missing"):
+    with pytest.raises(ArtifactError, match="is missing .no image is lost"):
+        cache.verify()
+
+
+def test_a_claim_of_endlessly_many_images_is_refused(tmp_path):
+    cache, _ = a_cache(tmp_path)
+    rewrite_stamp(cache.artifact.folder, lambda stamp: stamp["recipe"].update(n_images=10**15))
+    with pytest.raises(ArtifactError, match="has changed since it was written"):
+        ActivationCache.open(cache.artifact.folder)
+    (cache.artifact.folder / "recipe.json").unlink()
+    with pytest.raises(ArtifactError, match="claims 1,000,000,000,000,000 images"):
         cache.verify()
 
 
@@ -344,7 +430,7 @@ def mutate(rng, folder):
     """Harm one file in one of many ways; returns its name."""
     path = rng.choice(sorted(path for path in folder.iterdir() if path.name != ".lock"))
     data = bytearray(path.read_bytes())
-    kind = rng.choice(["flip", "flip", "overwrite", "cut", "grow", "zeros", "splice", "delete", "other"])
+    kind = rng.choice(["flip", "flip", "overwrite", "cut", "grow", "zeros", "splice", "delete", "other", "swap"])
     at = rng.randrange(len(data))
     if kind == "flip":
         for _ in range(rng.choice([1, 1, 2, 8])):
@@ -361,6 +447,9 @@ def mutate(rng, folder):
         data[at:at] = data[: rng.randrange(len(data))]
     elif kind == "other":
         data = rng.choice(sorted(p for p in folder.iterdir() if p.name != ".lock")).read_bytes()
+    if kind == "swap":
+        swap(*rng.sample(sorted(folder.glob("shard-*")), 2))
+        return "shard-00000.h5"
     if kind == "delete":
         path.unlink()
     else:
@@ -368,24 +457,26 @@ def mutate(rng, folder):
     return path.name
 
 
-def test_500_fuzzed_caches_give_a_typed_error_or_correct_data(tmp_path):
-    from PIL import Image
-
-    recipe = made_up_recipe(12, images="thumbnails", tokens_per_image=2)
+@pytest.mark.parametrize("pictured", [True, False])
+def test_500_fuzzed_caches_give_a_typed_error_or_correct_data(tmp_path, pictured):
+    recipe = made_up_recipe(12, images="thumbnails" if pictured else None, tokens_per_image=2 if pictured else None)
     updates = made_up_updates(recipe)
     pictures = [Image.new("RGB", (64, 64), (20 * i, 0, 0)) for i in range(12)]
     original = ActivationCache(write_cache(tmp_path, recipe, updates, pictures))
     folder = original.artifact.folder
     expected = {h: original.read(h, range(12)).numpy() for h in original.hookpoints}
     tokens = {h: np.sort(np.concatenate([b[h] for b in original.batches([h], 5)]), axis=0) for h in original.hookpoints}
-    thumbnails = [original.thumbnail(i) for i in range(12)]
+    thumbnails = [original.thumbnail(i) for i in range(12)] if pictured else []
     before = content(folder)
-    rng, refused, served = random.Random(0), 0, 0
-    for number in range(500):
+    rng, refused, served = random.Random(pictured), 0, 0
+    for number in range(250):
         copy = tmp_path / str(number) / "activations" / folder.name
         shutil.copytree(folder, copy)
         harmed = mutate(rng, copy)
-        same = harmed != "stamp.json" and (copy / harmed).exists() and (copy / harmed).read_bytes() == before[harmed]
+        same = all(
+            path.name in ("stamp.json", ".lock") or path.read_bytes() == before[path.name] for path in copy.iterdir()
+        )
+        same &= len(list(copy.iterdir())) == len(list(folder.iterdir()))
         try:
             cache = ActivationCache.open(copy)
             assert cache.prompts == original.prompts and cache.recipe == original.recipe
@@ -393,7 +484,7 @@ def test_500_fuzzed_caches_give_a_typed_error_or_correct_data(tmp_path):
                 assert np.array_equal(cache.read(hookpoint, range(12)).numpy(), expected[hookpoint]), number
                 batches = np.concatenate([batch[hookpoint] for batch in cache.batches([hookpoint], 5)])
                 assert np.array_equal(np.sort(batches, axis=0), tokens[hookpoint]), number
-            assert [cache.thumbnail(i) for i in range(12)] == thumbnails
+            assert [cache.thumbnail(i) for i in range(12 if pictured else 0)] == thumbnails
             served += 1
         except KitError:
             refused += 1
@@ -403,7 +494,7 @@ def test_500_fuzzed_caches_give_a_typed_error_or_correct_data(tmp_path):
         except KitError:
             pass
         shutil.rmtree(tmp_path / str(number))
-    assert refused > 200 and served > 20  # unused bytes, and what the kit does not read, may be harmed
+    assert refused > 150 and served > 10  # unused bytes, and what the kit does not read, may be harmed
 
 
 def test_a_layout_forecasts_its_bytes(tmp_path):

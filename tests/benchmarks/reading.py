@@ -49,7 +49,9 @@ def write_cache(folder: Path, n: int) -> ActivationCache:
     """The kit's cache of n images."""
     prompts = load_prompts([f"prompt {i}" for i in range(n)])
     recipe = {
-        "model": "made up", "prompts": prompts.digest, "n_images": n, "steps": [0], "halves": ["cond"],
+        "model": "made up", "revision": "", "scheduler": "", "compute_dtype": "", "prompts": prompts.digest,
+        "n_images": n, "num_inference_steps": 1, "guidance_scale": 0.0, "steps": [0], "halves": ["cond"],
+        "height": 512, "width": 512, "batch_size": 64,
         "hookpoints": {HOOKPOINT: [SIDE, SIDE, D_IN]}, "tokens_per_image": None, "dtype": "float16", "images": None,
         "images_per_shard": 64,
     }  # fmt: skip
