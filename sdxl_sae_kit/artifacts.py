@@ -6,9 +6,7 @@ folder without it is work in progress that its writer can resume. The formats ar
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.files import canonical_json, explain_full, hash_file, sha256, write_atomically
 
 FORMATS = {"activations": 2, "saes": 1, "features": 1, "studies": 1, "reports": 1}
 """Kinds of artifacts and the version of each one's format; raised whenever the format changes."""
@@ -317,67 +316,9 @@ def whole_number(name: str, value: Any, *, least: int = 1, multiple_of: int = 1)
     return int(value)
 
 
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces, so that equal values have equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
 def name_hash(recipe: Mapping[str, Any]) -> str:
     """How the name of an artifact with this recipe ends."""
     return sha256(canonical_json(recipe).encode())[:8]
-
-
-def sha256(data: bytes | memoryview) -> str:
-    """Hex digest."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """Hex sha256 of a file's content."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that a crash or a full disk leaves either the old content or the new, never a part.
-
-    Raises:
-        ArtifactError: the disk is full.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        with explain_full(path), open(temporary, "xb") as handle:  # a link in its place would be followed by "wb"
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-@contextmanager
-def explain_full(path: Path) -> Iterator[None]:
-    """Say of a disk that is full what to do."""
-    try:
-        yield
-    except OSError as cause:
-        if cause.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ArtifactError(
-            f"There is no space left for {path}. What was written before is kept: make room, and the same call goes on "
-            "from there."
-        ) from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def slug(text: str) -> str:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.activations import Activations, Split
-from sdxl_sae_kit.artifacts import Artifact, hash_file, human_bytes
+from sdxl_sae_kit.artifacts import Artifact, human_bytes
 from sdxl_sae_kit.buffers import Tokens
 from sdxl_sae_kit.errors import ArtifactError
+from sdxl_sae_kit.files import hash_file
 from sdxl_sae_kit.layout import Layout, encode_picture
 from sdxl_sae_kit.shards import Shard, check_complete, examine, read_manifest, read_prompts, read_recipe
 

@@ -19,8 +19,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol, SupportsIndex, runtime_checkable
 
-from sdxl_sae_kit.artifacts import Artifact, Store, explain_unwritable, slug, sync_folder
+from sdxl_sae_kit.artifacts import Artifact, Store, explain_unwritable, slug
 from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.files import sync_folder
 
 VERSION = 1
 LONGEST = 500  # characters

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from sdxl_sae_kit.artifacts import canonical_json, sha256
 from sdxl_sae_kit.errors import ArtifactError
+from sdxl_sae_kit.files import canonical_json, sha256
 
 LIBVER = ("v108", "v110")  # readable by every HDF5 tool since 1.10
 IMAGES = ("thumbnails", "webp", "png")

@@ -25,8 +25,9 @@ from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 from plotly.offline import get_plotlyjs
 
-from sdxl_sae_kit.artifacts import Store, hash_file, kit_version, write_atomically
+from sdxl_sae_kit.artifacts import Store, kit_version
 from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.files import hash_file, write_atomically
 from sdxl_sae_kit.notebooks import cell_place, execute, find_notebooks, slug, tagged
 from sdxl_sae_kit.pipelines import local_folder
 from sdxl_sae_kit.scales import load_scale

@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sdxl_sae_kit.artifacts import whole_number, write_atomically
+from sdxl_sae_kit.artifacts import whole_number
 from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.sparse import decode_sparse, to_dense, top_k
 
 T = TypeVar("T")

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdxl_sae_kit.activations import Activations, Split
-from sdxl_sae_kit.artifacts import canonical_json, name_hash, sha256
+from sdxl_sae_kit.artifacts import name_hash
 from sdxl_sae_kit.buffers import Tokens
+from sdxl_sae_kit.files import canonical_json, sha256
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
 from sdxl_sae_kit.layout import Layout
 from sdxl_sae_kit.observation import as_prompts, make_recipe, observing

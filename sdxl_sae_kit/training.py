@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.activations import Activations
-from sdxl_sae_kit.artifacts import Store, slug, whole_number, write_atomically
+from sdxl_sae_kit.artifacts import Store, slug, whole_number
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.evaluation import evaluate, mean_activation
+from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.learning import Learner
 from sdxl_sae_kit.pipelines import choose_device
 from sdxl_sae_kit.plots import LiveFigure, training_curves

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdxl_sae_kit.artifacts import Artifact, Store, canonical_json, sha256
+from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.cache import ActivationCache
+from sdxl_sae_kit.files import canonical_json, sha256
 from sdxl_sae_kit.layout import Layout
 from sdxl_sae_kit.prompts import Prompts, load_prompts
 from sdxl_sae_kit.shards import ShardWriter

@@ -11,8 +11,9 @@ from caches import rewrite_stamp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdxl_sae_kit.artifacts import Artifact, Store, canonical_json, whole_number
+from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
 from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.files import canonical_json
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

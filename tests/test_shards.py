@@ -13,9 +13,10 @@ import pytest
 from caches import a_batch, a_cache, made_up_prompts, made_up_recipe, made_up_updates, rewrite_stamp, write_cache
 from PIL import Image
 
-from sdxl_sae_kit.artifacts import Artifact, sha256
+from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.cache import ActivationCache, verify
 from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.files import sha256
 from sdxl_sae_kit.layout import Layout
 from sdxl_sae_kit.shards import ShardWriter, examine, keep_only, read_manifest
 

@@ -6,8 +6,9 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -130,12 +131,16 @@ def test_killed_while_training_it_resumes_bit_for_bit(small_cache, tmp_path):
 
 
 def test_auxk_brings_dead_latents_back(small_cache, tmp_path):
-    dead = {}
-    for name, coefficient in {"with": 1 / 32, "without": 1e-30}.items():
-        config = SAEConfig(k=8, expansion=2, lr=3e-3, dead_after=10_000, auxk=64, auxk_coef=coefficient)
-        saes = train(small_cache, {name: config}, hookpoints=["up.0.1"], batch_size=512, epochs=24, store=tmp_path)
-        dead[name] = saes["up.0.1", name].metrics["dead_share"]
-    assert dead["with"] < 0.8 * dead["without"]
+    common = SAEConfig(k=8, expansion=2, lr=3e-3, dead_after=10_000, auxk=64)
+    configs = {
+        f"{name}-{seed}": replace(common, auxk_coef=coefficient, seed=seed)
+        for name, coefficient in {"with": 1 / 32, "without": 1e-30}.items()
+        for seed in range(3)
+    }
+    saes = train(small_cache, configs, hookpoints=["up.0.1"], batch_size=512, epochs=24, store=tmp_path)
+    dead = {key: sae.metrics["dead_share"] for (_, key), sae in saes.items()}
+    with_auxk, without = (np.mean([dead[f"{name}-{seed}"] for seed in range(3)]) for name in ("with", "without"))
+    assert with_auxk < 0.8 * without, dead
 
 
 def test_mistakes_are_refused(pipe, small_cache, tmp_path):

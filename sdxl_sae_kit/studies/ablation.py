@@ -15,9 +15,10 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import Artifact, Store, write_atomically
+from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.features import FeatureStats
+from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.hookpoints import resolve
 from sdxl_sae_kit.interventions import steer
 from sdxl_sae_kit.metrics import bootstrap_interval

@@ -22,9 +22,10 @@ from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import Artifact, Store, write_atomically
+from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.features import Example, FeatureStats
+from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.metrics import bootstrap_interval
 from sdxl_sae_kit.plots import cluster_map, cluster_shares, response_map
 
