@@ -144,6 +144,7 @@ class Activations(ABC):
         Raises:
             HookpointError: hookpoints of different grids.
         """
+        hookpoints = [hookpoints] if isinstance(hookpoints, str) else hookpoints
         batch_size, seed = whole_number("batch_size", batch_size), whole_number("seed", seed, least=0)
         if len({self.grid(hookpoint) for hookpoint in hookpoints}) != 1:
             grids = ", ".join(f"{h} {self.grid(h)[0]}×{self.grid(h)[1]}" for h in hookpoints) or "none"

@@ -79,8 +79,9 @@ class Artifact:
         """
         artifact = cls(Path(folder))
         if not artifact.finished:
+            hint = " One that is still being collected opens with unfinished=True." if kind == "activations" else ""
             raise ArtifactError(
-                f"No finished artifact in {folder}. Make it again with the call that makes its kind ({kind})."
+                f"No finished artifact in {folder}. Make it again with the call that makes its kind ({kind}).{hint}"
             )
         made, known = (artifact.stamp["recipe"][key] for key in ("format", "version"))
         if (made, known) != (kind, FORMATS[kind]):

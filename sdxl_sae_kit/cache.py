@@ -77,6 +77,9 @@ class ActivationCache(Activations):
         """Indices of the images of a split; the split goes by prompt, so no text is on both sides."""
         return np.intersect1d(super().images(split), self.present, assume_unique=True)
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.hookpoints)
+
     def __getitem__(self, hookpoint: str) -> Updates:
         """The updates of a hookpoint, to be sliced."""
         self.grid(hookpoint)
@@ -217,7 +220,8 @@ class ActivationCache(Activations):
         """Stretches (start, stop, shard) of `images` that are consecutive on disk within one shard."""
         if len(lost := np.setdiff1d(images, self.present)):
             raise ArtifactError(
-                f"{self.name} has no image {lost[0]}; it has {len(self.present)} of {self.n_images}. Take one of these."
+                f"{self.name} has no image {lost[0]}; it has {len(self.present)} of {self.n_images:,}, counted from 0. "
+                "Take one of these."
             )
         starts = [shard.first_image for shard in self._shards]
         number = np.searchsorted(starts, images, side="right") - 1
@@ -270,11 +274,11 @@ class ActivationCache(Activations):
         kept = f", {self.layout.tokens_per_image} tokens of each kept" if self.layout.tokens_per_image else ""
         shapes = ", ".join(f"{h} {height}×{width}×{d}" for h, (height, width, d) in self.layout.hookpoints.items())
         steps = ", ".join(map(str, self.layout.steps))
+        rows = f"{len(self.present) * self.rows_per_image:,}, of denoising step {steps} in {r['num_inference_steps']}"
         progress = "finished" if self.artifact.finished else f"unfinished, {len(self.present):,} images so far"
         return [
             ("images", f"{self.n_images:,} of {r['model']}, {progress}"),
-            ("rows", f"{len(self.present) * self.rows_per_image:,}: step {steps} of {r.get('num_inference_steps')}, "
-             f"{' and '.join(self.layout.halves)}, guidance {r.get('guidance_scale')}"),
+            ("rows", f"{rows}, {' and '.join(self.layout.halves)}, guidance {r['guidance_scale']:g}"),
             ("updates", f"{shapes} ({self.layout.dtype}){kept}"),
             ("on disk", f"{human_bytes(self.nbytes)} in {self.artifact.folder}"),
             ("held out by prompt", f"{len(self.images('held_out')):,} images"),
@@ -298,6 +302,9 @@ class Updates:
 
     def __init__(self, cache: ActivationCache, hookpoint: str) -> None:
         self.cache, self.hookpoint = cache, hookpoint
+
+    def __repr__(self) -> str:
+        return f"Updates of {self.hookpoint}, {self.shape} of {self.cache.layout.dtype}, in {self.cache.name}"
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -35,7 +35,7 @@ def collect(
     guidance_scale: float | None = None,
     height: int | None = None,
     width: int | None = None,
-    steps: Sequence[int] | None = None,
+    steps: Sequence[int] | int | None = None,
     half: str | None = None,
     tokens_per_image: int | None = None,
     batch_size: int = 32,
@@ -54,11 +54,12 @@ def collect(
         prompts: from `load_prompts`, or texts (the i-th gets seed i).
         hookpoints: short names or module paths, or one of them.
         num_inference_steps, guidance_scale, height, width: by default the model's preset.
-        steps: which denoising steps to keep, from 0; by default all.
+        steps: which denoising steps to keep, from 0, or one of them; by default all.
         half: with guidance, "cond" or "uncond"; by default both.
         tokens_per_image: keep so many tokens of every grid, drawn at random for each image; by default all. Enough for
             training at a fraction of the bytes, but heat maps need whole grids.
-        batch_size: images at once.
+        batch_size: images at once. What is computed depends on it in the last digits, so that another one makes
+            another cache. At most 128 images, or one batch, are lost when it is interrupted.
         images: keep "thumbnails" (small WebP) for galleries, whole pictures as "webp" or "png", or None: then the
             U-Net stops after the last hookpoint and no image is decoded, which is faster.
         dtype: how numbers are stored: float16, bfloat16 or float32.
@@ -108,6 +109,8 @@ def repair(
         ArtifactError: its recipe or prompts are lost, or files lie in its folder that do not belong there.
         KitError: the pipeline is another one.
     """
+    if not isinstance(cache, ActivationCache | Path | str):
+        raise KitError(f"repair takes a cache or the path of its folder, not {cache!r}.")
     folder = cache.artifact.folder if isinstance(cache, ActivationCache) else Path(cache).expanduser().resolve()
     if not folder.is_dir():
         raise ArtifactError(f"There is no folder {folder}. Pass a cache, or the path of its folder.")
@@ -118,14 +121,14 @@ def repair(
 def _keep_good(pipe: Any, folder: Path, prompts: Prompts | Iterable[str] | None) -> None:
     """Make a damaged cache an unfinished one that holds what is good; hold its lock."""
     found = examine(Artifact(folder))
+    artifact = Artifact(folder, found.recipe)
+    _check_same(pipe, found.recipe, artifact)
     if not found.faults:
         return
     if found.foreign:
         raise ArtifactError(
             f"{folder} holds {', '.join(found.foreign)}, which is not of this cache. Move it elsewhere first."
         )
-    artifact = Artifact(folder, found.recipe)
-    _check_same(pipe, found.recipe, artifact)
     try:
         given = read_prompts(artifact, Layout.of(found.recipe)) if prompts is None else as_prompts(prompts)
     except ArtifactError:
@@ -164,7 +167,14 @@ def _complete(pipe: Any, folder: Path, processes: Processes, prepare: Callable[[
         missing = writer.missing()
         n_done = len(writer.prompts) - sum(shard.images for shard in missing)
         facts = _announce(pipe, writer, n_done, processes) if processes.first else {}
-        _write(pipe, writer, missing[processes.index :: processes.count], processes, n_done)
+        try:
+            _write(pipe, writer, missing[processes.index :: processes.count], processes, n_done)
+        except BaseException:
+            kept = sum(shard.images for shard in writer.shards())
+            tqdm.write(
+                f"Stopped; {kept:,} of {len(writer.prompts):,} images are kept, and the same call goes on there."
+            )
+            raise
         processes.wait()
         if processes.first:
             writer.finish(facts)

@@ -91,6 +91,8 @@ class FeatureStats:
         """
         if not isinstance(sae, SAE):
             raise KitError(f"measure takes one SAE, such as saes['up.0.1', 'k10'], not a {type(sae).__name__}.")
+        if not isinstance(cache, ActivationCache):
+            raise KitError(f"measure reads a cache from collect, not {cache!r}. Collect some images for it.")
         hookpoint = sae.hookpoint
         if hookpoint not in cache.hookpoints:
             raise ArtifactError(

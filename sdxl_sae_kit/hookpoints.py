@@ -30,7 +30,14 @@ class Hookpoint:
 
 
 def list_hookpoints(unet: Any) -> dict[str, Hookpoint]:
-    """All hookpoints of a U-Net by short name, in the order in which the forward pass reaches them."""
+    """All hookpoints of a U-Net, or of a pipeline's, by short name, in the order of the forward pass.
+
+    Raises:
+        HookpointError: it is no U-Net of SDXL's shape.
+    """
+    unet = getattr(unet, "unet", unet)
+    if not hasattr(unet, "down_blocks"):
+        raise HookpointError(f"This takes a pipeline or its U-Net, such as load_pipeline('tiny-turbo'), not {unet!r}.")
     lowest = len(unet.config.block_out_channels) - 1
     blocks = [
         *((f"down.{i}", f"down_blocks.{i}", block, i) for i, block in enumerate(unet.down_blocks)),
@@ -51,7 +58,7 @@ def resolve(unet: Any, name: str) -> Hookpoint:
     Raises:
         HookpointError: the U-Net has no such block; the message lists those it has.
     """
-    known = list_hookpoints(unet)
+    known, name = list_hookpoints(unet), str(name)
     paths = {hookpoint.path: hookpoint for hookpoint in known.values()}
     found = known.get(name) or paths.get(name.removeprefix("unet."))
     if found is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,7 @@ from sdxl_sae_kit.tiny.quiet import hushed
 
 HALVES = ("uncond", "cond")
 _NO_WEIGHTS = {"prompts": "", "scheduler": "", "compute_dtype": ""}  # what an outline leaves open
+_LARGEST = 8
 _SHARD_IMAGES, _SHARD_BYTES = 128, 128 * 2**20  # what an interruption may cost
 
 
@@ -49,12 +51,28 @@ def make_recipe(
     """
     model = describe(pipe)
     found = [resolve(pipe.unet, name) for name in ([hookpoints] if isinstance(hookpoints, str) else hookpoints)]
+    check_settings(settings)
     told = {
         "scheduler": scheduler(pipe),
         "prompts": prompts.digest,
         "compute_dtype": str(pipe.unet.dtype).removeprefix("torch."),
     }
     return told | outline(model, found, pipe.vae_scale_factor, len(prompts), **settings)
+
+
+def check_settings(settings: Mapping[str, Any], *, but: Sequence[str] = ()) -> None:
+    """Refuse settings that `collect` does not have, or those that do not apply.
+
+    Raises:
+        KitError: naming the first of them.
+    """
+    known = [name for name, p in inspect.signature(outline).parameters.items() if p.kind == p.KEYWORD_ONLY]
+    known = [name for name in known if name not in but]
+    for name in settings:
+        if name not in known:
+            raise KitError(
+                f"There is no setting {name!r} here; there are {', '.join(known)}.{did_you_mean(name, known)}"
+            )
 
 
 def outline(
@@ -67,7 +85,7 @@ def outline(
     guidance_scale: float | None = None,
     height: int | None = None,
     width: int | None = None,
-    steps: Sequence[int] | None = None,
+    steps: Sequence[int] | int | None = None,
     half: str | None = None,
     tokens_per_image: int | None = None,
     batch_size: int = 32,
@@ -84,7 +102,17 @@ def outline(
     guidance = chosen_guidance(guidance_scale, model.guidance_scale)
     height = chosen("height", height, model.height, SIZE_STEP)
     width = chosen("width", width, model.width, SIZE_STEP)
+    if height > _LARGEST * model.height or width > _LARGEST * model.width:
+        raise KitError(
+            f"height {height} and width {width} are more than {_LARGEST} times what {model.name} draws "
+            f"({model.height}×{model.width}). Choose smaller ones."
+        )
     latent = height // vae_scale_factor, width // vae_scale_factor
+    grids = {hookpoint.name: [*hookpoint.grid(*latent), hookpoint.d_in] for hookpoint in hookpoints}
+    if tokens_per_image is not None:
+        whole_number("tokens_per_image", tokens_per_image)
+        if tokens_per_image >= max(h * w for h, w, _ in grids.values()):
+            tokens_per_image = None  # that is all of them
     recipe = {
         "model": model.name,
         "revision": model.revision,
@@ -95,8 +123,8 @@ def outline(
         "halves": _halves(half, guidance),
         "height": height,
         "width": width,
-        "hookpoints": {hookpoint.name: [*hookpoint.grid(*latent), hookpoint.d_in] for hookpoint in hookpoints},
-        "tokens_per_image": None if tokens_per_image is None else whole_number("tokens_per_image", tokens_per_image),
+        "hookpoints": grids,
+        "tokens_per_image": tokens_per_image,
         "batch_size": whole_number("batch_size", batch_size),
         "images": images,
         "dtype": dtype_name(dtype),
@@ -111,12 +139,13 @@ def _images_per_shard(recipe: Mapping[str, Any]) -> int:
     return max(1, min(_SHARD_IMAGES, _SHARD_BYTES // per_image) // batch_size) * batch_size
 
 
-def _steps(steps: Sequence[int] | None, n_steps: int) -> list[int]:
+def _steps(steps: Sequence[int] | int | None, n_steps: int) -> list[int]:
     if steps is None:
         return list(range(n_steps))
+    steps = [steps] if isinstance(steps, int) else steps
     chosen_steps = sorted({whole_number("steps", step, least=0) for step in steps})
     if not chosen_steps or chosen_steps[-1] >= n_steps:
-        raise KitError(f"steps are some of 0 to {n_steps - 1} of these {n_steps} denoising steps, not {list(steps)}.")
+        raise KitError(f"steps must be denoising steps from 0 to {n_steps - 1}, not {list(steps)}.")
     return chosen_steps
 
 

@@ -13,7 +13,7 @@ from sdxl_sae_kit.artifacts import Store, human_bytes, whole_number
 from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, SDXL
 from sdxl_sae_kit.layout import THUMBNAIL, Layout, encode_picture
-from sdxl_sae_kit.observation import as_prompts, make_recipe, observing, outline
+from sdxl_sae_kit.observation import as_prompts, check_settings, make_recipe, observing, outline
 from sdxl_sae_kit.pipelines import PRESETS, Model
 from sdxl_sae_kit.prompts import Prompts
 
@@ -128,6 +128,7 @@ def plan(
     >>> print(plan("stabilityai/sdxl-turbo", 1_500_000, images=None).n_tokens)
     1536000000
     """
+    check_settings(settings)
     folder = Store.at(store).root
     if isinstance(pipe, str):
         n = whole_number("prompts", prompts) if isinstance(prompts, int) else len(as_prompts(prompts))

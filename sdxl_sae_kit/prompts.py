@@ -20,6 +20,7 @@ from typing import Any, overload
 import numpy as np
 from jaxtyping import Bool
 
+from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import whole_number
 from sdxl_sae_kit.errors import PromptError, did_you_mean
 from sdxl_sae_kit.tiny import world
@@ -29,7 +30,7 @@ COLUMNS = ("text", "prompt", "caption")
 """What the field that holds the prompts is usually called."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Prompts(Sequence[str]):
     """Texts, each with its own seed and, where they are known, the factors of what it describes."""
 
@@ -87,6 +88,13 @@ class Prompts(Sequence[str]):
             }
             for text, seed, held_out, factors in told
         ]
+
+    def __repr__(self) -> str:
+        first = ", ".join(map(repr, self.texts[:2]))
+        return f"Prompts: {len(self):,}, {int(self.held_out.sum()):,} held out; {first}{', …' if len(self) > 2 else ''}"
+
+    def _repr_html_(self) -> str:
+        return html.fragment(html.table(self.rows(10), f"The first of {len(self):,} prompts"))
 
     def to_jsonl(self) -> str:
         """One JSON object a line: text, seed, factors."""
@@ -148,6 +156,9 @@ def load_prompts(
     """
     if n is not None:
         n = whole_number("load_prompts: n", n)
+    seed = _whole(seed, "load_prompts")
+    if isinstance(source, Prompts):
+        return source if n is None else source[:n]
     if isinstance(source, str) and source in ("world", "scenes"):
         if n is None:
             raise PromptError(f"load_prompts({source!r}) makes as many prompts as you want: say n=.")
@@ -179,8 +190,10 @@ def _first(rows: Iterable[Any], n: int | None, column: str | None, source: str) 
         if not _is_unicode(text):
             raise PromptError(f"Prompt {number} of {source} is {text!r}, which is no valid Unicode. Mend or remove it.")
         chosen.append(told)
+    if n is not None and len(chosen) < n:
+        warnings.warn(f"{source} has {len(chosen)} prompts, fewer than the {n} asked for.", stacklevel=3)
     if left_out:
-        warnings.warn(f"{left_out} rows of {source} have no text and were left out.", stacklevel=3)
+        warnings.warn(f"Rows of {source} without a text, left out: {left_out}.", stacklevel=3)
     return chosen
 
 
@@ -300,11 +313,11 @@ def _pick(row: Any, place: str, column: str | None) -> dict[str, Any]:
     key = next((key for key in names if key in row), None)
     if key is None:
         raise PromptError(
-            f"{place} has neither {' nor '.join(map(repr, names))}, only {', '.join(map(str, row))}. "
-            "Say with column= which of them holds the prompts."
+            f"{place} has no field {' or '.join(map(repr, names))}, only {', '.join(map(repr, row))}. "
+            f"Say with column= which of them holds the prompts.{did_you_mean(names[0], map(str, row))}"
         )
     told = {"text": row[key]}
-    if row.get("seed") not in (None, ""):
+    if not _is_null(row.get("seed")):
         told["seed"] = _whole(row["seed"], place)
     if isinstance(row.get("factors"), dict):
         told["factors"] = {str(factor): str(value) for factor, value in row["factors"].items() if value is not None}
@@ -313,7 +326,8 @@ def _pick(row: Any, place: str, column: str | None) -> dict[str, Any]:
 
 def _whole(seed: Any, place: str) -> int:
     try:
-        number = int(seed) if isinstance(seed, str) else operator.index(seed)
+        whole = isinstance(seed, str) or (isinstance(seed, float) and seed.is_integer())  # a blank makes a column float
+        number = int(seed) if whole else operator.index(seed)
     except (TypeError, ValueError):
         raise PromptError(f"{place} has the seed {seed!r}, which is no integer. Mend it, or leave it out.") from None
     if not 0 <= number < 2**63:

@@ -239,7 +239,7 @@ def examine(artifact: Artifact) -> Findings:
     present = {path.name for path in artifact.folder.iterdir() if not path.name.startswith(".")}
     own = {"stamp.json", PROMPTS, RECIPE, _MANIFEST, _VIRTUAL, *files}
     foreign = sorted(name for name in present - own if not name.endswith(".tmp"))
-    faults += bad + [Fault(f"{name} does not belong to it") for name in foreign]
+    faults += bad + [Fault(f"{name} does not belong to it: move it elsewhere") for name in foreign]
     return Findings(recipe, faults, good, foreign)
 
 
@@ -247,8 +247,8 @@ def _stamped(artifact: Artifact) -> tuple[dict[str, str], Mapping[str, Any] | No
     """The sha256 of each file and the recipe as the stamp tells them, and what is wrong with the stamp."""
     try:
         stamp = artifact.stamp
-    except ArtifactError as error:
-        return {}, None, [Fault(str(error))] if artifact.finished else []
+    except ArtifactError:
+        return {}, None, [Fault("stamp.json is not as it was written")] if artifact.finished else []
     return {name: entry["sha256"] for name, entry in stamp["files"].items()}, stamp["recipe"], []
 
 

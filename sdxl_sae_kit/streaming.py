@@ -17,7 +17,7 @@ from sdxl_sae_kit.buffers import Tokens
 from sdxl_sae_kit.files import canonical_json, sha256
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
 from sdxl_sae_kit.layout import Layout
-from sdxl_sae_kit.observation import as_prompts, make_recipe, observing
+from sdxl_sae_kit.observation import as_prompts, check_settings, make_recipe, observing
 from sdxl_sae_kit.prompts import Prompts
 
 
@@ -87,5 +87,6 @@ def stream(
     >>> next(batches)["mid.0"].shape                                        # doctest: +SKIP
     torch.Size([4096, 96])
     """
+    check_settings(settings, but=["images"])
     prompts = as_prompts(prompts)
     return ActivationStream(pipe, prompts, make_recipe(pipe, prompts, hookpoints, **settings, images=None))

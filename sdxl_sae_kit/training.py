@@ -98,7 +98,7 @@ def train(
     metrics are measured on them.
 
     Args:
-        cache: from `collect`.
+        cache: from `collect`, or from `stream`.
         configs: name → configuration, or a single one (then named by its k).
         hookpoints: short names, or one of them; by default all of the cache.
         batch_size: tokens per step.
@@ -115,6 +115,8 @@ def train(
         >>> saes = train(cache, {"k10": SAEConfig(k=10), "k20": SAEConfig(k=20)})      # doctest: +SKIP
         >>> saes["down.2.1", "k10"].metrics["explained_variance"]                      # doctest: +SKIP
     """
+    if not isinstance(cache, Activations):
+        raise KitError(f"train takes what collect or stream gives, not {cache!r}.")
     named = {f"k{configs.k}": configs} if isinstance(configs, SAEConfig) else dict(configs)
     hookpoints = [hookpoints] if isinstance(hookpoints, str) else cache.hookpoints if hookpoints is None else hookpoints
     if not named or not hookpoints:

@@ -130,6 +130,8 @@ def test_it_is_sliced_like_a_dataset_of_h5py(tmp_path):
     for key in (3, -1, slice(2, 9, 3), [5, 1], ..., (4, 1), (slice(3), 0), (..., 2), (slice(None), 1, slice(1, 2))):
         assert np.array_equal(view[key].numpy(), a[key])
     assert np.array_equal(torch.stack(list(view)).numpy(), a)
+    assert repr(view).startswith("Updates of mid.0, (12, 2, 2, 5) of float16, in test-")
+    assert list(cache) == ["down.2.1", "mid.0"] and "mid.0" in cache and "mid.1" not in cache
     with pytest.raises(IndexError):
         view[12]
     with pytest.raises(HookpointError, match="Did you mean 'mid.0'"):
@@ -138,11 +140,12 @@ def test_it_is_sliced_like_a_dataset_of_h5py(tmp_path):
 
 def test_settings_that_cannot_be_are_refused_at_once(tmp_path, unchecked_types):
     cache, _ = a_cache(tmp_path)
+    assert torch.equal(next(cache.batches("mid.0", 4))["mid.0"], next(cache.batches(["mid.0"], 4))["mid.0"])
     for wrong in ({"batch_size": 0}, {"batch_size": 2.5}, {"batch_size": 4, "seed": -5}):
         with pytest.raises(KitError, match="must be an integer of at least"):
             cache.batches(["mid.0"], **wrong)
     assert cache.positions("mid.0", []).shape == (0, 2)
-    with pytest.raises(ArtifactError, match="has no image 999; it has 12 of 12"):
+    with pytest.raises(ArtifactError, match="has no image 999; it has 12 of 12, counted"):
         cache.positions("mid.0", [999])
     unfinished = write_cache(tmp_path / "none", made_up_recipe(4), made_up_updates(made_up_recipe(4)), stop_after=0)
     with pytest.raises(KitError, match="has no training images to sample from"):
@@ -227,7 +230,7 @@ def test_a_reader_of_an_unfinished_cache_sees_what_is_entered_and_no_more(tmp_pa
     write_cache(tmp_path, recipe, updates)  # while it is open
     assert reader.present.tolist() == reader.images().tolist() == list(range(8))
     assert np.array_equal(reader.read("mid.0", range(8)).numpy(), updates["mid.0"][:8])
-    with pytest.raises(ArtifactError, match="has no image 8; it has 8 of 12. Take one of these"):
+    with pytest.raises(ArtifactError, match="has no image 8; it has 8 of 12, counted from 0. Take one"):
         reader.read("mid.0", [8])
     assert ActivationCache.open(artifact.folder, unfinished=True).present.tolist() == list(range(12))
 
@@ -242,7 +245,14 @@ def test_steps_and_halves_have_rows_and_others_are_refused(tmp_path):
 def test_it_tells_of_itself_in_text_and_html(tmp_path):
     cache, _ = a_cache(tmp_path, 12, steps=[0, 2], num_inference_steps=4, tokens_per_image=2)
     for text in (repr(cache), cache._repr_html_()):
-        for fact in ("12 of m", "24: step 0, 2 of 4", "down.2.1 2×3×4", "float16", "2 tokens of each kept", "finished"):
+        for fact in (
+            "12 of m",
+            "24, of denoising step 0, 2 in 4",
+            "down.2.1 2×3×4",
+            "float16",
+            "2 tokens of each kept",
+            "finished",
+        ):
             assert fact in text
     assert "<script" not in cache._repr_html_() and "prompt 4" in cache._repr_html_()
     assert (

@@ -191,7 +191,7 @@ def test_interrupted_it_keeps_what_is_whole_and_goes_on(pipe, tmp_path, small_sh
     assert same_files(folder_of(tmp_path / "stopped"), whole.artifact.folder)
 
 
-def test_an_exception_at_image_537_loses_at_most_its_shard_and_is_made_good(pipe, tmp_path, monkeypatch):
+def test_an_exception_at_image_537_loses_at_most_its_shard_and_is_made_good(pipe, tmp_path, monkeypatch, capsys):
     prompts = load_prompts("world", 600)
     settings = {"batch_size": 32, "images": None}
     whole = collect(pipe, prompts, ["mid.0"], store=tmp_path / "whole", **settings)
@@ -206,6 +206,7 @@ def test_an_exception_at_image_537_loses_at_most_its_shard_and_is_made_good(pipe
     monkeypatch.setattr(observation, "draw", failing)
     with pytest.raises(RuntimeError, match="image 537"):
         collect(pipe, prompts, ["mid.0"], store=tmp_path / "broken", **settings)
+    assert "Stopped; 512 of 600 images are kept, and the same call goes on there." in capsys.readouterr().out
     reader = ActivationCache.open(folder_of(tmp_path / "broken"), unfinished=True)
     assert reader.present.tolist() == list(range(512))  # four shards of 128
     before = len(drawn)

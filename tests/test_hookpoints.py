@@ -93,3 +93,11 @@ def test_an_unknown_name_is_refused_with_those_that_exist(pipe, wrong):
 def test_a_near_miss_is_corrected(pipe):
     with pytest.raises(HookpointError, match=r"Did you mean 'down\.2\.1'\?"):
         resolve(pipe.unet, "down.2.l")
+
+
+def test_a_pipeline_will_do_and_anything_else_is_refused(pipe, unchecked_types):
+    assert list_hookpoints(pipe) == list_hookpoints(pipe.unet)
+    with pytest.raises(HookpointError, match="takes a pipeline or its U-Net"):
+        list_hookpoints("x")
+    with pytest.raises(HookpointError, match="No hookpoint '1'"):
+        resolve(pipe.unet, 1)

@@ -70,12 +70,12 @@ def test_files_of_three_kinds_read_alike(tmp_path):
     ("content", "name", "complaint"),
     [
         ('["a fox"]\n', "p.jsonl", "Row 1 of .* is .*, not a text. Write it as"),
-        ('{"words": "x"}\n', "p.jsonl", "neither 'text' nor 'prompt' nor 'caption', only words. Say with column="),
+        ('{"words": "x"}\n', "p.jsonl", "no field 'text' or 'prompt' or 'caption', only 'words'. Say with column="),
         ("{oops\n", "p.jsonl", "Line 1 is not JSON"),
         ('{"text": 5}\n', "p.jsonl", "Prompt 1 of .* is 5, not a text"),
         ('{"text": "half a pair \\ud800"}\n', "p.jsonl", "Prompt 1 of .* no valid Unicode"),
         ("[" * 100_000 + "\n", "p.jsonl", "Line 1 is not JSON"),
-        ("words\nx\n", "p.csv", "neither 'text' nor .*, only words"),
+        ("words\nx\n", "p.csv", "no field 'text' or .*, only 'words'"),
         ("", "p.jsonl", "No prompts in"),
         ("x", "p.parquet", "Unknown prompt source"),
     ],
@@ -112,17 +112,17 @@ def test_a_field_of_any_name_can_hold_the_prompts(tmp_path):
     rows = [{"words": "a fox", "text": "not this"}, {"words": "a cow", "seed": 9}]
     assert load_prompts(rows, column="words").texts == ("a fox", "a cow")
     assert load_prompts(iter(rows), column="words", seed=5).seeds == (5, 9)
-    with pytest.raises(PromptError, match="Row 1 of the list given has neither 'wrods', only words, text"):
+    with pytest.raises(PromptError, match="has no field 'wrods', only 'words', 'text'.* Did you mean 'words'"):
         load_prompts(rows, column="wrods")
 
 
 def test_rows_without_a_text_are_left_out_and_counted_but_among_strings_they_are_mistakes(tmp_path):
     rows = [{"caption": None}, {"caption": "a fox"}, {"caption": ""}, {"caption": float("nan")}, {"caption": "a cow"}]
-    with pytest.warns(UserWarning, match="3 rows of the list given have no text and were left out"):
+    with pytest.warns(UserWarning, match="Rows of the list given without a text, left out: 3"):
         assert load_prompts(rows).texts == ("a fox", "a cow")
-    with pytest.warns(UserWarning, match="1 rows"):
+    with pytest.warns(UserWarning, match="left out: 1"):
         assert load_prompts(rows, 1).texts == ("a fox",)
-    with pytest.warns(UserWarning, match="1 rows"):
+    with pytest.warns(UserWarning, match="left out: 1"):
         assert load_prompts([{"text": "  "}, {"text": "a fox"}]).texts == ("a fox",)
     for wrong in ("", "  ", None, 3):
         with pytest.raises(PromptError, match="(Prompt 2|Row 2) of the list given is .*, not a text"):
@@ -158,7 +158,7 @@ def test_a_dataset_of_the_hub_is_streamed(tmp_path, monkeypatch):
     lines = [{"caption": f"a fox, {i} ünï"} for i in range(10)] + [{"caption": None}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert load_prompts(f"hf:{tmp_path}", 3).texts == tuple(f"a fox, {i} ünï" for i in range(3))
-    with pytest.warns(UserWarning, match="1 rows of hf:.* have no text"):
+    with pytest.warns(UserWarning, match="Rows of hf:.* without a text, left out: 1"):
         assert len(load_prompts(f"hf:{tmp_path}")) == 10
     with pytest.raises(PromptError, match="split 'nothing'.* cannot be read"):
         load_prompts(f"hf:{tmp_path}", split="nothing")
@@ -180,3 +180,24 @@ def test_it_counts_repeats_and_shows_itself_as_rows():
     known = Prompts(("a fox",), (3,), ({"animal": "fox", "hue": "red"},))
     assert known.rows()[0]["factors"] == "animal fox, hue red"
     assert prompts.take([3, 1]).seeds == (3, 1)
+
+
+def test_seeds_of_a_column_with_blanks_are_whole_numbers():
+    prompts = load_prompts([{"text": "a", "seed": 7.0}, {"text": "b", "seed": float("nan")}])
+    assert prompts.seeds == (7, 1)
+    with pytest.raises(PromptError, match="has the seed 7.5, which is no integer"):
+        load_prompts([{"text": "a", "seed": 7.5}])
+    for seed in (2**64, -5):
+        with pytest.raises(PromptError, match="load_prompts has the seed"):
+            load_prompts(["a"], seed=seed)
+
+
+def test_prompts_are_a_source_too_and_too_few_are_told_of():
+    made = load_prompts("world", 5, seed=3)
+    assert load_prompts(made) is made
+    assert load_prompts(made, 2) == made[:2]
+    with pytest.warns(UserWarning, match="the list given has 2 prompts, fewer than the 5 asked for"):
+        load_prompts(["a", "b"], 5)
+    assert repr(load_prompts(["a fox", "a cow", "b"])).startswith("Prompts: 3, ")
+    assert len(repr(load_prompts("world", 500))) < 300
+    assert "a fox" in load_prompts(["a fox"])._repr_html_()

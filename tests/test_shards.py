@@ -131,10 +131,13 @@ DAMAGE = {
     "an edited manifest": (lambda f: flip(f / "manifest.jsonl"), {"manifest.jsonl has changed": range(0)}),
     "a lost manifest": (lambda f: (f / "manifest.jsonl").unlink(), {"manifest.jsonl is missing": range(0)}),
     "other prompts": (lambda f: flip(f / "prompts.jsonl"), {"prompts.jsonl has changed": range(12)}),
-    "a damaged stamp": (lambda f: flip(f / "stamp.json"), {"The stamp of": range(0)}),
+    "a damaged stamp": (lambda f: flip(f / "stamp.json"), {"stamp.json is not as it was written": range(0)}),
     "a damaged recipe": (lambda f: flip(f / "recipe.json"), {"recipe.json has changed": range(0)}),
     "a damaged all.h5": (lambda f: flip(f / "all.h5"), {"all.h5 has changed": range(0)}),
-    "a stranger": (lambda f: (f / "notes.txt").write_text("x"), {"notes.txt does not belong to it": range(0)}),
+    "a stranger": (
+        lambda f: (f / "notes.txt").write_text("x"),
+        {"notes.txt does not belong to it: move": range(0)},
+    ),
 }
 
 
@@ -193,7 +196,7 @@ def test_zeros_that_were_measured_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda stamp: stamp.update(digest="0" * 64), "stamp of .* is not as it was written|digest"),
+        (lambda stamp: stamp.update(digest="0" * 64), "stamp.json is not as it was written|digest"),
         (lambda stamp: stamp["files"].pop("all.h5"), "the stamp lists other files than such a cache has"),
         (lambda stamp: stamp["recipe"].update(guidance_scale=9.0), "the recipe is not the one that named the folder"),
     ],

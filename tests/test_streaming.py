@@ -72,10 +72,18 @@ def test_train_takes_a_stream_in_place_of_a_cache_and_writes_nothing_but_saes(pi
 def test_mistakes_are_refused_at_once(pipe):
     with pytest.raises(HookpointError, match="Did you mean 'mid.0'"):
         stream(pipe, PROMPTS, ["mid.O"])
-    with pytest.raises(KitError, match="steps are some of 0 to 0 of these 1 denoising steps, not"):
+    with pytest.raises(KitError, match="steps must be denoising steps from 0 to 0, not"):
         stream(pipe, PROMPTS, steps=[3])
     with pytest.raises(KitError, match="half is 'cond' at guidance_scale 0, not 'uncond'"):
         stream(pipe, PROMPTS, half="uncond")
     with pytest.raises(HookpointError, match="has no updates of 'up.0.0'"):
         stream(pipe, PROMPTS, ["mid.0"]).read("up.0.0", [0])
+    for wrong, complaint in [
+        ({"images": "png"}, "no setting 'images' here"),
+        ({"token_per_image": 3}, "no setting 'token_per_image' here.* Did you mean 'tokens_per_image'"),
+        ({"height": 100_000}, "more than 8 times what tiny-turbo draws .64×64"),
+    ]:
+        with pytest.raises(KitError, match=complaint):
+            stream(pipe, PROMPTS, ["mid.0"], **wrong)
+    assert stream(pipe, PROMPTS, ["mid.0"], tokens_per_image=64).digest == stream(pipe, PROMPTS, ["mid.0"]).digest
     assert "ActivationStream stream-" in repr(stream(pipe, PROMPTS))
