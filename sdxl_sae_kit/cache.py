@@ -105,16 +105,15 @@ class ActivationCache(Activations):
             with self._explained(shard):
                 dataset = self._file(shard)[f"updates/{hookpoint}"]
                 dataset.read_direct(place, np.s_[first * rows : (first + stop - start) * rows])
-                self._confirm(shard, place[:, :: self.layout.strip(hookpoint)])
+                self._confirm(shard, place)
         return self.layout.tensor(out)
 
     def positions(self, hookpoint: str, images: Sequence[int] | NDArray[np.integer]) -> Int[np.ndarray, "image token"]:
         """Which tokens of the grid `read` gives, as y · width + x: all in order, or those that were sampled."""
-        height, width = self.grid(hookpoint)
-        for _ in self._runs(np.asarray(images)):
-            pass
+        n_tokens = self.tokens_per_row(hookpoint)
+        self._check_present(np.asarray(images))
         kept = [self.layout.positions(hookpoint, int(image)) for image in images]
-        return np.array(kept, np.int32).reshape(len(images), self.tokens_per_row(hookpoint))
+        return np.array(kept, np.int32).reshape(len(images), n_tokens)
 
     def _blocks(
         self, hookpoints: Sequence[str], split: Split, rng: np.random.Generator, block: int
@@ -165,7 +164,7 @@ class ActivationCache(Activations):
                 ):
                     space.select_hyperslab((row, number * strip, 0), (1, length, d_in))
                     dataset.read(h5py.h5s.create_simple((1, length, d_in)), space, out[end - length : end][None])
-                self._confirm(shard, out[ends[part] - lengths[part]])
+                self._confirm(shard, out[ends[part[0]] - lengths[part[0]] : ends[part[-1]]])
         return self.layout.tensor(out)
 
     def image(self, image: int) -> Image.Image:
@@ -216,13 +215,16 @@ class ActivationCache(Activations):
         ((_, _, shard),) = self._runs(np.array([image]))
         return shard
 
-    def _runs(self, images: NDArray[np.integer]) -> Iterator[tuple[int, int, Shard]]:
-        """Stretches (start, stop, shard) of `images` that are consecutive on disk within one shard."""
+    def _check_present(self, images: NDArray[np.integer]) -> None:
         if len(lost := np.setdiff1d(images, self.present)):
             raise ArtifactError(
                 f"{self.name} has no image {lost[0]}; it has {len(self.present)} of {self.n_images:,}, counted from 0. "
                 "Take one of these."
             )
+
+    def _runs(self, images: NDArray[np.integer]) -> Iterator[tuple[int, int, Shard]]:
+        """Stretches (start, stop, shard) of `images` that are consecutive on disk within one shard."""
+        self._check_present(images)
         starts = [shard.first_image for shard in self._shards]
         number = np.searchsorted(starts, images, side="right") - 1
         breaks = np.flatnonzero((np.diff(images) != 1) | (np.diff(number) != 0)) + 1
@@ -231,12 +233,9 @@ class ActivationCache(Activations):
             if start < stop:
                 yield start, stop, self._shards[number[start]]
 
-    def _confirm(self, shard: Shard, starts: NDArray[Any]) -> None:
-        """Hash a shard where a chunk begins with zeros: Fletcher-32 does not notice one that was lost whole.
-
-        `starts` are the first tokens of chunks, (…, d_in).
-        """
-        if not starts[..., :4].any(axis=-1).all() and shard.file not in self._confirmed:
+    def _confirm(self, shard: Shard, tokens: NDArray[Any]) -> None:
+        """Hash a shard where a token (…, d_in) begins with zeros: Fletcher-32 does not notice a chunk lost whole."""
+        if not tokens[..., :4].any(axis=-1).all() and shard.file not in self._confirmed:
             if hash_file(self.artifact.file(shard.file)) != shard.sha256:
                 raise ArtifactError(
                     f"{shard.file} of {self.name} has changed since it was written. {self.artifact.remedy}"

@@ -145,6 +145,8 @@ def test_settings_that_cannot_be_are_refused_at_once(tmp_path, unchecked_types):
         with pytest.raises(KitError, match="must be an integer of at least"):
             cache.batches(["mid.0"], **wrong)
     assert cache.positions("mid.0", []).shape == (0, 2)
+    with pytest.raises(HookpointError, match="has no updates of 'mid.1'"):
+        cache.positions("mid.1", [0])
     with pytest.raises(ArtifactError, match="has no image 999; it has 12 of 12, counted"):
         cache.positions("mid.0", [999])
     unfinished = write_cache(tmp_path / "none", made_up_recipe(4), made_up_updates(made_up_recipe(4)), stop_after=0)

@@ -186,6 +186,20 @@ def test_a_chunk_that_was_lost_whole_is_noticed_although_its_checksum_is_right(t
             read(ActivationCache.open(cache.artifact.folder))
 
 
+def test_a_lost_chunk_is_noticed_even_where_its_strips_are_cut_for_another_hookpoint(tmp_path):
+    shapes = {"a": [8, 8, 640], "b": [8, 8, 2560]}  # chunks of 64 and of 16 tokens
+    cache, _ = a_cache(tmp_path, 4, hookpoints=shapes)
+    assert (cache.layout.strip("a"), cache.layout.strip("b")) == (64, 16)
+    path = cache.artifact.folder / "shard-00000.h5"
+    with h5py.File(path) as file:
+        chunk = file["updates/b"].id.get_chunk_info(1)  # not the first of its row
+    data = bytearray(path.read_bytes())
+    data[chunk.byte_offset : chunk.byte_offset + chunk.size] = bytes(chunk.size)
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="has changed since it was written"):
+        list(ActivationCache.open(cache.artifact.folder).batches(["a", "b"], 64, split="all"))
+
+
 def test_zeros_that_were_measured_are_read(tmp_path):
     recipe = made_up_recipe(12)
     updates = {h: np.zeros_like(a) for h, a in made_up_updates(recipe).items()}
