@@ -1,8 +1,10 @@
-"""Measure an SAE on a cache: held-out reconstruction metrics, and the strength at which its latents fire."""
+"""Measure SAEs: held-out reconstruction, the strength at which latents fire, and whether seeds agree on latents."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sdxl_sae_kit.activations import Activations, Split
-from sdxl_sae_kit.metrics import ReconstructionMetrics, bootstrap_interval
+from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.metrics import ReconstructionMetrics, bootstrap_interval, matched_cosine
 from sdxl_sae_kit.sae import FIRES, SAE
 
 MAX_IMAGES = 2048
@@ -74,6 +77,94 @@ def mean_activation(sae: SAE, cache: Activations) -> Float[Tensor, "d_sae"]:
         total.index_add_(0, indices[fires], values[fires].double())
         count.index_add_(0, indices[fires], torch.ones_like(values[fires]).double())
     return (total / count.clamp_min(1)).float()
+
+
+def stability(saes: Mapping[Any, SAE] | Iterable[SAE]) -> list[dict[str, Any]]:
+    """How far SAEs that differ in their seed only learn the same latents, pair by pair, beside two controls.
+
+    Alive latents (mean_activation > 0) of one are matched one to one with those of the other so that the sum of the
+    cosines of their decoder rows is greatest (`metrics.matched_cosine`). Per pair and condition: the mean cosine of
+    matched latents, the shares matched above 0.7 and 0.9, each with its 95 % bootstrap interval over matched latents
+    (taken as independent, which matching makes only roughly true), their number, and how many latents are left over
+    because one of the two has more alive. Conditions:
+
+    - `trained`: the pair.
+    - `shuffled`: along each principal axis of the second's alive decoder rows, the rows' entries are dealt out anew
+      among them. This keeps the rows' mean, covariance and distribution along every axis, all that two dictionaries
+      share merely because they describe the same updates, and destroys each latent's combination of entries. Shuffling
+      the entries within rows instead would lose the strong axes too, and so make agreement look better than it is.
+    - `untrained`: `untrained()` of both, at the same numbers of latents: what matching finds among random directions.
+
+    The cost is that of three matchings a pair: 15 seconds on one core at d_sae = 5,120 and d_in = 1,280.
+
+    Args:
+        saes: two or more, or what `train` gave for one hookpoint.
+
+    Raises:
+        KitError: fewer than two, a seed twice, SAEs that differ in more than the seed, or one without alive latents.
+
+    >>> saes = train(cache, {f"seed{i}": SAEConfig(seed=i) for i in range(3)}, hookpoints=["mid.0"])  # doctest: +SKIP
+    >>> show_table(stability(saes), "Latents that seeds agree on")                                    # doctest: +SKIP
+    """
+    chosen = list(saes.values() if isinstance(saes, Mapping) else saes)
+    _check_seeds(chosen)
+    return [row for one, other in combinations(chosen, 2) for row in _agreement(one, other)]
+
+
+def _check_seeds(saes: list[SAE]) -> None:
+    if len(saes) < 2:
+        raise KitError(f"stability compares SAEs of different seeds, but got {len(saes)}. Give two or more.")
+    first, *others = saes
+    for sae in others:
+        differing = [
+            name
+            for name, one, other in (
+                ("hookpoint", first.hookpoint, sae.hookpoint),
+                ("site", first.site, sae.site),
+                ("shape", (first.d_in, first.d_sae), (sae.d_in, sae.d_sae)),
+                ("config", replace(first.config, seed=0), replace(sae.config, seed=0)),
+            )
+            if one != other
+        ]
+        if differing:
+            raise KitError(
+                f"stability: {first.name} and {sae.name} differ in {differing[0]}, not in the seed only. "
+                "Give SAEs of one hookpoint with one configuration."
+            )
+    seeds = [sae.config.seed for sae in saes]
+    if len(set(seeds)) < len(seeds):
+        raise KitError(f"stability: the seeds are {', '.join(map(str, seeds))}. Give each seed once.")
+    if dead := [sae.name for sae in saes if not (sae.mean_activation > 0).any()]:
+        raise KitError(f"stability: {', '.join(dead)} has no alive latent (mean_activation is 0). Train it first.")
+
+
+@torch.no_grad()
+def _agreement(one: SAE, other: SAE) -> list[dict[str, Any]]:
+    """The rows of one pair."""
+    alive = [sae.mean_activation > 0 for sae in (one, other)]
+    mine, theirs = (sae.W_dec[at].cpu().double() for sae, at in zip((one, other), alive, strict=True))
+    random = (sae.untrained().W_dec[at] for sae, at in zip((one, other), alive, strict=True))
+    pairs = {"trained": (mine, theirs), "shuffled": (mine, _shuffled(theirs)), "untrained": tuple(random)}
+    rows = []
+    for condition, (left, right) in pairs.items():
+        cosines = matched_cosine(left, right)
+        cosines = cosines[~np.isnan(cosines)]
+        row: dict[str, Any] = {"hookpoint": one.hookpoint, "seeds": f"{one.config.seed} and {other.config.seed}"}
+        row |= {"condition": condition, "mean cosine": float(cosines.mean()), "interval": bootstrap_interval(cosines)}
+        for least in (0.7, 0.9):
+            above = (cosines > least).astype(np.float64)
+            row |= {f"above {least}": float(above.mean()), f"above {least} interval": bootstrap_interval(above)}
+        rows.append(row | {"latents": len(cosines), "left over": abs(len(mine) - len(theirs))})
+    return rows
+
+
+def _shuffled(rows: Float[Tensor, "row d_in"], seed: int = 0) -> Float[Tensor, "row d_in"]:
+    """The rows with their entries along each of their principal axes dealt out anew among them."""
+    centred = rows - rows.mean(dim=0)
+    axes = torch.linalg.eigh(centred.T @ centred)[1]
+    dealt = np.random.default_rng(seed).permuted((rows @ axes).numpy(), axis=0)  # every column by itself
+    shuffled: Tensor = torch.from_numpy(dealt) @ axes.T
+    return shuffled
 
 
 def _images(

@@ -12,8 +12,10 @@ from typing import cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import rankdata
 from torch import Tensor
 
 
@@ -59,6 +61,54 @@ def constant_share(x: Float[Tensor, "image token d_in"]) -> float:
     x = x.detach().double()
     means = x.mean(dim=1, keepdim=True)
     return _ratio((means - means.mean(0)).square().sum() * x.shape[1], (x - means.mean(0)).square().sum())
+
+
+def matched_cosine(
+    one: Float[Tensor, "row d_in"], other: Float[Tensor, "row2 d_in"]
+) -> Float[NDArray[np.float64], " row"]:
+    """Cosine of every row of `one` with its partner in `other`, each row taken at most once.
+
+    The partners are those of the greatest sum of cosines (the assignment problem, solved by SciPy's variant of
+    Jonker–Volgenant). Signs count: a row and its opposite are no match. NaN for the rows left over where `other` has
+    fewer. Where `one` has fewer, the best subset of `other` is matched. Two sets of 5,120 rows of 1,280 numbers take
+    about 4 seconds on one core.
+    """
+    a, b = (torch.nn.functional.normalize(rows.detach().cpu().double(), dim=1) for rows in (one, other))
+    cosines: NDArray[np.float64] = (a @ b.T).numpy()
+    rows, partners = linear_sum_assignment(cosines, maximize=True)
+    matched: NDArray[np.float64] = np.full(len(cosines), np.nan)
+    matched[rows] = cosines[rows, partners]
+    return matched
+
+
+def areas_under_curve(
+    strengths: Float[np.ndarray, "image latent"], shows: Bool[np.ndarray, "image *value"]
+) -> Float[np.ndarray, "*value latent"]:
+    """AUC of every latent for telling the images that show something from those that do not; ties count half.
+
+    The probability that an image that shows it has the higher strength than one that does not: with the ranks r of the
+    strengths and the n₊ images that show it and n₋ that do not, (Σ₊ r / n₊ − (n₊ + 1) / 2) / n₋ (Mann–Whitney U). Of
+    several values at once, `shows` has a column for each and the result a row.
+    """
+    positives = shows.sum(axis=0)[..., None]
+    ranks = rankdata(strengths, axis=0)
+    return np.asarray((shows.T.astype(np.float64) @ ranks / positives - (positives + 1) / 2) / (len(shows) - positives))
+
+
+def resampled_areas(
+    strength: Float[np.ndarray, " image"], shows: Bool[np.ndarray, " image"], draws: Int[np.ndarray, "sample image"]
+) -> Float[np.ndarray, " sample"]:
+    """AUC of one latent in bootstrap samples of the images; `draws` says how often each sample holds each image.
+
+    The same formula as `areas_under_curve` on an image repeated so often; NaN where a sample lacks either kind.
+    """
+    order = np.argsort(strength)
+    starts = np.flatnonzero(np.diff(strength[order], prepend=-np.inf))  # of runs of equal strength
+    positive, negative = (np.add.reduceat((draws * kind)[:, order], starts, axis=1) for kind in (shows, ~shows))
+    wins = (positive * (negative.cumsum(axis=1) - negative / 2)).sum(axis=1)
+    pairs = (positive.sum(axis=1) * negative.sum(axis=1)).astype(np.float64)
+    areas: NDArray[np.float64] = np.divide(wins, pairs, out=np.full(len(draws), np.nan), where=pairs > 0)
+    return areas
 
 
 def bootstrap_interval(

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from sdxl_sae_kit.artifacts import whole_number
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
+from sdxl_sae_kit.metrics import areas_under_curve
 from sdxl_sae_kit.sae import FIRES
 
 MIN_IMAGES = 4
@@ -74,15 +74,6 @@ def best_latents(stats: Mapping[str, FeatureStats]) -> list[dict[str, Any]]:
             "No factor of these prompts is known often enough. Use prompts of 'world' or 'scenes', or more of them."
         )
     return rows
-
-
-def areas_under_curve(
-    strengths: Float[np.ndarray, "image latent"], shows: Bool[np.ndarray, " image"]
-) -> Float[np.ndarray, " latent"]:
-    """AUC of every latent for telling the images that show something from those that do not; ties count half."""
-    positives, negatives = int(shows.sum()), int((~shows).sum())
-    ranks = rankdata(strengths, axis=0)
-    return np.asarray((ranks[shows].sum(axis=0) / positives - (positives + 1) / 2) / negatives)
 
 
 def _measured(

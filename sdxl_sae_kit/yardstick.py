@@ -1,4 +1,4 @@
-"""The yardstick: how true the embedded model, its judge and its updates are to a world whose every factor is known.
+"""The yardstick: how true the embedded model, its judge, its updates and their SAEs are to a world of known factors.
 
 Nothing here needs trust in another network than the judge, and the judge is itself measured on renders.
 """
@@ -23,6 +23,7 @@ from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
 from sdxl_sae_kit.hooks import record
 from sdxl_sae_kit.metrics import bootstrap_interval, constant_share, participation_ratio
 from sdxl_sae_kit.pipelines import generate
+from sdxl_sae_kit.recovery import measure_recovery as measure_recovery
 from sdxl_sae_kit.tiny.judge import Judge, expected_answers, load_judge
 from sdxl_sae_kit.tiny.judge_training import ask
 from sdxl_sae_kit.tiny.world import FACTORS, Scene, caption, object_mask, render, sample_scene

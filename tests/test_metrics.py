@@ -1,5 +1,7 @@
 """Metrics against independent formulas and the invariants their names promise."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,15 @@ from sklearn.metrics import r2_score
 
 from sdxl_sae_kit.metrics import (
     ReconstructionMetrics,
+    areas_under_curve,
     bootstrap_interval,
     constant_share,
     explained_variance,
     explained_variance_per_channel,
+    matched_cosine,
     neighbour_correlation,
     participation_ratio,
+    resampled_areas,
     variance_spectrum,
 )
 
@@ -135,3 +140,62 @@ def test_neighbours_of_one_walk_are_alike_and_shuffled_ones_are_not():
     walk = torch.from_numpy(walk)
     assert neighbour_correlation(walk) == pytest.approx(0.8, abs=0.02)
     assert neighbour_correlation(walk[torch.randperm(len(walk))]) == pytest.approx(0, abs=0.02)
+
+
+def turned(rows, cosine, seed):
+    """Rows of unit length, each at this cosine from its own and in another order; and which came from where."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+    across = noise - (noise * rows).sum(1, keepdim=True) * rows
+    across = across / across.norm(dim=1, keepdim=True)
+    order = torch.randperm(len(rows), generator=generator)
+    return (cosine * rows + (1 - cosine**2) ** 0.5 * across)[order], order
+
+
+@given(seeds, st.floats(0.85, 1))
+def test_a_reordered_noisy_copy_matches_with_the_cosine_of_its_noise(seed, cosine):
+    rows = torch.randn(20, 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    copy, _ = turned(rows, cosine, seed + 1)
+    assert matched_cosine(rows * 3, copy) == pytest.approx(np.full(20, cosine), abs=1e-6)  # lengths do not count
+
+
+@given(seeds)
+def test_the_matching_is_the_best_of_all_assignments(seed):
+    one, other = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    cosines = np.array([[float(a @ b / a.norm() / b.norm()) for b in other] for a in one])
+    best = max(sum(cosines[row, at] for row, at in enumerate(order)) for order in itertools.permutations(range(5)))
+    assert matched_cosine(one, other).sum() == pytest.approx(best)
+
+
+def test_an_opposite_is_no_match_and_rows_left_over_have_none():
+    axes = torch.eye(4)
+    assert matched_cosine(axes, -axes).tolist() == [0, 0, 0, 0]
+    assert np.array_equal(matched_cosine(axes, axes[1:3]), [np.nan, 1, 1, np.nan], equal_nan=True)
+    assert matched_cosine(axes[1:3], axes).tolist() == [1, 1]
+
+
+@given(seeds)
+def test_areas_are_shares_of_pairs_won(seed):
+    rng = np.random.default_rng(seed)
+    strengths, shows = rng.integers(0, 4, (30, 3)).astype(np.float32), rng.random((30, 2)) < 0.5
+    shows[:2] = [[True, True], [False, False]]
+    areas = areas_under_curve(strengths, shows)
+    for value, latent in itertools.product(range(2), range(3)):
+        with_it, without = (strengths[shows[:, value] == kind, latent] for kind in (True, False))
+        won = [(a > b) + (a == b) / 2 for a, b in itertools.product(with_it, without)]
+        assert areas[value, latent] == pytest.approx(np.mean(won))
+    assert np.array_equal(areas_under_curve(strengths, shows[:, 1]), areas[1])
+
+
+@given(seeds)
+def test_a_resampled_area_is_that_of_repeated_images(seed):
+    rng = np.random.default_rng(seed)
+    strength, shows = rng.integers(0, 5, 25).astype(np.float32), rng.random(25) < 0.4
+    draws = rng.multinomial(25, np.full(25, 1 / 25), size=4)
+    for area, times in zip(resampled_areas(strength, shows, draws), draws, strict=True):
+        repeated, shown = np.repeat(strength, times), np.repeat(shows, times)
+        if 0 < shown.sum() < len(shown):
+            assert area == pytest.approx(areas_under_curve(repeated[:, None], shown)[0])
+        else:
+            assert np.isnan(area)

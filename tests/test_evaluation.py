@@ -1,0 +1,100 @@
+"""Stability: planted agreement is found, chance is told from it, and what cannot be compared is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.evaluation import stability
+from sdxl_sae_kit.html import show_table
+from sdxl_sae_kit.sae import SAE, SAEConfig, Site
+
+D_IN, D_SAE = 32, 64
+SITE = Site("a model", "a revision", "mid.0", 1, 0.0)
+
+
+def an_sae(seed, rows=None, alive=None, site=SITE, d_in=D_IN, **settings):
+    """An SAE with these decoder rows, of which these latents are alive."""
+    sae = SAE(SAEConfig(k=4, expansion=2, seed=seed, **settings), d_in, site, f"seed {seed}").requires_grad_(False)
+    if rows is not None:
+        sae.W_dec.copy_(rows / rows.norm(dim=1, keepdim=True))
+    sae.mean_activation[:] = 1 if alive is None else torch.as_tensor(alive).float()
+    return sae
+
+
+def noise(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def measured(*saes):
+    """Rows by condition, of two SAEs."""
+    return {row["condition"]: row for row in stability(saes)}
+
+
+def test_a_reordered_noisy_copy_agrees_far_above_both_controls():
+    rows = noise(0, D_SAE, D_IN)
+    copy = (rows + 0.3 * noise(1, D_SAE, D_IN))[torch.randperm(D_SAE)]  # cosine about 1 / √(1 + 0.3²) = 0.958
+    found = measured(an_sae(0, rows), an_sae(1, copy))
+    assert list(found) == ["trained", "shuffled", "untrained"]
+    assert found["trained"]["mean cosine"] == pytest.approx(1 / np.sqrt(1.09), abs=0.01)
+    assert found["trained"]["above 0.9"] > 0.95 and found["trained"]["above 0.7"] == 1
+    for control in ("shuffled", "untrained"):
+        assert found[control]["mean cosine"] < 0.5 and found[control]["above 0.9"] == 0
+    for row in found.values():
+        assert row["interval"][0] <= row["mean cosine"] <= row["interval"][1]
+        assert (row["latents"], row["left over"]) == (D_SAE, 0)
+
+
+def test_independent_dictionaries_agree_no_more_than_the_controls():
+    found = measured(an_sae(0, noise(0, D_SAE, D_IN)), an_sae(1, noise(1, D_SAE, D_IN)))
+    for control in ("shuffled", "untrained"):
+        assert found["trained"]["mean cosine"] == pytest.approx(found[control]["mean cosine"], abs=0.02)
+
+
+def test_sharing_a_few_strong_axes_is_not_sharing_latents():
+    """Independent rows along the same strong axes, round the same mean: no more alike than shuffled ones are."""
+    strong = 0.9 ** torch.arange(D_IN) * 3
+    turn = torch.linalg.qr(noise(9, D_IN, D_IN))[0]
+    one, other = ((noise(seed, D_SAE, D_IN) * strong + strong / 2) @ turn for seed in (0, 1))
+    found = measured(an_sae(0, one), an_sae(1, other))
+    assert found["trained"]["mean cosine"] == pytest.approx(found["shuffled"]["mean cosine"], abs=0.02)
+    assert found["trained"]["mean cosine"] > found["untrained"]["mean cosine"] + 0.1
+
+
+def test_dead_latents_are_left_out():
+    rows, alive = noise(0, D_SAE, D_IN), torch.arange(D_SAE) < 40
+    other = torch.where(alive[:, None], rows, -rows)  # the dead ones would not match
+    found = measured(an_sae(0, rows, alive), an_sae(1, other, torch.arange(D_SAE) < 50))
+    assert (found["trained"]["latents"], found["trained"]["left over"]) == (40, 10)
+    assert found["trained"]["mean cosine"] == pytest.approx(1)
+    assert found["untrained"]["latents"] == 40
+
+
+def test_every_pair_has_its_rows_and_they_make_a_table():
+    saes = {("mid.0", f"s{seed}"): an_sae(seed, noise(seed, D_SAE, D_IN)) for seed in range(3)}
+    rows = stability(saes)
+    assert [row["seeds"] for row in rows[::3]] == ["0 and 1", "0 and 2", "1 and 2"]
+    assert rows == stability(list(saes.values()))
+    assert "0 and 2" in show_table(rows, "Stability")._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("saes", "told"),
+    [
+        (lambda: [an_sae(0)], "got 1"),
+        (lambda: [an_sae(0), an_sae(1, site=replace(SITE, hookpoint="up.0.1"))], "hookpoint"),
+        (lambda: [an_sae(0), an_sae(1, site=replace(SITE, model="another"))], "site"),
+        (lambda: [an_sae(0), an_sae(1, d_in=16)], "shape"),
+        (lambda: [an_sae(0), an_sae(1, lr=1e-3)], "config"),
+        (lambda: [an_sae(0), an_sae(1), an_sae(0)], "0, 1, 0"),
+        (lambda: [an_sae(0), an_sae(1, alive=[0] * D_SAE)], "no alive latent"),
+        (lambda: [an_sae(0, site=None), an_sae(1, site=None)], "never trained"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(saes, told):
+    with pytest.raises(KitError, match=told):
+        stability(saes())
