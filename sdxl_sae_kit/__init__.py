@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.cache import ActivationCache as ActivationCache
     from sdxl_sae_kit.collection import collect as collect
     from sdxl_sae_kit.collection import repair as repair
+    from sdxl_sae_kit.configs import SAEConfig as SAEConfig
+    from sdxl_sae_kit.configs import Site as Site
     from sdxl_sae_kit.errors import KitError as KitError
     from sdxl_sae_kit.evaluation import evaluate as evaluate
     from sdxl_sae_kit.features import FeatureStats as FeatureStats
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.prompts import load_prompts as load_prompts
     from sdxl_sae_kit.reports import report as report
     from sdxl_sae_kit.sae import SAE as SAE
-    from sdxl_sae_kit.sae import SAEConfig as SAEConfig
     from sdxl_sae_kit.scales import load_scale as load_scale
     from sdxl_sae_kit.search import most_energetic as most_energetic
     from sdxl_sae_kit.streaming import stream as stream
@@ -40,6 +41,7 @@ _NAMES = {
     "artifacts": ["Store"],
     "cache": ["ActivationCache"],
     "collection": ["collect", "repair"],
+    "configs": ["SAEConfig", "Site"],
     "errors": ["KitError"],
     "evaluation": ["evaluate"],
     "features": ["FeatureStats"],
@@ -53,7 +55,7 @@ _NAMES = {
     "plans": ["plan"],
     "prompts": ["load_prompts"],
     "reports": ["report"],
-    "sae": ["SAE", "SAEConfig"],
+    "sae": ["SAE"],
     "scales": ["load_scale"],
     "search": ["most_energetic"],
     "streaming": ["stream"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +14,10 @@ from torch import Tensor
 
 from sdxl_sae_kit.artifacts import whole_number
 from sdxl_sae_kit.buffers import Tokens, mix
+from sdxl_sae_kit.configs import Site, Split
 from sdxl_sae_kit.errors import HookpointError, KitError, did_you_mean
 from sdxl_sae_kit.layout import Layout
 from sdxl_sae_kit.prompts import Prompts
-
-Split = Literal["train", "held_out", "all"]
 
 MEMORY = 512 * 2**20
 """Bytes that shuffling may take unless told otherwise."""
@@ -103,6 +102,11 @@ class Activations(ABC):
             )
         return layout.steps.index(step) * len(layout.halves) + layout.halves.index(half)
 
+    def site(self, hookpoint: str) -> Site:
+        """Where the updates of a hookpoint come from."""
+        r = self.recipe
+        return Site(r["model"], r["revision"], hookpoint, r["num_inference_steps"], r["guidance_scale"])
+
     def tokens_per_row(self, hookpoint: str) -> int:
         """Tokens of each update that are there: the whole grid, or as many as were sampled."""
         self._shape(hookpoint)
@@ -111,6 +115,10 @@ class Activations(ABC):
     def n_tokens(self, hookpoint: str, split: Split = "all") -> int:
         """How many tokens of a hookpoint a split holds."""
         return len(self.images(split)) * self.rows_per_image * self.tokens_per_row(hookpoint)
+
+    def steps(self, hookpoint: str, batch_size: int) -> int:
+        """Batches of training tokens in one epoch."""
+        return -(-self.n_tokens(hookpoint, "train") // batch_size)
 
     def images(self, split: Split = "all") -> Int[np.ndarray, "image"]:
         """Indices of the images of a split; the split goes by prompt, so no text is on both sides."""
@@ -125,6 +133,14 @@ class Activations(ABC):
         per_image = 4 * self.rows_per_image * self.tokens_per_row(hookpoint) * self.d_in(hookpoint)
         n_parts = -(-len(images) * per_image // _PART_BYTES)
         return np.array_split(images, max(1, min(n_parts, len(images))))
+
+    def by_image(self, hookpoint: str, split: Split, max_images: int) -> Iterator[Float[Tensor, "image token d_in"]]:
+        """Updates of at most so many images of a split, spread over all of it, in parts of about 64 MB in float32."""
+        images = self.images(split)
+        if len(images) > max_images:
+            images = images[np.linspace(0, len(images) - 1, max_images).astype(int)]
+        for part in self.parts(hookpoint, images):
+            yield self.read(hookpoint, part).flatten(1, 2).float()
 
     def batches(
         self,

@@ -13,6 +13,11 @@ Tokens = Mapping[str, Float[Tensor, "_token _d_in"]]
 """Tokens of several hookpoints: equally many of each, taken from the same places."""
 
 
+def thinned(x: Float[Tensor, "token d_in"], n: int) -> Float[Tensor, "_token d_in"]:
+    """At most n of these tokens, evenly spaced."""
+    return x if len(x) <= n else x[torch.linspace(0, len(x) - 1, n).long().to(x.device)]
+
+
 def mix(
     blocks: Iterable[Tokens], batch_size: int, capacity: int, rng: np.random.Generator
 ) -> Iterator[dict[str, Float[Tensor, "_token _d_in"]]]:

@@ -19,9 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.activations import Activations, Split
+from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.artifacts import Artifact, human_bytes
 from sdxl_sae_kit.buffers import Tokens
+from sdxl_sae_kit.configs import Split
 from sdxl_sae_kit.errors import ArtifactError
 from sdxl_sae_kit.files import hash_file
 from sdxl_sae_kit.layout import Layout, encode_picture

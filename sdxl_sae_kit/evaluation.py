@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -12,27 +12,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sdxl_sae_kit.activations import Activations, Split
+from sdxl_sae_kit.activations import Activations
+from sdxl_sae_kit.configs import Split
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.metrics import ReconstructionMetrics, bootstrap_interval, matched_cosine
 from sdxl_sae_kit.sae import FIRES, SAE
+from sdxl_sae_kit.tokens import Tokens
 
 MAX_IMAGES = 2048
 """Evaluation reads at most so many images of a split, spread over all of it."""
 
 
 @torch.no_grad()
-def evaluate(sae: SAE, cache: Activations, split: Split = "held_out") -> dict[str, Any]:
-    """Reconstruction metrics (see `metrics`) and their n; explained variance has a 95 % bootstrap interval over images.
+def evaluate(
+    sae: SAE, cache: Activations | Tokens, split: Split = "held_out", *, hookpoint: str | None = None
+) -> dict[str, Any]:
+    """Reconstruction metrics (see `metrics`) and their n; explained variance has a 95 % bootstrap interval by image.
 
-    `dead_share` is the share of latents that never fired on the tokens evaluated.
+    `dead_share` is the share of latents that never fired on the tokens evaluated; the SAE's hookpoint is the default.
+
+    Raises:
+        ArtifactError: the SAE was trained at another hookpoint, or on something else than updates.
     """
+    sae.check_site(hookpoint := hookpoint or sae.hookpoint)
     metrics, fired = ReconstructionMetrics(), torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_enc.device)
     squared_errors, sums, squares = [], [], []
-    for x in _images(cache, sae.hookpoint, split, sae.W_enc.device):
+    for part in cache.by_image(hookpoint, split, MAX_IMAGES):
+        x = part.to(sae.W_enc.device)
         tokens = x.flatten(0, 1)
         indices, values = sae.encode_sparse(tokens)
-        x_hat = sae.decode_sparse(indices, values)
+        x_hat = sae.decode_sparse(indices, values, tokens)
         metrics.update(tokens, x_hat, (values > FIRES).sum(dim=1))
         fired[indices[values > FIRES]] = True
         squared_errors.append((x - x_hat.view_as(x)).double().square().sum((1, 2)))
@@ -60,19 +69,19 @@ def pca_explained_variance(cache: Activations, hookpoint: str, k: int) -> float:
     mean = sample.mean(dim=0)
     axes = torch.linalg.svd((sample - mean).T @ (sample - mean))[2][:k]
     metrics = ReconstructionMetrics()
-    for x in _images(cache, hookpoint, "held_out", sample.device):
+    for x in cache.by_image(hookpoint, "held_out", MAX_IMAGES):
         tokens = x.flatten(0, 1)
         metrics.update(tokens, (tokens - mean) @ axes.T @ axes + mean)
     return metrics.explained_variance
 
 
 @torch.no_grad()
-def mean_activation(sae: SAE, cache: Activations) -> Float[Tensor, "d_sae"]:
+def mean_activation(sae: SAE, cache: Activations | Tokens, hookpoint: str) -> Float[Tensor, "d_sae"]:
     """Mean value of each latent over the tokens on which it fires, of up to 2,048 training images; 0 if none."""
     total = torch.zeros(sae.d_sae, dtype=torch.float64, device=sae.W_enc.device)
     count = torch.zeros_like(total)
-    for x in _images(cache, sae.hookpoint, "train", sae.W_enc.device):
-        indices, values = sae.encode_sparse(x.flatten(0, 1))
+    for x in cache.by_image(hookpoint, "train", MAX_IMAGES):
+        indices, values = sae.encode_sparse(x.flatten(0, 1).to(sae.W_enc.device))
         fires = values > FIRES
         total.index_add_(0, indices[fires], values[fires].double())
         count.index_add_(0, indices[fires], torch.ones_like(values[fires]).double())
@@ -165,16 +174,6 @@ def _shuffled(rows: Float[Tensor, "row d_in"], seed: int = 0) -> Float[Tensor, "
     dealt = np.random.default_rng(seed).permuted((rows @ axes).numpy(), axis=0)  # every column by itself
     shuffled: Tensor = torch.from_numpy(dealt) @ axes.T
     return shuffled
-
-
-def _images(
-    cache: Activations, hookpoint: str, split: Split, device: torch.device
-) -> Iterator[Float[Tensor, "image token d_in"]]:
-    images = cache.images(split)
-    if len(images) > MAX_IMAGES:
-        images = images[np.linspace(0, len(images) - 1, MAX_IMAGES).astype(int)]
-    for part in cache.parts(hookpoint, images):
-        yield cache.read(hookpoint, part).flatten(1, 2).to(device, torch.float32)
 
 
 def _interval(error: Tensor, sums: Tensor, squares: Tensor, tokens_per_image: int) -> tuple[float, float]:

@@ -261,7 +261,7 @@ def _measure(
             x = cache.read(hookpoint, np.array(images))[:, row].to(sae.W_enc.device, torch.float32)
             indices, values = sae.encode_sparse(x)
             stored_indices[start : images.stop], stored_values[start : images.stop] = indices.cpu(), values.cpu().half()
-            z = torch.zeros(*x.shape[:2], sae.d_sae).scatter(2, indices.cpu(), values.cpu())
+            z = torch.zeros(*x.shape[:2], sae.d_sae).scatter_add(2, indices.cpu(), values.cpu())  # padding adds 0
             moments.add(z)
             leaders["max"].add(start, z.amax(dim=1), z)
             leaders["mean"].add(start, z.mean(dim=1), z)

@@ -1,23 +1,52 @@
-"""How one SAE learns: its start, its loss, and a step that keeps decoder rows at unit norm (paper §3 and its appendix).
+"""How one SAE learns: its start, its loss, its schedules, and a step that keeps decoder rows at unit norm.
 
-loss = s · MSE(x̂, x) + auxk_coef · AuxK    s = 1 / mean((x − mean x)²), so the first term is the unexplained share
-AuxK = MSE(ê, e) / mean((e − mean e)²)      e = x − x̂ held fixed, ê = what dead latents alone make of it
-AuxK is 0 while no latent is dead.
+loss = s · MSE(x̂, x) + auxk_coef · AuxK + sparsity_coef · S       s = 1 / mean((x − mean x)²): the unexplained share
+AuxK = MSE(ê, e) / mean((e − mean e)²)      e = x − x̂ held fixed, ê = what dead latents alone make of it; 0 if none is
+S    = (L0 / k − 1)²                        jumprelu only; L0 / d_in where it has no k
+
+(paper §3 and its appendix; S: Rajamanoharan et al. 2024, eq. 9, with a target). With Matryoshka prefixes the first term
+is its mean over the reconstructions from the latents up to each prefix and from all of them (Bussmann et al. 2025).
+
+A step costs one dense product, the encoder's; all else walks the active entries (see `sparse`). Only the
+pre-activations are as large as (token, d_sae), and they are gone before gradients are computed. Nothing here names a
+device: on a GPU the encoder runs under autocast where `precision` asks for it, Adam is fused there as on the CPU, the
+sparse products turn dense where that is faster, and a step waits for the device twice: for how many latents are dead
+and for its loss.
+
+Where several processes share a batch, each has some of its tokens; sums over tokens go over all of them, so that the
+gradients are those of the whole batch.
 """
 
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sdxl_sae_kit.buffers import thinned
+from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.processes import Processes
 from sdxl_sae_kit.sae import FIRES, SAE
-from sdxl_sae_kit.sparse import decode_sparse, top_k
+from sdxl_sae_kit.sparse import Active, above, active, combine, jump_relu, largest, pre_activation, top_k
 
-_MEDIAN_TOKENS = 32_768
+_MEDIAN_TOKENS, _SAMPLE_TOKENS = 32_768, 8192
+_START_L0 = 64  # of a jumprelu that aims at no L0
+_BANDWIDTH = 0.2  # of the box through which a threshold learns, as a share of where thresholds start
+_EXPLODED = 100  # times the unexplained share of the first step
+
+
+class LossError(KitError):
+    """The loss stopped being a number, or grew beyond all bounds; the SAE is as it was before that step."""
+
+    def __init__(self, message: str, *, exploded: bool) -> None:
+        super().__init__(message)
+        self.exploded = exploded
 
 
 def geometric_median(
@@ -34,31 +63,75 @@ def geometric_median(
     return median
 
 
-def auxk_loss(
-    sae: SAE, x: Float[Tensor, "token d_in"], error: Float[Tensor, "token d_in"], dead: Int[Tensor, "latent"]
+def auxk_error(
+    sae: SAE,
+    centred: Float[Tensor, "token d_in"],
+    h: Float[Tensor, "token d_sae"],
+    error: Float[Tensor, "token d_in"],
+    dead: Int[Tensor, "latent"],
 ) -> Float[Tensor, ""]:
-    """How badly the `auxk` strongest dead latents explain the SAE error, relative to its variance.
+    """Σ‖ê − e‖²: what the `auxk` largest pre-activations among dead latents leave of the SAE error `error`.
 
     Gradients reach the dead latents' encoder columns and decoder rows, and nothing else: neither b_dec nor, through the
     error, the living.
     """
-    if not len(dead):
-        return x.new_zeros(())
-    error = error.detach()
-    h = torch.addmm(sae.b_enc[dead], x - sae.b_dec.detach(), sae.W_enc[:, dead])
-    indices, values = top_k(h, min(sae.config.auxk, len(dead)))
-    error_hat = decode_sparse(indices, values, sae.W_dec[dead])
-    return (error_hat - error).square().mean() / (error - error.mean(dim=0)).square().mean().clamp_min(1e-30)
+    of_dead = h[:, dead]
+    strongest = dead[top_k(of_dead, min(sae.config.auxk, len(dead)))]
+    entries = active(strongest, sae.d_sae)
+    entries = entries.where(entries.of(h) > 0)
+    values = pre_activation(entries, h, centred, sae.W_enc, sae.b_enc, sae.b_pre.detach())
+    return (combine(entries, values, sae.W_dec) - error.detach()).square().sum()
+
+
+@torch.no_grad()
+def set_threshold(sae: SAE, x: Float[Tensor, "token d_in"], l0: float) -> None:
+    """Give all latents the one threshold that leaves `l0` of them active on each of these tokens, on average."""
+    h = sae.pre_activations(thinned(x.to(sae.W_enc.device), _SAMPLE_TOKENS))
+    n = min(round(l0 * len(h)) + 1, h.numel())
+    sae.threshold.fill_(largest(h, n)[-1].clamp_min(0).item())
+
+
+@torch.no_grad()
+def _start(sae: SAE, x: Float[Tensor, "token d_in"]) -> None:
+    """Set what the data decide: input statistics, b_dec, and thresholds that are learnt."""
+    if sae.config.normalize == "channels":
+        sae.input_mean.copy_(x.mean(dim=0))
+        sae.input_scale.copy_(x.std(dim=0, correction=0).clamp_min(1e-6))
+    if sae.config.normalize == "scale":
+        sae.input_scale.fill_(x.square().mean().sqrt().item())
+    sae.b_dec.copy_(geometric_median(sae.normalised(thinned(x, _MEDIAN_TOKENS))))
+    if sae.config.kind == "jumprelu":
+        set_threshold(sae, x, sae.config.k or min(_START_L0, sae.d_sae // 4))
+
+
+def schedule(config: SAEConfig, step: int, n_steps: int | None) -> tuple[float, int | None]:
+    """lr and k of a step, counted from 0, of so many."""
+    factor = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    if config.decay_steps and n_steps:
+        factor *= min(1.0, (n_steps - step) / config.decay_steps)
+    if config.k is None or config.k_start is None:
+        return config.lr * factor, config.k
+    progress = min(1.0, step / config.anneal_steps)
+    return config.lr * factor, round(config.k_start + (config.k - config.k_start) * progress)
 
 
 @dataclass
 class StepLog:
-    """What one step saw: unexplained share of the variance, AuxK, mean active latents, share of dead latents."""
+    """What one step saw and did."""
 
+    tokens: int
+    """Seen so far, this step included."""
     unexplained: float
+    """Share of the batch's variance."""
     auxk: float
     l0: float
+    """Mean active latents per token."""
     dead_share: float
+    """Of the latents, before the step."""
+    lr: float
+    k: int | None
+    resampled: int
+    """Latents that started anew after the step."""
 
 
 class Learner:
@@ -66,82 +139,259 @@ class Learner:
 
     Args:
         sae: freshly made.
-        sample: tokens from all over the training data; gives b_dec its start and the loss its scale.
+        sample: tokens from all over the training data; gives b_dec, thresholds and input statistics their start and the
+            loss its scale.
+        n_steps: how many there will be, for lr to fall at their end.
+        processes: those that share each batch.
+        precision: "bfloat16" computes the encoder's product in it; weights, codes and gradients stay float32.
+        compile: whether torch.compile takes the forward pass.
     """
 
-    def __init__(self, sae: SAE, sample: Float[Tensor, "token d_in"]) -> None:
-        self.sae, self.step_number = sae, 0
+    def __init__(
+        self,
+        sae: SAE,
+        sample: Float[Tensor, "token d_in"],
+        *,
+        n_steps: int | None = None,
+        processes: Processes | None = None,
+        precision: str = "float32",
+        compile: bool = False,
+    ) -> None:
+        self.sae, self.n_steps, self.processes = sae, n_steps, processes or Processes()
+        self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        self.step_number, self.tokens, self.first_loss = 0, 0, 0.0
+        self._h = torch.empty(0, dtype=self.dtype, device=sae.W_enc.device)
+        self.generator = torch.Generator().manual_seed(sae.config.seed)
         device = sae.W_enc.device
-        with torch.no_grad():
-            sae.b_dec.copy_(geometric_median(sample[:_MEDIAN_TOKENS]))
-        self.scale = 1 / (sample - sample.mean(dim=0)).square().mean().to(device)
+        sample = sample.to(device)
+        _start(sae, sample)
+        sample = sae.normalised(sample)
+        self.scale = 1 / (sample - sample.mean(dim=0)).square().mean()
+        self.sample = thinned(sample, _SAMPLE_TOKENS if sae.config.resample_every else 0)
+        self.bandwidth = _BANDWIDTH * sae.threshold.mean().item()
         self.silent = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
-        self.adam = torch.optim.Adam(sae.parameters(), lr=sae.config.lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
+        # a threshold is as large as activations are; it moves by the share of itself that encoder columns move by
+        pace = sae.threshold.mean().item() * sae.d_in**0.5
+        groups = [
+            {"params": [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec], "pace": 1.0},
+            {"params": [sae.threshold], "pace": pace},
+        ]
+        self.adam = torch.optim.Adam(groups, lr=sae.config.lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
+        self._forward = torch.compile(self._losses) if compile else self._losses
 
     def step(self, x: Float[Tensor, "token d_in"]) -> StepLog:
-        """Learn from one batch.
+        """Learn from one batch, or from this process's part of it.
 
         Raises:
-            KitError: the loss is not finite; the message says at which step.
+            LossError: the loss is not finite or has exploded; nothing was learnt from this batch then.
         """
-        sae = self.sae
-        dead = (self.silent >= sae.config.dead_after).nonzero().flatten()
-        indices, values = sae.encode_sparse(x)
-        x_hat = sae.decode_sparse(indices, values)
-        unexplained = self.scale * (x_hat - x).square().mean()
-        auxk = auxk_loss(sae, x, x - x_hat, dead)
-        loss = unexplained + sae.config.auxk_coef * auxk
-        if not loss.isfinite():
-            raise KitError(
-                f"{sae.name}: the loss is {loss.item()} at step {self.step_number}. "
-                "Lower lr, or look for tokens that are not finite."
-            )
+        sae, config = self.sae, self.sae.config
+        lr, k = schedule(config, self.step_number, self.n_steps)
+        for group in self.adam.param_groups:
+            group["lr"] = lr * group["pace"]
+        dead = (self.silent >= config.dead_after).nonzero().flatten()
+        n = int(self.processes.sum(torch.tensor(len(x), device=x.device)))
+        with self._autocast():
+            loss, told, fired = self._forward(sae.normalised(x), dead, k, n)
+        unexplained, auxk, l0 = self.processes.sum(told).tolist()
+        self._check(unexplained + auxk)
         self.adam.zero_grad()
         loss.backward()
+        for parameter in sae.parameters():
+            if parameter.grad is not None:
+                self.processes.sum(parameter.grad)
         self._project()
         self.adam.step()
-        self._normalise()
-        self._count(indices, values)
+        self._constrain()
+        self._count(self.processes.any(fired), n)
         self.step_number += 1
-        l0 = float((values > FIRES).sum()) / len(x)
-        return StepLog(unexplained.item(), auxk.item(), l0, len(dead) / sae.d_sae)
+        resampled = self._resample(n)
+        return StepLog(self.tokens, unexplained, auxk, l0, len(dead) / sae.d_sae, lr, k, resampled)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        device, mixed = self.sae.W_enc.device.type, self.dtype == torch.bfloat16
+        context: AbstractContextManager[None] = torch.autocast(device, dtype=torch.bfloat16, enabled=mixed)
+        return context
+
+    def _losses(
+        self, x: Float[Tensor, "token d_in"], dead: Int[Tensor, "latent"], k: int | None, n: int
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "3"], Bool[Tensor, "d_sae"]]:
+        """This process's share of the loss; of unexplained share, AuxK and L0; and which latents fired."""
+        sae, config = self.sae, self.sae.config
+        with torch.no_grad():
+            centred = x - sae.b_pre
+            h = self._pre_activations(centred)
+            entries = self._select(h, k, n)
+        values = pre_activation(entries, h, centred, sae.W_enc, sae.b_enc, sae.b_pre)
+        if config.kind == "jumprelu":
+            z, counted = jump_relu(values, sae.threshold[entries.latents], self.bandwidth)
+        else:
+            z, counted = values.relu(), values.new_zeros(())
+        x_hats = self._reconstructions(entries, z)
+        unexplained = [self.scale / (n * sae.d_in) * F.mse_loss(x_hat, x, reduction="sum") for x_hat in x_hats]
+        auxk = self._auxk(centred, h, x, x_hats[-1].detach(), dead, n)
+        loss = sum(unexplained) / len(unexplained) + config.auxk_coef * auxk
+        if config.kind == "jumprelu":
+            loss = loss + config.sparsity_coef * self._sparsity(counted.sum() / n)
+        fires = z > FIRES
+        fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x.device).index_fill(0, entries.latents[fires], True)
+        told = torch.stack([unexplained[-1], auxk, fires.sum() / n]).detach()
+        return loss, told, fired
+
+    def _pre_activations(self, centred: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_sae"]:
+        """h, in memory that one step leaves to the next: to get it anew takes a tenth of the product's time."""
+        sae = self.sae
+        if self._h.shape != (len(centred), sae.d_sae):
+            self._h = torch.empty(len(centred), sae.d_sae, dtype=self.dtype, device=centred.device)
+        bias, tokens, weights = (tensor.to(self.dtype) for tensor in (sae.b_enc, centred, sae.W_enc))
+        return torch.addmm(bias, tokens, weights, out=self._h)
+
+    def _select(self, h: Float[Tensor, "token d_sae"], k: int | None, n: int) -> Active:
+        """Entries that may be active in training."""
+        if self.sae.config.kind == "topk":
+            assert k
+            return active(top_k(h, k), h.shape[1])
+        if self.sae.config.kind == "batchtopk":
+            assert k
+            wanted = min(k * n + 1, h.numel())  # as many are to be above the smallest of these
+            most = self.processes.gather(largest(h, wanted))
+            return above(h, most.topk(min(k * n + 1, len(most))).values[-1])
+        return above(h, self.sae.threshold - self.bandwidth / 2)  # those below their threshold may move it
+
+    def _reconstructions(self, entries: Active, z: Float[Tensor, "entry"]) -> list[Float[Tensor, "token d_in"]]:
+        """x̂′ of each prefix, the last from all latents."""
+        sae = self.sae
+        if not sae.config.prefixes:
+            return [combine(entries, z, sae.W_dec, sae.b_dec)]
+        ends = [round(share * sae.d_sae) for share in (*sae.config.prefixes, 1)]
+        x_hats = []
+        x_hat: Tensor = sae.b_dec
+        for start, end in zip([0, *ends], ends, strict=False):
+            within = (entries.latents >= start) & (entries.latents < end)
+            x_hat = x_hat + combine(entries.where(within), z[within], sae.W_dec)
+            x_hats.append(x_hat)
+        return x_hats
+
+    def _auxk(
+        self,
+        centred: Float[Tensor, "token d_in"],
+        h: Float[Tensor, "token d_sae"],
+        x: Float[Tensor, "token d_in"],
+        x_hat: Float[Tensor, "token d_in"],
+        dead: Int[Tensor, "latent"],
+        n: int,
+    ) -> Float[Tensor, ""]:
+        if not len(dead) or not self.sae.config.auxk_coef:
+            return x.new_zeros(())
+        error = x - x_hat
+        mean = self.processes.sum(error.sum(dim=0)) / n
+        variance = self.processes.sum((error - mean).square().sum())
+        return auxk_error(self.sae, centred, h, error, dead) / variance.clamp_min(1e-30)
+
+    def _sparsity(self, l0: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """A quantity whose gradients, summed over processes, are those of S."""
+        if self.sae.config.k is None:
+            return l0 / self.sae.d_in
+        k, total = self.sae.config.k, self.processes.sum(l0.detach().clone())
+        return 2 * (total / k - 1) * l0 / k
+
+    def _check(self, loss: float) -> None:
+        self.first_loss = self.first_loss or loss
+        exploded = loss > _EXPLODED * max(1.0, self.first_loss)
+        if exploded and math.isfinite(loss):
+            reason = f"has grown from {self.first_loss:.3g} to {loss:.3g}. Lower lr, or raise warmup_steps"
+        elif not math.isfinite(loss):
+            reason = f"is {loss}. Lower lr, or look for tokens that are not finite"
+        else:
+            return
+        raise LossError(f"{self.sae.name}: at step {self.step_number} the loss {reason}.", exploded=exploded)
 
     @torch.no_grad()
     def _project(self) -> None:
         """Remove from the decoder's gradient what would only change the length of its rows."""
         rows, gradient = self.sae.W_dec, self.sae.W_dec.grad
         assert gradient is not None
-        gradient -= (gradient * rows).sum(dim=1, keepdim=True) * rows
+        along = torch.bmm(gradient[:, None], rows[..., None])[:, 0]
+        gradient.addcmul_(along, rows, value=-1)
 
     @torch.no_grad()
-    def _normalise(self) -> None:
+    def _constrain(self) -> None:
         """Bring decoder rows back to unit norm, after the step, so that what is saved is exactly unit norm."""
         self.sae.W_dec /= self.sae.W_dec.norm(dim=1, keepdim=True)
+        if self.sae.config.kind == "jumprelu":
+            self.sae.threshold.clamp_min_(0)
 
     @torch.no_grad()
-    def _count(self, indices: Int[Tensor, "token k"], values: Float[Tensor, "token k"]) -> None:
-        self.silent += len(indices)
-        self.silent[indices[values > FIRES]] = 0
+    def _count(self, fired: Bool[Tensor, "d_sae"], n: int) -> None:
+        self.silent += n
+        self.silent[fired] = 0
+        self.tokens += n
+
+    @torch.no_grad()
+    def _resample(self, n: int) -> int:
+        """Start dead latents anew when it is time, each towards a token drawn in proportion to its squared error.
+
+        (Bricken et al. 2023.) Their encoder columns get a fifth of the mean norm of the living ones, and Adam forgets
+        them.
+        """
+        sae, every = self.sae, self.sae.config.resample_every
+        if not every or self.tokens // every == (self.tokens - n) // every:
+            return 0
+        dead = (self.silent >= sae.config.dead_after).nonzero().flatten()
+        alive = (self.silent < sae.config.dead_after).nonzero().flatten()
+        if not len(dead) or not len(alive):
+            return 0
+        centred = self.sample - sae.b_pre
+        drawn = torch.multinomial(self._squared_errors(centred), len(dead), replacement=True, generator=self.generator)
+        directions = F.normalize(centred[drawn.to(dead.device)])
+        sae.W_dec[dead] = directions
+        sae.W_enc[:, dead] = 0.2 * sae.W_enc[:, alive].norm(dim=0).mean() * directions.T
+        sae.b_enc[dead] = 0
+        sae.threshold[dead] = sae.threshold[alive].mean()
+        for name in ("exp_avg", "exp_avg_sq"):
+            self.adam.state[sae.W_dec][name][dead] = 0
+            self.adam.state[sae.W_enc][name][:, dead] = 0
+            self.adam.state[sae.b_enc][name][dead] = 0
+        self.silent[dead] = 0
+        return len(dead)
+
+    def _squared_errors(self, centred: Float[Tensor, "token d_in"]) -> Float[Tensor, "token"]:
+        """‖x − x̂‖² of the sample's tokens, on the CPU."""
+        sae = self.sae
+        h = torch.addmm(sae.b_enc, centred, sae.W_enc)
+        learnt = sae.config.kind == "jumprelu"
+        entries = above(h, sae.threshold) if learnt else active(top_k(h, sae.config.k or 1), sae.d_sae)
+        x_hat = combine(entries, entries.of(h).relu(), sae.W_dec) + sae.b_dec
+        return (self.sample - x_hat).square().sum(dim=1).cpu()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, as tensors."""
+        """Everything that the next step depends on beside the SAE itself."""
         moments = {
             f"adam.{i}.{key}": value
             for i, state in self.adam.state_dict()["state"].items()
             for key, value in state.items()
         }
-        weights = {f"sae.{key}": value for key, value in self.sae.state_dict().items()}
-        return weights | moments | {"silent": self.silent, "step": torch.tensor(self.step_number)}
+        counts = torch.tensor([self.step_number, self.tokens])
+        first = torch.tensor(self.first_loss, dtype=torch.float64)
+        random = self.generator.get_state()
+        return moments | {"silent": self.silent, "counts": counts, "first_loss": first, "generator": random}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
-        self.sae.load_state_dict(
-            {key.removeprefix("sae."): value for key, value in state.items() if key.startswith("sae.")}
-        )
+        """Go on from what `state` gave; the SAE is to be that of the same moment."""
         adam = self.adam.state_dict()
+        parameters = [parameter for group in self.adam.param_groups for parameter in group["params"]]
         adam["state"] = {
-            i: {key: state[f"adam.{i}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")} for i in range(4)
+            i: {"step": state[f"adam.{i}.step"]}
+            | {
+                # fused Adam walks memory, so moments must lie there as their parameter does
+                key: torch.empty_like(parameter).copy_(state[f"adam.{i}.{key}"])
+                for key in ("exp_avg", "exp_avg_sq")
+            }
+            for i, parameter in enumerate(parameters)
+            if f"adam.{i}.step" in state
         }
         self.adam.load_state_dict(adam)
         self.silent = state["silent"].to(self.silent.device)
-        self.step_number = int(state["step"])
+        self.step_number, self.tokens = state["counts"].tolist()
+        self.first_loss = state["first_loss"].item()
+        self.generator.set_state(state["generator"].cpu())

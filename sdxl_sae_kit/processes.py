@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+from torch import Tensor
 
 _PATIENCE = timedelta(days=1)  # shares of long work end far apart
 
@@ -29,6 +30,24 @@ class Processes:
             from accelerate import PartialState
 
             PartialState().wait_for_everyone()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """This tensor summed over all processes, in place."""
+        if self.count > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def any(self, flags: Tensor) -> Tensor:
+        """Which of these flags any process has set."""
+        return self.sum(flags.to(torch.int32)) > 0 if self.count > 1 else flags
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, which are of one shape, one after the other."""
+        if self.count == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.count)]
+        torch.distributed.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
 
 
 def find_processes() -> Processes:

@@ -1,17 +1,24 @@
-"""The Top-K sparse autoencoder (paper §3), its configuration, and the file it lives in.
+"""Sparse autoencoders: three kinds behind one interface, their configuration, and the file they live in.
 
-h  = (x − b_dec) W_enc + b_enc           pre-activations, signed
-z  = relu(h) where h is among the k largest of its token, else 0
-x̂ = z W_dec + b_dec                      rows of W_dec have unit norm
+x′ = (x − mean) / scale                  only where the input is normalised
+h  = (x′ − b_pre) W_enc + b_enc          pre-activations, signed; b_pre is b_dec (paper §3), or 0
+z  = act(h)
+x̂ = (z W_dec + b_dec) · scale + mean     rows of W_dec have unit norm
+
+topk        z = relu(h) where h is among the k largest of its token, else 0
+batchtopk   trained with z = relu(h) where h is among the k · n largest of a batch of n tokens; afterwards
+            z = h where h > θ, else 0, with one θ for all latents that leaves k active per training token on average
+jumprelu    z = h where h > θ, else 0, with a θ ≥ 0 for each latent, learnt
+
+Matryoshka prefixes change how the first two are trained (see `learning`), not what they compute.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,70 +28,35 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.configs import SAEConfig, Site
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.files import write_atomically
-from sdxl_sae_kit.sparse import decode_sparse, to_dense, top_k
+from sdxl_sae_kit.sparse import Active, above, active, combine, top_k
 
 T = TypeVar("T")
 
 FIRES = 1e-3
 """A latent fires on a token when its value is above this."""
 
-FORMAT_KEY, FORMAT_VERSION = "sdxl_sae_kit.sae", 1
+FORMAT_KEY, FORMAT_VERSION = "sdxl_sae_kit.sae", 2
 """Everything but the tensors is one JSON object under this key: safetensors writes several keys in random order."""
 
-
-@dataclass(frozen=True)
-class SAEConfig:
-    """What an SAE is and how it is trained; defaults are the paper's."""
-
-    k: int = 10
-    """Active latents per token, at most."""
-    expansion: int = 4
-    """d_sae / d_in."""
-    auxk: int = 256
-    """Dead latents that try to explain each token's SAE error."""
-    auxk_coef: float = 1 / 32
-    """Weight of that attempt in the loss."""
-    dead_after: int = 10_000_000
-    """Tokens without firing after which a latent counts as dead."""
-    lr: float = 1e-4
-    """Adam's learning rate, constant."""
-    seed: int = 0
-    """Start of the weights."""
-
-    def __post_init__(self) -> None:
-        for name in ("k", "expansion", "auxk", "dead_after", "seed"):
-            number = whole_number(f"SAEConfig: {name}", getattr(self, name), least=0 if name == "seed" else 1)
-            object.__setattr__(self, name, number)  # how a frozen dataclass is normalised
-        for name in ("lr", "auxk_coef"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise KitError(f"SAEConfig: {name} must be a finite positive number, not {value!r}.")
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where the tokens an SAE was trained on come from; an SAE is only meaningful there."""
-
-    model: str
-    revision: str
-    hookpoint: str
-    num_inference_steps: int
-    guidance_scale: float
-    kind: str = "update"
-    """Always the update, never the block's output."""
+TRAINING = "training."
+"""Tensors of a checkpoint whose names begin so are no part of the SAE."""
 
 
 class SAE(nn.Module):
-    """A Top-K SAE for one hookpoint.
+    """A sparse autoencoder for one hookpoint.
 
     Attributes:
         W_enc (d_in, d_sae), b_enc (d_sae,), W_dec (d_sae, d_in), b_dec (d_in,): weights.
+        threshold (d_sae,): θ of the equations; zeros for topk.
+        input_mean (d_in,), input_scale (d_in,): mean and scale of the equations, where they are the same for all
+            tokens (normalize is "scale" or "channels"); else zeros and ones.
         mean_activation (d_sae,): mean of z over the training tokens on which the latent fires; 0 for one that never
             fired. The unit of strengths in `steer`.
         site: where it belongs. None until it is trained.
+        data: digest of the activations it was trained on.
         metrics: held-out metrics, by name.
     """
 
@@ -92,25 +64,32 @@ class SAE(nn.Module):
     b_enc: Tensor
     W_dec: Tensor
     b_dec: Tensor
+    threshold: Tensor
+    input_mean: Tensor
+    input_scale: Tensor
     mean_activation: Tensor
 
     def __init__(self, config: SAEConfig, d_in: int, site: Site | None = None, name: str = "untrained") -> None:
         super().__init__()
-        if config.k > d_in * config.expansion:
+        d_sae = round(d_in * config.expansion)
+        if (config.k_start or config.k or 1) > d_sae:
             raise KitError(
-                f"SAEConfig: k={config.k} is more than the {d_in * config.expansion} latents "
-                f"({d_in} × expansion {config.expansion})."
+                f"SAEConfig: k={config.k_start or config.k} is more than the {d_sae} latents "
+                f"({d_in} × expansion {config.expansion:g})."
             )
         self.config, self.site, self.name = config, site, name
+        self.data = ""
         self.metrics: dict[str, Any] = {}
-        d_sae = d_in * config.expansion
         generator = torch.Generator().manual_seed(config.seed)
         start = (torch.rand(d_in, d_sae, generator=generator) * 2 - 1) / d_in**0.5  # uniform ±1/√d_in
-        self.W_enc = nn.Parameter(start)
+        # latent by latent in memory, like the decoder: that is how gradients arrive and how fused Adam walks them
+        self.W_enc = nn.Parameter(start.T.contiguous().T)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        unit_rows = start.T / start.T.norm(dim=1, keepdim=True)
-        self.W_dec = nn.Parameter(unit_rows.contiguous())  # fused Adam pairs by memory
+        self.W_dec = nn.Parameter((start / start.norm(dim=0)).T.contiguous())
         self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.threshold = nn.Parameter(torch.zeros(d_sae), requires_grad=config.kind == "jumprelu")
+        self.register_buffer("input_mean", torch.zeros(d_in))
+        self.register_buffer("input_scale", torch.ones(d_in))
         self.register_buffer("mean_activation", torch.zeros(d_sae))
 
     @property
@@ -124,57 +103,172 @@ class SAE(nn.Module):
         return self.W_enc.shape[1]
 
     @property
+    def k(self) -> int | None:
+        """Active latents per token, as the configuration has it."""
+        return self.config.k
+
+    @property
+    def b_pre(self) -> Float[Tensor, "d_in"]:
+        """What is subtracted before encoding: b_dec, or zeros."""
+        return self.b_dec if self.config.subtract_b_dec else torch.zeros_like(self.b_dec)
+
+    @property
     def hookpoint(self) -> str:
         """Where it belongs.
 
         Raises:
-            ArtifactError: it was never trained.
+            ArtifactError: nothing says where, or it was trained on something else than updates.
         """
         if self.site is None:
-            raise ArtifactError(f"{self.name} has no hookpoint: it was never trained. Train it, or load one that was.")
+            raise ArtifactError(
+                f"{self.name} has no hookpoint: it was never trained here, and its file does not say where it belongs. "
+                "Train it, load one that was, or give SAE.load its site=Site(…)."
+            )
+        self.check_site(self.site.hookpoint)
         return self.site.hookpoint
 
-    @property
-    def k(self) -> int:
-        """Active latents per token, at most."""
-        return self.config.k
+    def check_site(self, hookpoint: str, kind: str = "update") -> None:
+        """Refuse to be applied elsewhere than where it was trained.
+
+        Raises:
+            ArtifactError: it was trained at another hookpoint, or on outputs instead of updates.
+        """
+        if self.site and (self.site.kind != kind or self.site.hookpoint != hookpoint):
+            raise ArtifactError(
+                f"{self.name} was trained on {self.site.kind}s of {self.site.hookpoint}, not {kind}s of {hookpoint}. "
+                f"Use one that was trained there, or apply it to {self.site.kind}s of {self.site.hookpoint}."
+            )
+
+    def normalised(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_in"]:
+        """x′ of the module's equations."""
+        if self.config.normalize == "none":
+            return x
+        mean, scale = self._statistics(x)
+        return (x - mean) / scale
+
+    def _statistics(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and scale: the SAE's own, or each token's."""
+        normalize = self.config.normalize
+        if normalize not in ("layer_norm", "constant_norm"):
+            return self.input_mean, self.input_scale
+        if x is None:
+            raise KitError(f"{self.name} normalises each token by itself, so decoding needs the token: decode(z, x).")
+        if normalize == "constant_norm":
+            return torch.zeros_like(self.b_dec), x.norm(dim=-1, keepdim=True) / self.d_in**0.5
+        return x.mean(dim=-1, keepdim=True), x.std(dim=-1, keepdim=True) + 1e-5
+
+    def _restored(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
+        if self.config.normalize == "none":
+            return x_hat
+        mean, scale = self._statistics(x)
+        return x_hat * scale + mean
 
     def pre_activations(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_sae"]:
         """h of the module's equations."""
-        flat = x.reshape(-1, self.d_in) - self.b_dec
-        h: Tensor = torch.addmm(self.b_enc, flat, self.W_enc).unflatten(0, x.shape[:-1])
+        flat = self.normalised(x).reshape(-1, self.d_in)
+        h: Tensor = torch.addmm(self.b_enc, flat - self.b_pre, self.W_enc).unflatten(0, x.shape[:-1])
         return h
+
+    def _active(self, h: Float[Tensor, "token d_sae"]) -> Active:
+        if self.config.kind == "topk":
+            assert self.config.k
+            return active(top_k(h, self.config.k), self.d_sae)
+        return above(h, self.threshold)
+
+    def _code(self, x: Float[Tensor, "*token d_in"]) -> tuple[Active, Float[Tensor, "entry"]]:
+        h = self.pre_activations(x).reshape(-1, self.d_sae)
+        entries = self._active(h)
+        return entries, entries.of(h).relu()
 
     def encode_sparse(
         self, x: Float[Tensor, "*token d_in"]
-    ) -> tuple[Int[Tensor, "*token k"], Float[Tensor, "*token k"]]:
-        """The code as (indices, values ≥ 0), k of each per token, in no order; a value of 0 is an inactive latent."""
-        return top_k(self.pre_activations(x), self.k)
+    ) -> tuple[Int[Tensor, "*token width"], Float[Tensor, "*token width"]]:
+        """The code as (indices, values ≥ 0) of each token, in no order; a value of 0 is an inactive latent.
+
+        The width is k for topk; for the others it is what the longest of these tokens needs.
+        """
+        entries, values = self._code(x)
+        if self.config.kind == "topk":
+            indices, values = (each.view(-1, self.config.k or 0) for each in (entries.latents, values))
+        else:
+            indices, values = entries.padded(values)
+        return indices.unflatten(0, x.shape[:-1]), values.unflatten(0, x.shape[:-1])
 
     def encode(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_sae"]:
         """The code z with its zeros."""
-        return to_dense(*self.encode_sparse(x), self.d_sae)
+        entries, values = self._code(x)
+        z: Tensor = entries.matrix(values).unflatten(0, x.shape[:-1])
+        return z
 
-    def decode(self, z: Float[Tensor, "*token d_sae"]) -> Float[Tensor, "*token d_in"]:
-        """z W_dec + b_dec."""
-        return z @ self.W_dec + self.b_dec
-
-    def decode_sparse(
-        self, indices: Int[Tensor, "*token k"], values: Float[Tensor, "*token k"]
+    def decode(
+        self, z: Float[Tensor, "*token d_sae"], x: Float[Tensor, "*token d_in"] | None = None
     ) -> Float[Tensor, "*token d_in"]:
-        """The same for a code given as indices and values."""
-        return decode_sparse(indices, values, self.W_dec) + self.b_dec
+        """x̂ of a code; SAEs that normalise each token by itself need the tokens too."""
+        return self._restored(z @ self.W_dec + self.b_dec, x)
 
     def forward(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_in"]:
         """The reconstruction x̂."""
-        return self.decode_sparse(*self.encode_sparse(x))
+        return self._restored(combine(*self._code(x), self.W_dec, self.b_dec).view_as(x), x)
+
+    @property
+    def directions(self) -> Float[Tensor, "d_sae d_in"]:
+        """What one unit of each latent adds to an update: W_dec, times the scale where the input is normalised.
+
+        Raises:
+            KitError: each token has a scale of its own.
+        """
+        if self.config.normalize == "none":
+            return self.W_dec
+        scaled: Tensor = self.W_dec * self._statistics(None)[1]
+        return scaled
+
+    def decode_sparse(
+        self,
+        indices: Int[Tensor, "*token width"],
+        values: Float[Tensor, "*token width"],
+        x: Float[Tensor, "*token d_in"] | None = None,
+    ) -> Float[Tensor, "*token d_in"]:
+        """The same for a code given as indices and values."""
+        entries = active(indices.flatten(0, -2), self.d_sae)
+        x_hat = combine(entries, values.flatten(), self.W_dec, self.b_dec)
+        return self._restored(x_hat.unflatten(0, indices.shape[:-1]), x)
 
     def untrained(self) -> SAE:
-        """The control for anything claimed of this SAE: the same shape and place, random weights, centred alike."""
+        """The control for anything claimed of this SAE: the same shape and place, random weights, centred alike.
+
+        Where a threshold decides what is active, the control takes as many active latents per token as this SAE has on
+        average, the largest ones.
+        """
         config = replace(self.config, seed=self.config.seed + 1)
+        if config.kind != "topk":
+            k = max(1, round(self.metrics.get("l0") or config.k or 1))
+            config = replace(config, kind="topk", k=k, k_start=None, anneal_steps=0)
         sae = SAE(config, self.d_in, self.site, f"untrained_{self.name}").to(self.W_enc.device)
         with torch.no_grad():
-            sae.b_dec.copy_(self.b_dec)
+            for name in ("b_dec", "input_mean", "input_scale"):
+                getattr(sae, name).copy_(getattr(self, name))
+        return sae.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def folded(self) -> SAE:
+        """The same function without input normalisation: the weights take it in, and rows are not of unit norm then.
+
+        Raises:
+            KitError: each token has statistics of its own, which no weights can hold.
+        """
+        if self.config.normalize == "none":
+            return self
+        mean, scale = self._statistics(None)
+        sae = SAE(replace(self.config, normalize="none"), self.d_in, self.site, self.name).to(self.W_enc.device)
+        sae.load_state_dict(self.state_dict())
+        sae.W_enc.copy_(self.W_enc / scale[:, None])
+        sae.W_dec.copy_(self.W_dec * scale)
+        sae.b_dec.copy_(self.b_dec * scale + mean)
+        if not self.config.subtract_b_dec:
+            sae.b_enc.copy_(self.b_enc - mean @ sae.W_enc)
+        sae.input_mean.zero_()
+        sae.input_scale.fill_(1)
+        sae.data, sae.metrics = self.data, dict(self.metrics)
         return sae.eval().requires_grad_(False)
 
     @property
@@ -186,23 +280,27 @@ class SAE(nn.Module):
             hashed.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return hashed.hexdigest()
 
-    def save(self, path: Path | str) -> None:
-        """Write one safetensors file with configuration, site, name and metrics in its header."""
-        site = asdict(self.site) if self.site else None
+    def save(self, path: Path | str, training: Mapping[str, Tensor] | None = None) -> None:
+        """Write one safetensors file with configuration, site, data digest and metrics in its header.
+
+        `training` makes it a checkpoint: what the next step of training needs beside the SAE, by name.
+        """
         header = {
             "version": FORMAT_VERSION,
             "name": self.name,
             "config": asdict(self.config),
-            "site": site,
+            "site": asdict(self.site) if self.site else None,
+            "data": self.data,
             "metrics": self.metrics,
         }
-        tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
+        tensors = self.state_dict() | {TRAINING + name: tensor for name, tensor in (training or {}).items()}
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         # not save_file, which lets nobody but the owner read the file
-        write_atomically(Path(path), save(tensors, {FORMAT_KEY: json.dumps(header)}))
+        write_atomically(Path(path), save(on_cpu, {FORMAT_KEY: json.dumps(header)}))
 
     @classmethod
     def load(cls, path: Path | str) -> SAE:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or a checkpoint of training.
 
         Raises:
             ArtifactError: no such file, not this format, unknown settings, or tensors that are missing, misshapen or
@@ -211,31 +309,29 @@ class SAE(nn.Module):
         try:
             with safe_open(path, framework="pt") as file:
                 header, names = file.metadata() or {}, file.keys()
-                tensors = {name: file.get_tensor(name) for name in names}
+                tensors = {name: file.get_tensor(name) for name in names if not name.startswith(TRAINING)}
         except (OSError, SafetensorError) as cause:
             raise ArtifactError(
                 f"{path} cannot be read as safetensors ({cause}). Give the path of an SAE saved by this kit."
             ) from None
         about = _header(header.get(FORMAT_KEY, "{}"), path)
         config, site = _parse(SAEConfig, about["config"], path), about["site"] and _parse(Site, about["site"], path)
-        if site and site.kind != "update":
-            raise ArtifactError(
-                f"{path} was trained on {site.kind}s of {site.hookpoint}; this kit works on updates only."
-            )
         shape = tuple(tensors["W_enc"].shape) if "W_enc" in tensors else ()
-        if len(shape) != 2 or shape[1] != shape[0] * config.expansion:
+        if len(shape) != 2 or shape[1] != round(shape[0] * config.expansion):
             raise ArtifactError(
-                f"{path}: W_enc has shape {shape}, not (d_in, {config.expansion}·d_in). The file is damaged."
+                f"{path}: W_enc has shape {shape}, not (d_in, {config.expansion:g} · d_in). The file is damaged."
             )
         sae = cls(config, shape[0], site, about["name"])
         _check(tensors, sae.state_dict(), path)
         sae.load_state_dict(tensors)
-        sae.metrics = about["metrics"]
+        sae.data, sae.metrics = about["data"], about["metrics"]
         return sae.eval().requires_grad_(False)
 
     def __repr__(self) -> str:
-        where = f"updates of {self.site.hookpoint} in {self.site.model}" if self.site else "nothing yet"
-        return f"SAE {self.name}: {self.d_in} → {self.d_sae} latents, k={self.k}, trained on {where}"
+        where = f"{self.site.kind}s of {self.site.hookpoint} in {self.site.model}" if self.site else "nothing yet"
+        return (
+            f"SAE {self.name}: {self.config.kind}, {self.d_in} → {self.d_sae} latents, k={self.k}, trained on {where}"
+        )
 
 
 def _header(text: str, path: Path | str) -> dict[str, Any]:
@@ -249,7 +345,7 @@ def _header(text: str, path: Path | str) -> dict[str, Any]:
             f"{path} is not an SAE of this kit in format version {FORMAT_VERSION}: it has {found}. "
             "Give one saved by this kit."
         )
-    if missing := {"name", "config", "site", "metrics"} - about.keys():
+    if missing := {"name", "config", "site", "data", "metrics"} - about.keys():
         raise ArtifactError(f"{path}: the header lacks {', '.join(sorted(missing))}. The file is damaged.")
     return about
 
@@ -262,7 +358,10 @@ def _parse(kind: type[T], values: Mapping[str, Any], path: Path | str) -> T:
             f"{path}: {kind.__name__} has settings this kit does not know, or lacks some: {odd}. "
             "Use the kit version that saved it."
         )
-    return kind(**values)
+    try:
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    except (KitError, TypeError) as cause:
+        raise ArtifactError(f"{path}: its {kind.__name__} is impossible ({cause}). The file is damaged.") from None
 
 
 def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path | str) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.pipelines import local_folder
 from sdxl_sae_kit.prompts import Prompts, load_prompts
-from sdxl_sae_kit.sae import SAEConfig
 from sdxl_sae_kit.tiny import NAMES
 
 

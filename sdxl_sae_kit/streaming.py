@@ -11,9 +11,10 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdxl_sae_kit.activations import Activations, Split
+from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.artifacts import name_hash
 from sdxl_sae_kit.buffers import Tokens
+from sdxl_sae_kit.configs import Split
 from sdxl_sae_kit.files import canonical_json, sha256
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
 from sdxl_sae_kit.layout import Layout

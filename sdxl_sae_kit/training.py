@@ -1,149 +1,134 @@
-"""Train several SAEs at several hookpoints in one pass over a cache, resumably."""
+"""Train several SAEs at several hookpoints in one pass over their tokens, resumably, in one process or several."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from sdxl_sae_kit import html
 from sdxl_sae_kit.activations import Activations
-from sdxl_sae_kit.artifacts import Store, slug, whole_number
-from sdxl_sae_kit.errors import KitError, did_you_mean
+from sdxl_sae_kit.artifacts import Store, human_bytes, slug, whole_number
+from sdxl_sae_kit.configs import SAEConfig, Site
+from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.evaluation import evaluate, mean_activation
 from sdxl_sae_kit.files import write_atomically
-from sdxl_sae_kit.learning import Learner
+from sdxl_sae_kit.learning import Learner, LossError, set_threshold
 from sdxl_sae_kit.pipelines import choose_device
 from sdxl_sae_kit.plots import LiveFigure, training_curves
-from sdxl_sae_kit.sae import SAE, SAEConfig, Site
+from sdxl_sae_kit.processes import Processes, find_processes
+from sdxl_sae_kit.sae import SAE, TRAINING
+from sdxl_sae_kit.tokens import Tokens
+from sdxl_sae_kit.trained import Key, TrainedSAEs
 
-Key = tuple[str, str]
-"""(hookpoint, name of the configuration)."""
+Precision = Literal["float32", "bfloat16"]
 
 _SAMPLE = 40_960  # tokens that set b_dec's start and the loss's scale
 _CHECKPOINT_STEPS, _LOG_STEPS = 500, 20
 _SAE, _LOG, _CHECKPOINT = "sae.safetensors", "training.jsonl", "checkpoint.safetensors"
 
 
-class TrainedSAEs(dict[Key, SAE]):
-    """SAEs by (hookpoint, name of the configuration), with their held-out metrics and training curves."""
-
-    def __init__(self, saes: Mapping[Key, SAE], logs: Mapping[Key, list[dict[str, float]]]) -> None:
-        super().__init__(saes)
-        self.logs = dict(logs)
-
-    def __missing__(self, key: object) -> SAE:
-        known = ", ".join(map(repr, self))
-        raise KitError(f"No SAE {key!r} here; there are {known}.{did_you_mean(str(key), map(str, self))}")
-
-    def __repr__(self) -> str:
-        lines = [f"{h} {name}: explained variance {m:.4f}" for (h, name), m in self._explained().items()]
-        return "\n".join([f"{len(self)} trained SAEs (measured on held-out prompts)", *lines])
-
-    def _explained(self) -> dict[Key, float]:
-        return {key: sae.metrics["explained_variance"] for key, sae in self.items()}
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Held-out metrics, one row per SAE."""
-        return [
-            {"hookpoint": h, "config": name, "k": sae.k, "d_sae": sae.d_sae, **sae.metrics}
-            for (h, name), sae in self.items()
-        ]
-
-    def _repr_html_(self) -> str:
-        shown = {
-            "explained variance": "explained_variance",
-            "L0": "l0",
-            "dead share": "dead_share",
-            "tokens": "n_tokens",
-        }
-        rows = [
-            {key: row[key] for key in ("hookpoint", "config", "k", "d_sae")}
-            | {title: row[name] for title, name in shown.items()}
-            | {"95 % interval": "[{:.4f}, {:.4f}]".format(*row["explained_variance_interval"])}
-            for row in self.rows()
-        ]
-        caption = (
-            "Measured on held-out prompts. Explained variance is 1 − Σ‖x − x̂‖² / Σ‖x − mean‖², its interval a "
-            "bootstrap over images; L0 the mean number of active latents per token; dead share that of latents which "
-            "never fired."
-        )
-        return html.fragment(html.table(rows, caption))
-
-    def plot(self) -> Any:
-        """Training curves (plotly): unexplained share of each batch's variance over tokens seen."""
-        return training_curves({f"{hookpoint} {name}": log for (hookpoint, name), log in self.logs.items()})
-
-
 def train(
-    cache: Activations,
+    data: Activations | Iterable[Any],
     configs: Mapping[str, SAEConfig] | SAEConfig,
     *,
     hookpoints: Sequence[str] | None = None,
     batch_size: int = 4096,
     epochs: int = 1,
+    site: Site | None = None,
+    precision: Precision = "float32",
+    compile: bool = False,
     device: str | None = None,
     store: Store | Path | str | None = None,
 ) -> TrainedSAEs:
-    """Train every configuration at every hookpoint, reading the cache once for all; finished ones are loaded instead.
+    """Train every configuration at every hookpoint, reading the data once for all; finished ones are loaded instead.
 
     Killed at any moment, it goes on from the last checkpoint when called again. Held-out prompts are never trained on;
-    metrics are measured on them.
+    metrics are measured on them. An SAE whose loss stops being finite, or explodes, stops with a checkpoint of its last
+    good step and does not stop the others. Under `accelerate launch` or `torchrun` the processes, each of which must
+    call it, share every batch; what comes out is what one process would make, up to rounding.
 
     Args:
-        cache: from `collect`, or from `stream`.
+        data: from `collect` or `stream`; or any iterable of batches of tokens (n, d_in), or of mappings of hookpoints
+            to such batches. The first of those are put aside to measure on; where it is killed, it must be called with
+            the same batches to go on.
         configs: name → configuration, or a single one (then named by its k).
-        hookpoints: short names, or one of them; by default all of the cache.
-        batch_size: tokens per step.
+        hookpoints: short names, or one of them; by default all of the data.
+        batch_size: tokens per step, in all processes together; batches of an iterable come in sizes of their own.
         epochs: passes over the training tokens.
+        site: where an iterable's tokens come from; without it, its SAEs belong nowhere, and `steer` refuses them.
+        precision: "bfloat16" computes the encoder's product in it, which only GPUs do faster.
+        compile: whether torch.compile takes the forward pass, which only pays on GPUs.
         device: by default CUDA if there is one, else the CPU.
         store: folder of artifacts.
 
     Raises:
-        HookpointError: the cache has no such hookpoint.
+        HookpointError: the data have no such hookpoint.
         ArtifactError: another process is training one of them.
-        KitError: an impossible setting, or a loss that is not finite.
+        KitError: an impossible setting, or none of the SAEs could be trained to its end.
 
     Example:
         >>> saes = train(cache, {"k10": SAEConfig(k=10), "k20": SAEConfig(k=20)})      # doctest: +SKIP
         >>> saes["down.2.1", "k10"].metrics["explained_variance"]                      # doctest: +SKIP
     """
-    if not isinstance(cache, Activations):
-        raise KitError(f"train takes what collect or stream gives, not {cache!r}.")
     named = {f"k{configs.k}": configs} if isinstance(configs, SAEConfig) else dict(configs)
-    hookpoints = [hookpoints] if isinstance(hookpoints, str) else cache.hookpoints if hookpoints is None else hookpoints
-    if not named or not hookpoints:
+    batch_size, epochs = whole_number("batch_size", batch_size), whole_number("epochs", epochs)
+    _check_settings(data, named, hookpoints, precision)
+    tokens = data if isinstance(data, Activations) else Tokens(data, site)
+    hookpoints = [hookpoints] if isinstance(hookpoints, str) else hookpoints or tokens.hookpoints
+    device = choose_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    training = _Training(tokens, batch_size, epochs, precision, compile, device, find_processes())
+    runs = [
+        _Run(training, (hookpoint, name), config, Store.at(store))
+        for hookpoint in dict.fromkeys(hookpoints)
+        for name, config in named.items()
+    ]
+    grids = dict.fromkeys(tokens.grid(run.hookpoint) for run in runs)
+    for grid in grids:  # hookpoints of one grid share their batches
+        training.train([run for run in runs if tokens.grid(run.hookpoint) == grid and not run.artifact.finished])
+    return _trained(runs)
+
+
+def _check_settings(
+    data: Any, named: Mapping[str, SAEConfig], hookpoints: Sequence[str] | None, precision: str
+) -> None:
+    if isinstance(data, str | bytes | Mapping | Tensor) or not isinstance(data, Activations | Iterable):
         raise KitError(
-            f"train needs at least one configuration and one hookpoint, such as {{'k10': SAEConfig(k=10)}} and "
-            f"{cache.hookpoints[0]!r}; it got {len(named)} and {len(hookpoints)}."
+            f"train takes what collect or stream gives, or an iterable of batches (n, d_in), not {type(data).__name__}."
+        )
+    if not named or (hookpoints is not None and not len(hookpoints)):
+        raise KitError(
+            "train needs at least one configuration and one hookpoint, such as {'k10': SAEConfig(k=10)} and 'mid.0'; "
+            f"it got {len(named)} configurations and hookpoints={hookpoints!r}."
         )
     for name, config in named.items():
         if not isinstance(config, SAEConfig):
             raise KitError(f"train: {name!r} must be an SAEConfig, such as SAEConfig(k=10), not {config!r}.")
         if not name or name != slug(name):
             raise KitError(f"train: {name!r} cannot name an SAE. Use letters, digits, '.', '_' and '-', such as 'k10'.")
-    batch_size, epochs = whole_number("batch_size", batch_size), whole_number("epochs", epochs)
-    device = choose_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    runs = [
-        _Run(cache, (hookpoint, name), config, batch_size, epochs, Store.at(store))
-        for hookpoint in dict.fromkeys(hookpoints)
-        for name, config in named.items()
-    ]
-    missing = [run for run in runs if not run.artifact.finished]
-    grids = dict.fromkeys(cache.grid(run.hookpoint) for run in missing)
-    for grid in grids:  # hookpoints of one grid share their batches
-        _train([run for run in missing if cache.grid(run.hookpoint) == grid], cache, batch_size, epochs, device)
+    if precision not in get_args(Precision):
+        raise KitError(f"train: precision is {' or '.join(map(repr, get_args(Precision)))}, not {precision!r}.")
+
+
+def _trained(runs: Sequence[_Run]) -> TrainedSAEs:
+    failures = {run.key: run.failure for run in runs if run.failure}
+    if len(failures) == len(runs):
+        raise KitError("None could be trained to its end. " + " ".join(failures.values()))
+    finished = [run for run in runs if not run.failure]
     saes = TrainedSAEs(
-        {run.key: SAE.load(run.artifact.check(_SAE)) for run in runs}, {run.key: run.read_log() for run in runs}
+        {run.key: SAE.load(run.artifact.check(_SAE)) for run in finished},
+        {run.key: run.read_log() for run in runs},
+        failures,
     )
-    for key, explained in saes._explained().items():
+    for key, explained in saes.explained().items():
         if not explained > 0:
             tqdm.write(
                 f"{' '.join(key)} explains less than the mean does ({explained:.3g}): lower lr, or train longer."
@@ -154,89 +139,206 @@ def train(
 class _Run:
     """One SAE on its way from a configuration to a finished artifact."""
 
-    def __init__(
-        self, cache: Activations, key: Key, config: SAEConfig, batch_size: int, epochs: int, store: Store
-    ) -> None:
-        self.key, self.config = key, config
+    def __init__(self, training: _Training, key: Key, config: SAEConfig, store: Store) -> None:
+        self.training, self.key, self.config = training, key, config
         self.hookpoint, name = key
-        cache.grid(self.hookpoint)  # refuses a hookpoint that the cache does not have
+        tokens = training.tokens
+        SAE(config, tokens.d_in(self.hookpoint))  # refuses a hookpoint that is not there, and a k above d_sae
+        self.n_steps = training.n_steps(self.hookpoint)
+        if config.decay_steps and self.n_steps is None:
+            raise KitError(
+                f"train: decay_steps={config.decay_steps} needs to know how many batches there are. Give a list of "
+                "them, or an object with a length, or leave decay_steps out."
+            )
         recipe = {
-            "cache": cache.digest,
+            "cache": tokens.digest,
             "hookpoint": self.hookpoint,
             "config": asdict(config),
-            "batch_size": batch_size,
-            "epochs": epochs,
+            "batch_size": training.batch_size if isinstance(tokens, Activations) else None,
+            "epochs": training.epochs,
+            "precision": training.precision,
         }
-        self.artifact = store.artifact("saes", f"{Path(cache.recipe['model']).name}_{self.hookpoint}_{name}", recipe)
+        site = tokens.site(self.hookpoint)
+        model = Path(site.model).name if site else "tokens"
+        self.artifact = store.artifact("saes", f"{model}_{self.hookpoint}_{name}", recipe)
         self.log: list[dict[str, float]] = []
+        self.failure = ""
 
-    def start(self, cache: Activations, device: str) -> None:
+    def start(self) -> None:
         """Make the SAE, or take it up from its checkpoint."""
-        r = cache.recipe
-        site = Site(r["model"], r["revision"], self.hookpoint, r["num_inference_steps"], r["guidance_scale"])
-        sae = SAE(self.config, cache.d_in(self.hookpoint), site, self.artifact.name).to(device)
-        self.learner = Learner(sae, cache.sample(self.hookpoint, _SAMPLE, seed=self.config.seed).to(device))
+        tokens, device = self.training.tokens, self.training.device
+        sample = tokens.sample(self.hookpoint, _SAMPLE, seed=self.config.seed)
+        sae = SAE(self.config, tokens.d_in(self.hookpoint), tokens.site(self.hookpoint), self.artifact.name)
+        sae.data = tokens.digest
+        self.learner = Learner(
+            sae.to(device),
+            sample,
+            n_steps=self.n_steps,
+            processes=self.training.processes,
+            precision=self.training.precision,
+            compile=self.training.compile,
+        )
+        self.seen: tuple[int, str] = (-1, "")  # number and hash of the last batch before a checkpoint
+        if self.artifact.file(_CHECKPOINT).exists():
+            self._resume()
+
+    def _resume(self) -> None:
+        path = self.artifact.file(_CHECKPOINT)
+        self.learner.sae.load_state_dict(SAE.load(path).state_dict())
+        with safe_open(path, framework="pt", device=self.training.device) as file:
+            names = [name for name in file.keys() if name.startswith(TRAINING)]  # noqa: SIM118
+            state = {name.removeprefix(TRAINING): file.get_tensor(name) for name in names}
+        self.seen = json.loads(bytes(state.pop("seen").tolist()))
+        self.learner.load_state(state)
+        self.log = [line for line in self.read_log() if line["step"] <= self.learner.step_number]
+
+    def step(self, number: int, x: Tensor) -> None:
+        """Learn from the batch of this number, unless that was done before; log and keep the state now and then."""
+        if number == self.seen[0]:
+            self._check_seen(x)
+        if self.failure or number < self.learner.step_number:
+            return
+        share = x[self.training.processes.index :: self.training.processes.count]
+        try:
+            step = self.learner.step(share.to(self.training.device))
+        except (LossError, torch.OutOfMemoryError) as cause:
+            self._fail(cause)
+            return
+        if (number + 1) % _LOG_STEPS == 0 or number == 0 or step.resampled:
+            self.log.append({"step": number + 1, **asdict(step)})
+        if (number + 1) % _CHECKPOINT_STEPS == 0:
+            self.seen = (number, _hash(x))
+            self._keep()
+
+    def _check_seen(self, x: Tensor) -> None:
+        """Refuse to go on with other batches than those it was trained on so far."""
+        if _hash(x) != self.seen[1]:
+            raise KitError(
+                f"{self.artifact.name} was trained on other batches so far: number {self.seen[0]} has changed. "
+                f"Call train with the same batches in the same order, or delete {self.artifact.folder}."
+            )
+
+    def _fail(self, cause: Exception) -> None:
+        """Stop, and keep what was good."""
+        weights = self.learner.sae.state_dict().values()
+        if isinstance(cause, LossError) and not cause.exploded and all(weight.isfinite().all() for weight in weights):
+            self._keep()
         checkpoint = self.artifact.file(_CHECKPOINT)
-        if checkpoint.exists():
-            self.learner.load_state(load_file(checkpoint, device=device))
-            self.log = [line for line in self.read_log() if line["step"] <= self.learner.step_number]
+        kept = f"Its last good checkpoint is {checkpoint}." if checkpoint.exists() else "It has no checkpoint yet."
+        self.failure = f"{cause} {kept}"
+        if self.training.processes.first:
+            tqdm.write(self.failure)
 
-    def step(self, x: torch.Tensor) -> None:
-        """One step, logged now and then, with a checkpoint now and then."""
-        seen = self.learner.step(x)
-        if (number := self.learner.step_number) % _LOG_STEPS == 0 or number == 1:
-            self.log.append({"step": number, **asdict(seen)})
-        if number % _CHECKPOINT_STEPS == 0:
+    def _keep(self) -> None:
+        """Write everything that the next step depends on."""
+        if self.training.processes.first:
             self._write_log()
-            state = {key: value.contiguous() for key, value in self.learner.state().items()}
-            write_atomically(self.artifact.file(_CHECKPOINT), save(state))
+            seen = torch.tensor(list(json.dumps(self.seen).encode()), dtype=torch.uint8)
+            self.learner.sae.save(self.artifact.file(_CHECKPOINT), self.learner.state() | {"seen": seen})
 
-    def finish(self, cache: Activations) -> None:
+    def finish(self) -> None:
         """Measure, save, seal."""
-        sae = self.learner.sae.eval().requires_grad_(False)
-        sae.mean_activation.copy_(mean_activation(sae, cache))
-        sae.metrics = evaluate(sae, cache)
+        if self.failure or not self.training.processes.first:
+            return
+        tokens, sae = self.training.tokens, self.learner.sae.eval().requires_grad_(False)
+        if self.config.kind == "batchtopk":
+            set_threshold(sae, tokens.sample(self.hookpoint, _SAMPLE, seed=self.config.seed), self.config.k or 1)
+        sae.mean_activation.copy_(mean_activation(sae, tokens, self.hookpoint))
+        sae.metrics = evaluate(sae, tokens, hookpoint=self.hookpoint)
         sae.save(self.artifact.file(_SAE))
         self._write_log()
         self.artifact.file(_CHECKPOINT).unlink(missing_ok=True)
         self.artifact.seal(facts={"metrics": sae.metrics})
 
     def read_log(self) -> list[dict[str, float]]:
-        """The training log: step, unexplained, auxk, l0, dead_share."""
+        """The training log, line by line."""
+        if not self.artifact.file(_LOG).exists():  # stopped before its first checkpoint
+            return self.log
         return [json.loads(line) for line in self.artifact.read_text(_LOG).splitlines()]
 
     def _write_log(self) -> None:
         write_atomically(self.artifact.file(_LOG), "".join(json.dumps(line) + "\n" for line in self.log).encode())
 
 
-def _train(runs: Sequence[_Run], cache: Activations, batch_size: int, epochs: int, device: str) -> None:
-    hookpoints = list(dict.fromkeys(run.hookpoint for run in runs))
-    tokens = cache.n_tokens(hookpoints[0], "train")
-    if not tokens or not len(cache.images("held_out")):
-        raise KitError(
-            f"{cache.name} has {cache.n_images} images, too few to keep some for testing. Collect more prompts."
-        )
-    steps_per_epoch = -(-tokens // batch_size)
-    tqdm.write(
-        f"Training {len(runs)} SAEs at {', '.join(hookpoints)}: {tokens:,} tokens × {epochs} passes, "
-        f"{steps_per_epoch * epochs:,} steps of {batch_size:,}."
-    )
-    with ExitStack() as stack:
-        for run in runs:
-            stack.enter_context(run.artifact.lock())
-        runs = [run for run in runs if not run.artifact.finished]  # another process may just have been faster
-        for run in runs:
-            run.start(cache, device)
-        live = stack.enter_context(LiveFigure())
-        first = min((run.learner.step_number for run in runs), default=steps_per_epoch * epochs)
-        bar = stack.enter_context(tqdm(total=steps_per_epoch * epochs, initial=first, desc="train", unit="step"))
-        for epoch in range(first // steps_per_epoch, epochs):
-            for number, batch in enumerate(cache.batches(hookpoints, batch_size, epoch=epoch), epoch * steps_per_epoch):
-                on_device = {hookpoint: x.to(device) for hookpoint, x in batch.items()}
+def _hash(x: Tensor) -> str:
+    return hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One pass, or several, over tokens for several SAEs, and how it is done."""
+
+    tokens: Activations | Tokens
+    batch_size: int
+    epochs: int
+    precision: Precision
+    compile: bool
+    device: str
+    processes: Processes
+
+    def n_steps(self, hookpoint: str) -> int | None:
+        """Steps in all epochs, where their number is known."""
+        steps = self.tokens.steps(hookpoint, self.batch_size)
+        return steps if steps is None else steps * self.epochs
+
+    def train(self, runs: Sequence[_Run]) -> None:
+        """Train SAEs whose hookpoints share their batches."""
+        if not runs:
+            return
+        self._announce(runs)
+        with ExitStack() as stack:
+            if self.processes.first:  # it holds them for all
                 for run in runs:
-                    if run.learner.step_number == number:  # one resumed from a later checkpoint waits for the others
-                        run.step(on_device[run.hookpoint])
+                    stack.enter_context(run.artifact.lock())
+            self.processes.wait()
+            runs = [run for run in runs if not run.artifact.finished]  # another process may just have been faster
+            for run in runs:
+                run.start()
+            self._steps(runs, stack)
+            for run in runs:
+                run.finish()
+            self.processes.wait()
+
+    def _announce(self, runs: Sequence[_Run]) -> None:
+        hookpoints, n_steps = ", ".join(dict.fromkeys(run.hookpoint for run in runs)), runs[0].n_steps
+        if isinstance(self.tokens, Activations):
+            tokens = self.tokens.n_tokens(runs[0].hookpoint, "train")
+            if not tokens or not len(self.tokens.images("held_out")):
+                raise KitError(
+                    f"{self.tokens.name} has {self.tokens.n_images} images, too few to keep some for testing. "
+                    "Collect more prompts."
+                )
+            data = f"{tokens:,} tokens × {self.epochs} passes, {n_steps:,} steps of {self.batch_size:,}"
+        else:
+            data = f"{n_steps:,} batches" if n_steps is not None else "as many batches as come"
+        widths = [self.tokens.d_in(run.hookpoint) for run in runs]
+        weights = sum(2 * round(width * run.config.expansion) * width for width, run in zip(widths, runs, strict=True))
+        together = f" {self.processes.count} processes share them." if self.processes.count > 1 else ""
+        if self.processes.first:
+            tqdm.write(
+                f"Training {len(runs)} SAEs at {hookpoints}: {data}; weights, gradients and Adam take "
+                f"{human_bytes(16 * weights)}.{together}"
+            )
+
+    def _steps(self, runs: Sequence[_Run], stack: ExitStack) -> None:
+        if not runs:
+            return
+        hookpoints = list(dict.fromkeys(run.hookpoint for run in runs))
+        first, n_steps = min(run.learner.step_number for run in runs), runs[0].n_steps
+        per_epoch = n_steps // self.epochs if n_steps else None
+        start = first // per_epoch if per_epoch else 0
+        number = start * (per_epoch or 0)
+        live = stack.enter_context(LiveFigure())
+        bar = stack.enter_context(
+            tqdm(total=n_steps, initial=first, desc="train", unit="step", disable=not self.processes.first)
+        )
+        for epoch in range(start, self.epochs):
+            for batch in self.tokens.batches(hookpoints, self.batch_size, epoch=epoch):
+                for run in runs:
+                    run.step(number, batch[run.hookpoint])
                 bar.update(number >= first)
-                live.show(lambda: training_curves({" ".join(run.key): run.log for run in runs}))
-        for run in runs:
-            run.finish(cache)
+                number += 1
+                if all(run.failure for run in runs):
+                    return
+                if self.processes.first:
+                    live.show(lambda: training_curves({" ".join(run.key): run.log for run in runs}))

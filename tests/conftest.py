@@ -50,7 +50,7 @@ def small_cache(pipe, store):
 @pytest.fixture(scope="session")
 def small_saes(small_cache, store):
     """One SAE at each of the two hookpoints, trained for a moment."""
-    from sdxl_sae_kit.sae import SAEConfig
+    from sdxl_sae_kit.configs import SAEConfig
     from sdxl_sae_kit.training import train
 
     config = SAEConfig(k=8, expansion=2, lr=3e-3, dead_after=20_000)

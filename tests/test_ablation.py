@@ -14,13 +14,14 @@ from PIL import Image
 from reading_html import read_safely
 
 from sdxl_sae_kit.collection import collect
+from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.hooks import rewrite
 from sdxl_sae_kit.interventions import steer
 from sdxl_sae_kit.pipelines import describe, load_pipeline
 from sdxl_sae_kit.prompts import load_prompts
-from sdxl_sae_kit.sae import FIRES, SAEConfig
+from sdxl_sae_kit.sae import FIRES
 from sdxl_sae_kit.search import most_energetic
 from sdxl_sae_kit.studies import ablation
 from sdxl_sae_kit.studies.ablation import Ablation, FeatureEffects, ablate

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from sdxl_sae_kit.configs import SAEConfig, Site
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.evaluation import stability
 from sdxl_sae_kit.html import show_table
-from sdxl_sae_kit.sae import SAE, SAEConfig, Site
+from sdxl_sae_kit.sae import SAE
 
 D_IN, D_SAE = 32, 64
 SITE = Site("a model", "a revision", "mid.0", 1, 0.0)

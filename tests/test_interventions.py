@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import ArtifactError, EditError
 from sdxl_sae_kit.hooks import record, rewrite
 from sdxl_sae_kit.interventions import steer
 from sdxl_sae_kit.pipelines import generate, load_pipeline
-from sdxl_sae_kit.sae import SAE, SAEConfig
+from sdxl_sae_kit.sae import SAE
 
 PROMPTS, SEEDS = (
     ["a large red circle on a black background", "a small blue star on the left on a gray background"],

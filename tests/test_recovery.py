@@ -9,11 +9,12 @@ from caches import made_up_recipe
 
 from sdxl_sae_kit import activations
 from sdxl_sae_kit.activations import Activations
+from sdxl_sae_kit.configs import SAEConfig, Site
 from sdxl_sae_kit.errors import HookpointError, KitError
 from sdxl_sae_kit.html import show_table
 from sdxl_sae_kit.layout import Layout
 from sdxl_sae_kit.prompts import load_prompts
-from sdxl_sae_kit.sae import SAE, SAEConfig, Site
+from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.tiny.world import sample_scene
 from sdxl_sae_kit.yardstick import measure_recovery
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from sdxl_sae_kit.configs import SAEConfig, Site
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.learning import Learner, auxk_loss, geometric_median
-from sdxl_sae_kit.sae import FORMAT_KEY, SAE, SAEConfig, Site
+from sdxl_sae_kit.sae import FORMAT_KEY, SAE
 from sdxl_sae_kit.sparse import decode_sparse, to_dense, top_k
 
 SITE = Site("tiny-turbo", "abc", "mid.0", 1, 0.0)

@@ -6,10 +6,10 @@ import torch
 
 from sdxl_sae_kit import observation
 from sdxl_sae_kit.collection import collect
+from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import HookpointError, KitError
 from sdxl_sae_kit.pipelines import draw
 from sdxl_sae_kit.prompts import load_prompts
-from sdxl_sae_kit.sae import SAEConfig
 from sdxl_sae_kit.streaming import stream
 from sdxl_sae_kit.training import train
 

@@ -14,8 +14,9 @@ import torch
 
 from sdxl_sae_kit import training
 from sdxl_sae_kit.collection import collect
+from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import ArtifactError, HookpointError, KitError
-from sdxl_sae_kit.sae import SAE, SAEConfig
+from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.training import train
 
 CONFIG = SAEConfig(k=4, expansion=2, lr=3e-3, dead_after=3000, auxk=16)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact, Store
+from sdxl_sae_kit.configs import Site
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.files import write_atomically
@@ -24,7 +25,7 @@ from sdxl_sae_kit.interventions import steer
 from sdxl_sae_kit.metrics import bootstrap_interval
 from sdxl_sae_kit.pipelines import describe, generate, scheduler
 from sdxl_sae_kit.plots import effects_by_group
-from sdxl_sae_kit.sae import FIRES, SAE, Site
+from sdxl_sae_kit.sae import FIRES, SAE
 from sdxl_sae_kit.search import MIN_IMAGES, held_out_firing, most_energetic
 from sdxl_sae_kit.studies.controls import CONDITIONS, CONTROLS, edits
 

@@ -28,10 +28,11 @@ import torch
 
 from sdxl_sae_kit.artifacts import Store
 from sdxl_sae_kit.cache import ActivationCache
+from sdxl_sae_kit.configs import SAEConfig, Site
 from sdxl_sae_kit.learning import Learner
 from sdxl_sae_kit.metrics import neighbour_correlation
 from sdxl_sae_kit.prompts import load_prompts
-from sdxl_sae_kit.sae import SAE, SAEConfig, Site
+from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.shards import ShardWriter
 
 SIDE, D_IN, BATCH = 16, 1280, 4096

@@ -1,0 +1,114 @@
+"""What an SAE is and how it is trained (`SAEConfig`), and where its tokens come from (`Site`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.errors import KitError, did_you_mean
+
+Kind = Literal["topk", "batchtopk", "jumprelu"]
+Split = Literal["train", "held_out", "all"]
+Normalize = Literal["none", "scale", "channels", "layer_norm", "constant_norm"]
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What an SAE is and how it is trained; defaults are the paper's."""
+
+    k: int | None = 10
+    """Active latents per token: at most (topk), or on average (batchtopk; jumprelu aims at it). None is for a jumprelu
+    that is held back by `sparsity_coef` alone."""
+    kind: Kind = "topk"
+    """How latents become active: see the equations of `sae`."""
+    expansion: float = 4
+    """d_sae / d_in."""
+    prefixes: tuple[float, ...] = ()
+    """Matryoshka: shares of d_sae, ascending and below 1; the latents up to each must reconstruct on their own too."""
+    normalize: Normalize = "none"
+    """What is done to tokens first. scale: divided by one number so that ‖x′‖² is d_in on average; channels: mean 0 and
+    standard deviation 1 in each; layer_norm: so within each token; constant_norm: every token's norm √d_in."""
+    subtract_b_dec: bool = True
+    """Whether b_pre is b_dec, or 0."""
+    auxk: int = 256
+    """Dead latents that try to explain each token's SAE error."""
+    auxk_coef: float = 1 / 32
+    """Weight of that attempt in the loss; 0 leaves it out."""
+    dead_after: int = 10_000_000
+    """Tokens without firing after which a latent counts as dead."""
+    resample_every: int | None = None
+    """Tokens after which dead latents start anew on tokens that are badly explained, each time; None: never."""
+    sparsity_coef: float = 1.0
+    """jumprelu: weight of (L0 / k − 1)² in the loss, or of L0 / d_in where k is None."""
+    lr: float = 1e-4
+    """Adam's learning rate."""
+    warmup_steps: int = 0
+    """Steps over which lr rises from 0."""
+    decay_steps: int = 0
+    """Last steps, over which lr falls to 0."""
+    k_start: int | None = None
+    """k of the first step, from which it falls to k; None: k from the start. Not for jumprelu."""
+    anneal_steps: int = 0
+    """Steps over which it falls."""
+    seed: int = 0
+    """Start of the weights, and what resampling draws."""
+
+    def __post_init__(self) -> None:
+        _normalised(self)
+        for name, kinds in (("kind", Kind), ("normalize", Normalize)):
+            if (value := getattr(self, name)) not in get_args(kinds):
+                raise KitError(
+                    f"SAEConfig: {name} is one of {', '.join(get_args(kinds))}, not {value!r}."
+                    f"{did_you_mean(str(value), get_args(kinds))}"
+                )
+        if self.k is None and self.kind != "jumprelu":
+            raise KitError(f"SAEConfig: a {self.kind} SAE needs its k, such as k=10; only jumprelu can do without.")
+        if self.kind == "jumprelu" and (self.prefixes or self.k_start):
+            raise KitError("SAEConfig: prefixes and k_start are for topk and batchtopk; leave them out for jumprelu.")
+        if (self.k_start is None) != (self.anneal_steps == 0) or (self.k_start or math.inf) < (self.k or 0):
+            raise KitError(
+                f"SAEConfig: k falls from k_start={self.k_start} to k={self.k} over anneal_steps={self.anneal_steps}; "
+                "give both, or neither, and a k_start of at least k."
+            )
+        if list(self.prefixes) != sorted(set(self.prefixes)) or not all(0 < share < 1 for share in self.prefixes):
+            raise KitError(
+                f"SAEConfig: prefixes are ascending shares of d_sae between 0 and 1, such as (0.125, 0.5), "
+                f"not {self.prefixes!r}."
+            )
+
+
+def _normalised(config: SAEConfig) -> None:
+    """Check numbers and make them plain ones (a NumPy integer could not be written to a recipe)."""
+    least = {"seed": 0, "warmup_steps": 0, "decay_steps": 0, "anneal_steps": 0}
+    optional = {"k", "resample_every", "k_start"}
+    values: dict[str, Any] = {}
+    for name in ("k", "auxk", "dead_after", "resample_every", "warmup_steps", "decay_steps", "k_start", "anneal_steps",
+                 "seed"):  # fmt: skip
+        value = getattr(config, name)
+        if not (value is None and name in optional):
+            values[name] = whole_number(f"SAEConfig: {name}", value, least=least.get(name, 1))
+    for name in ("expansion", "lr", "auxk_coef", "sparsity_coef"):
+        value, zero = getattr(config, name), name == "auxk_coef"
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise KitError(f"SAEConfig: {name} must be a finite positive number, not {value!r}.")
+        if not (value or zero):
+            raise KitError(f"SAEConfig: {name} must be a finite positive number, not {value!r}.")
+        values[name] = float(value)
+    values["prefixes"] = tuple(map(float, config.prefixes))
+    for name, value in values.items():
+        object.__setattr__(config, name, value)  # how a frozen dataclass is normalised
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the tokens an SAE was trained on come from; an SAE is only meaningful there."""
+
+    model: str
+    revision: str
+    hookpoint: str
+    num_inference_steps: int
+    guidance_scale: float
+    kind: str = "update"
+    """Updates, or "output": nothing here works on outputs of blocks."""

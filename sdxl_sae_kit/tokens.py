@@ -1,0 +1,155 @@
+"""Tokens from any iterator of batches, for training on what was not collected by this kit.
+
+The first batches are put aside to measure on (at least 4,096 tokens); all others are trained on, in the order and sizes
+in which they come. The tokens' content is their identity: SAEs trained on them are found again, and a training that was
+interrupted goes on, where an iterator begins with the same tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sdxl_sae_kit.buffers import thinned
+from sdxl_sae_kit.configs import Site, Split
+from sdxl_sae_kit.errors import HookpointError, KitError, did_you_mean
+
+_HELD_OUT, _SAMPLE = 4096, 40_960  # tokens
+_PART = 4096
+_PER_IMAGE = 256  # tokens of an update of SDXL: what a number of images amounts to here
+
+Batch = dict[str, Float[Tensor, "_token _d_in"]]
+
+
+class Tokens:
+    """Batches (n, d_in) of one hookpoint, or mappings of hookpoints to such batches, as `train` reads them.
+
+    Args:
+        batches: any iterable; one that can be iterated over again where there are several epochs.
+        site: where the tokens come from. Its hookpoint names them, unless they are named already.
+
+    Raises:
+        KitError: not batches of tokens, or too few of them.
+    """
+
+    name = "tokens"
+
+    def __init__(self, batches: Iterable[Any], site: Site | None = None) -> None:
+        self._batches, self._site = batches, site
+        self._rest = self._read(iter(batches))
+        self._held_out = self._take(_HELD_OUT)
+        self._first = self._take(_SAMPLE)
+        if not self._held_out or not self._first:
+            raise KitError(
+                f"train got {len(self._held_out)} batches of tokens; it measures on the first, trains on the others. "
+                "Give it more batches, or smaller ones."
+            )
+        hashed = hashlib.sha256()
+        for batch in self._held_out + self._first:
+            for hookpoint, x in sorted(batch.items()):
+                hashed.update(hookpoint.encode() + x.numpy().tobytes())
+        self.digest = hashed.hexdigest()
+
+    def _take(self, n: int) -> list[Batch]:
+        """The next batches, until they have n tokens."""
+        taken, tokens = [], 0
+        while tokens < n and (batch := next(self._rest, None)):
+            taken.append(batch)
+            tokens += len(next(iter(batch.values())))
+        return taken
+
+    def _read(self, batches: Iterator[Any]) -> Iterator[Batch]:
+        widths: dict[str, int] = {}
+        for number, batch in enumerate(batches):
+            named = batch if isinstance(batch, Mapping) else {self._site.hookpoint if self._site else "tokens": batch}
+            read = {str(hookpoint): _as_tokens(x, number) for hookpoint, x in named.items()}
+            found = {hookpoint: x.shape[1] for hookpoint, x in read.items()}
+            if (widths := widths or found) != found or len({len(x) for x in read.values()}) != 1:
+                raise KitError(
+                    f"Batch {number} has {_shapes(read)}, but the first had widths {widths}. Give every batch the same "
+                    "hookpoints and widths, and within a batch equally many tokens of each."
+                )
+            yield read
+
+    @property
+    def hookpoints(self) -> tuple[str, ...]:
+        """Names of the hookpoints; "tokens" where nothing names them."""
+        return tuple(self._first[0])
+
+    def d_in(self, hookpoint: str) -> int:
+        """Width of a token."""
+        return self._of(self._first[:1], hookpoint).shape[1]
+
+    def grid(self, hookpoint: str) -> tuple[int, int]:
+        """A token comes alone."""
+        self._of(self._first[:1], hookpoint)
+        return 1, 1
+
+    def site(self, hookpoint: str) -> Site | None:
+        """Where the tokens come from, if that was said."""
+        return replace(self._site, hookpoint=hookpoint) if self._site else None
+
+    def steps(self, hookpoint: str, batch_size: int) -> int | None:
+        """Batches in one epoch, where their number is known; they come in sizes of their own."""
+        try:
+            return len(self._batches) - len(self._held_out)  # type: ignore[arg-type]
+        except TypeError:
+            return None
+
+    def sample(self, hookpoint: str, n: int, *, seed: int = 0) -> Float[Tensor, "token d_in"]:
+        """The first n training tokens, at most 40,960 or a few more."""
+        return self._of(self._first, hookpoint)[:n]
+
+    def batches(self, hookpoints: Sequence[str], batch_size: int, *, epoch: int = 0) -> Iterator[Batch]:
+        """The training batches, as they come.
+
+        Raises:
+            KitError: another epoch of what can be iterated over only once.
+        """
+        if epoch == 0 and self._rest is not None:
+            batches: Iterator[Batch] = itertools.chain(self._first, self._rest)
+            self._rest = iter(())
+        else:
+            again = iter(self._batches)
+            if again is self._batches:
+                raise KitError(
+                    "An iterator gives its batches once. For more epochs give a list, or what makes it anew."
+                )
+            batches = itertools.islice(self._read(again), len(self._held_out), None)
+        for batch in batches:
+            yield {hookpoint: batch[hookpoint] for hookpoint in hookpoints}
+
+    def by_image(self, hookpoint: str, split: Split, max_images: int) -> Iterator[Float[Tensor, "image token d_in"]]:
+        """Some tokens of a split, each an image of its own; of the training tokens those of `sample`."""
+        tokens = self._of(self._held_out if split == "held_out" else self._first, hookpoint)
+        yield from thinned(tokens, max_images * _PER_IMAGE)[:, None].split(_PART)
+
+    def _of(self, batches: Sequence[Batch], hookpoint: str) -> Float[Tensor, "token d_in"]:
+        if hookpoint not in batches[0]:
+            raise HookpointError(
+                f"These batches have no tokens of {hookpoint!r}; they have {', '.join(batches[0])}."
+                f"{did_you_mean(hookpoint, batches[0])}"
+            )
+        return torch.cat([batch[hookpoint] for batch in batches])
+
+
+def _as_tokens(x: Any, number: int) -> Float[Tensor, "token d_in"]:
+    tokens = x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
+    if tokens.ndim != 2 or not len(tokens) or not tokens.is_floating_point():
+        raise KitError(
+            f"Batch {number} is {tokens.dtype} of shape {tuple(tokens.shape)}; train needs floating-point numbers of "
+            "shape (n, d_in), one row per token."
+        )
+    return tokens.detach().cpu().float()
+
+
+def _shapes(batch: Batch) -> str:
+    return ", ".join(f"{hookpoint} {tuple(x.shape)}" for hookpoint, x in batch.items())
