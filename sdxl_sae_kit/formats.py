@@ -31,7 +31,34 @@ from sdxl_sae_kit.errors import ArtifactError, did_you_mean
 from sdxl_sae_kit.files import canonical_json, hash_file, write_atomically
 
 FORMATS = ("sdxl-unbox", "saelens", "dictionary_learning", "sparsify")
-"""The tools whose files are read and written; steerers writes the first one's, SAeUron the last one's."""
+"""The tools; steerers writes the first one's files, SAeUron the last one's. None tells updates from outputs."""
+
+# The tools' words: names, and where they differ shapes, with d for d_in and n for d_sae
+_NAMES = {
+    "encoder.weight": "W_enc", "encoder.bias": "b_enc", "latent_bias": "b_enc", "gate_bias": "b_gate",
+    "decoder.weight": "W_dec", "decoder.bias": "b_dec", "decoder_bias": "b_dec", "mag_bias": "b_mag",
+    "bias": "b_dec", "pre_bias": "b_dec",
+}  # fmt: skip
+_PLAIN = {"W_enc": "dn", "b_enc": "n", "W_dec": "nd", "b_dec": "d"}
+_LINEAR = {"encoder.weight": "nd", "decoder.weight": "dn"}
+_UNBOX = {**_LINEAR, "pre_bias": "d", "latent_bias": "n"}
+_SPARSIFY = {"encoder.weight": "nd", "encoder.bias": "n", "W_dec": "nd", "b_dec": "d"}
+_SAELENS = {"standard": _PLAIN, "topk": _PLAIN, "jumprelu": {**_PLAIN, "threshold": "n"}}
+_SAELENS["gated"] = {"W_enc": "dn", "W_dec": "nd", "b_dec": "d", "b_gate": "n", "b_mag": "n", "r_mag": "n"}
+_NORMS = {"none": "none", "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
+_DICTIONARIES: dict[str, dict[str, str]] = {
+    "AutoEncoder": {**_LINEAR, "encoder.bias": "n", "bias": "d"},
+    "AutoEncoderNew": {**_LINEAR, "encoder.bias": "n", "decoder.bias": "d"},
+    "AutoEncoderTopK": {**_LINEAR, "encoder.bias": "n", "b_dec": "d"},
+    "BatchTopKSAE": {**_LINEAR, "encoder.bias": "n", "b_dec": "d", "threshold": ""},
+    "MatryoshkaBatchTopKSAE": {**_PLAIN, "threshold": ""},
+    "JumpReluAutoEncoder": {**_PLAIN, "threshold": "n"},
+    "GatedAutoEncoder": {**_LINEAR, "r_mag": "n", "gate_bias": "n", "mag_bias": "n", "decoder_bias": "d"},
+}
+_TRAINER = """trainer_class k target_l0 lr steps seed device layer lm_name wandb_name submodule_name auxk_alpha
+    warmup_steps decay_start threshold_beta threshold_start_step top_k_aux group_fractions group_weights group_sizes
+    l1_penalty lambda_warm_steps sparsity_function sparsity_penalty sparsity_warmup_steps sparsity_queue_length
+    n_sparsity_updates p_start p_end anneal_start resample_steps bandwidth"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +99,8 @@ def recognise(path: Path | str) -> str | None:
     """Which of `FORMATS` a folder or one of its files is; None if none, and for `hf:`, where nobody has looked."""
     path = Path(path).expanduser()
     folder = path.parent if path.is_file() else path
-    found = [
-        name
-        for name, (files, _, _) in _TOOLS.items()
-        if all((folder / file).is_file() for file in files) and (folder == path or path.name in files)
-    ]
+    there = [(name, files) for name, (files, _, _) in _TOOLS.items() if all((folder / f).is_file() for f in files)]
+    found = [name for name, files in there if folder == path or path.name in files]
     return found[0] if len(found) == 1 else None
 
 
@@ -113,26 +137,19 @@ def write(checkpoint: Checkpoint, folder: Path | str, format: str) -> None:
     """
     if format not in FORMATS:
         raise ArtifactError(f"No format {format!r}; there are {', '.join(FORMATS)}.{did_you_mean(format, FORMATS)}")
-    files, _, content = _TOOLS[format]
+    folder, (files, _, content) = Path(folder).expanduser(), _TOOLS[format]
     config, tensors = content(checkpoint)
-    folder = Path(folder).expanduser()
     if there := [file for file in (*files, "mean.pt") if (folder / file).exists()]:
         raise ArtifactError(f"{folder} has {', '.join(there)} already. Give a new folder: no SAE is overwritten.")
     folder.mkdir(parents=True, exist_ok=True)
     if format == "sdxl-unbox" and checkpoint.mean_activation is not None:
-        _dump(folder / "mean.pt", _copy(checkpoint.mean_activation))
+        _dump(folder / "mean.pt", _plain(checkpoint.mean_activation, checkpoint.b_enc.shape, "mean_activation"))
     _dump(folder / files[1], tensors)
     _dump(folder / files[0], config)  # last: it makes the folder an SAE
 
 
-# What lies in a folder ----------------------------------------------------------------------------------------------
-
-
 class _Foreign:
-    """A tool's configuration and tensors; each is taken by name, and what is not known is refused.
-
-    `axes` are the tool's names and shapes, a letter for each axis: `{"encoder.weight": "nd"}`.
-    """
+    """A tool's configuration and tensors; each is taken by name, and what is not known is refused."""
 
     def __init__(self, path: Path, config: Any, tensors: Any) -> None:
         self.path, self.config, self.tensors = path, _dict(config), _dict(tensors)
@@ -167,32 +184,24 @@ class _Foreign:
             )
         shapes = {name: tuple(sizes[letter] for letter in letters) for name, letters in axes.items()}
         checked = {name: _plain(self.tensors[name], shape, f"{self.path}: {name}") for name, shape in shapes.items()}
-        return {_NAMES.get(name, name): _turned(name, tensor) for name, tensor in checked.items()}
+        return {_NAMES.get(name, name): t.T if name.endswith(".weight") else t for name, t in checked.items()}
 
-
-_NAMES = {
-    "encoder.weight": "W_enc", "encoder.bias": "b_enc", "latent_bias": "b_enc", "gate_bias": "b_gate",
-    "decoder.weight": "W_dec", "decoder.bias": "b_dec", "decoder_bias": "b_dec", "mag_bias": "b_mag",
-    "bias": "b_dec", "pre_bias": "b_dec",
-}  # fmt: skip
+    @staticmethod
+    def named(axes: Mapping[str, str], parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The other way: a tool's names, and its linear layers' weights as (out, in)."""
+        ours = {name: parts[_NAMES.get(name, name)] for name in axes}
+        return {name: t.T if name.endswith(".weight") else t for name, t in ours.items()}
 
 
 def _plain(tensor: Any, shape: tuple[int, ...], name: str) -> Tensor:
     """A float32 copy, if it is an honest tensor of this shape: a tiny file can claim to hold a huge one."""
-    dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.is_floating_point()
-    sound = dense and tensor.shape == shape and not tensor.is_meta
-    if not sound or tensor.nbytes > tensor.untyped_storage().nbytes() or not (copy := _copy(tensor)).isfinite().all():
-        raise ArtifactError(f"{name} is not what it must be, finite numbers of shape {shape}. The file is damaged.")
+    honest = isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta
+    honest = honest and tensor.is_floating_point() and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    fits = honest and tensor.shape == shape
+    copy = tensor.detach().to("cpu", torch.float32, copy=True) if fits else torch.tensor(torch.nan)
+    if not copy.isfinite().all():
+        raise ArtifactError(f"{name} is not what it must be, finite numbers of shape {tuple(shape)}. It is damaged.")
     return copy
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True)
-
-
-def _turned(name: str, tensor: Tensor) -> Tensor:
-    """From a tool's way round to this kit's or back: a linear layer keeps its weight as (out, in)."""
-    return tensor.T if name.endswith(".weight") else tensor
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -213,9 +222,7 @@ def _dump(path: Path, content: Any) -> None:
 def _load(path: Path) -> Any:
     try:
         if path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
-            canonical_json(content)  # refuses NaN, which is no JSON
-            return content
+            return json.loads(canonical_json(json.loads(path.read_text(encoding="utf-8"))))  # refuses NaN, not JSON
         if path.suffix == ".safetensors":
             return load(path.read_bytes())
         return torch.load(path, weights_only=True, map_location="cpu")
@@ -243,40 +250,28 @@ def _beside(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _fetch(path: str) -> tuple[Path, dict[str, str]]:
     """A folder of a hub repository, of which only what an SAE is read from is downloaded, and its revision."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import errors, snapshot_download
 
     parts = path.removeprefix("hf:").strip("/").split("/")
     if len(parts) < 2 or not {"", ".", ".."}.isdisjoint(parts):
         raise ArtifactError(f"{path!r} names no folder on the hub. Write it as hf:owner/name/folder.")
-    files = {"mean.pt"}.union(*(files for files, _, _ in _TOOLS.values()))
+    wanted = ["/".join([*parts[2:], file]) for file in {"mean.pt"}.union(*(files for files, _, _ in _TOOLS.values()))]
     try:
-        wanted = ["/".join([*parts[2:], file]) for file in files]
         root = Path(snapshot_download("/".join(parts[:2]), allow_patterns=wanted))
-    except (OSError, HFValidationError) as cause:
+    except (OSError, errors.HFValidationError) as cause:
         raise ArtifactError(
-            f"{path!r} is not on this computer, and the hub cannot be reached or has nothing there that you may read "
-            f"({type(cause).__name__}). Check the name and the network."
+            f"{path!r} is not on this computer, nor to be had from the hub ({type(cause).__name__}). Check the name."
         ) from None
     return root.joinpath(*parts[2:]), {"revision": root.name}
 
 
-# Tool by tool -------------------------------------------------------------------------------------------------------
-
-_PLAIN = {"W_enc": "dn", "b_enc": "n", "W_dec": "nd", "b_dec": "d"}
-_LINEAR = {"encoder.weight": "nd", "decoder.weight": "dn"}
-
-
-def _checkpoint(
-    foreign: _Foreign, tensors: dict[str, Tensor], k: int | None, *, topk: bool, subtract: bool, norm: Any = "none"
-) -> Checkpoint:
-    if "r_mag" in tensors:  # the gate lin + b_gate > 0 is open where h = lin · scale + b_mag > b_mag − b_gate · scale
-        scale, b_mag = tensors["r_mag"].exp(), tensors["b_mag"]
-        tensors |= {"W_enc": tensors["W_enc"] * scale, "b_enc": b_mag, "threshold": b_mag - tensors["b_gate"] * scale}
-    tensors["threshold"] = tensors.get("threshold", torch.zeros(())).clamp(min=0).expand_as(tensors["b_enc"])
-    parts: dict[str, Any] = {name: tensors[name].contiguous() for name in (*_PLAIN, "threshold")}
-    if not all(part.isfinite().all() for part in parts.values()):
-        raise ArtifactError(f"{foreign.path}: a weight overflows when it is scaled as its tool does. It is damaged.")
+def _checkpoint(path: Path, t: dict[str, Tensor], k: int | None, topk: bool, subtract: bool, norm: Any) -> Checkpoint:
+    if "r_mag" in t:  # the gate lin + b_gate > 0 is open where h = lin · scale + b_mag > b_mag − b_gate · scale
+        scale, b_mag = t["r_mag"].exp(), t["b_mag"]
+        t |= {"W_enc": t["W_enc"] * scale, "b_enc": b_mag, "threshold": b_mag - t["b_gate"] * scale}
+    t["threshold"] = t.get("threshold", torch.zeros(())).clamp(min=0).expand_as(t["b_enc"])
+    names = (*_PLAIN, "threshold")
+    parts: Any = {name: _plain(p := t[name].contiguous(), p.shape, f"{path}: {name}, scaled,") for name in names}
     return Checkpoint("topk" if topk else "jumprelu", k, **parts, subtract_b_dec=subtract, normalize=norm)
 
 
@@ -284,24 +279,16 @@ def _parts(checkpoint: Checkpoint, format: str, **only: Any) -> dict[str, Tensor
     """Copies of an SAE's tensors, if its other values are the only ones that the format can express."""
     for name, value in only.items():
         if (found := getattr(checkpoint, name)) != value:
-            raise ArtifactError(
-                f"{format} cannot hold an SAE with {name}={found!r}, only with {value!r}. Write it as 'saelens'."
-            )
-    return {name: _copy(getattr(checkpoint, name)) for name in (*_PLAIN, "threshold")}
-
-
-def _named(axes: Mapping[str, str], parts: dict[str, Tensor]) -> dict[str, Any]:
-    return {name: _turned(name, parts[_NAMES.get(name, name)]) for name in axes}
-
-
-_UNBOX = {**_LINEAR, "pre_bias": "d", "latent_bias": "n"}
+            raise ArtifactError(f"{format} cannot hold an SAE with {name}={found!r}, only {value!r}. Use 'saelens'.")
+    parts = {name: getattr(checkpoint, name).contiguous() for name in (*_PLAIN, "threshold")}
+    return {name: _plain(part, part.shape, name) for name, part in parts.items()}
 
 
 def _read_sdxl_unbox(foreign: _Foreign) -> Checkpoint:
     foreign.admit("n_dirs_local d_model k auxk dead_steps_threshold", "auxk_coef")
     inner = _Foreign(foreign.path, foreign.config, foreign.tensors.get("state_dict"))
     tensors = inner.take(_UNBOX, "stats_last_nonzero", d=inner.whole("d_model"), n=inner.whole("n_dirs_local"))
-    return _checkpoint(inner, tensors, inner.whole("k"), topk=True, subtract=True)
+    return _checkpoint(inner.path, tensors, inner.whole("k"), topk=True, subtract=True, norm="none")
 
 
 def _write_sdxl_unbox(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -311,16 +298,7 @@ def _write_sdxl_unbox(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str,
     trained = {"auxk": known.get("auxk"), "dead_steps_threshold": known.get("dead_steps_threshold", 0)}
     parts["stats_last_nonzero"] = torch.zeros(d_sae, dtype=torch.int64)  # its loader wants one
     config = {"n_dirs_local": d_sae, "d_model": d_in, "k": checkpoint.k, **trained}
-    return config, {"state_dict": _named({**_UNBOX, "stats_last_nonzero": "n"}, parts)}
-
-
-_NORMS = {"none": "none", "layer_norm": "layer_norm", "constant_norm_rescale": "constant_norm"}
-_SAELENS: dict[str, dict[str, str]] = {
-    "standard": _PLAIN,
-    "topk": _PLAIN,
-    "jumprelu": {**_PLAIN, "threshold": "n"},
-    "gated": {"W_enc": "dn", "W_dec": "nd", "b_dec": "d", "b_gate": "n", "b_mag": "n", "r_mag": "n"},
-}
+    return config, {"state_dict": _Foreign.named({**_UNBOX, "stats_last_nonzero": "n"}, parts)}
 
 
 def _read_saelens(foreign: _Foreign) -> Checkpoint:
@@ -339,58 +317,38 @@ def _read_saelens(foreign: _Foreign) -> Checkpoint:
     aim = _dict(_dict(foreign.config.get("metadata")).get("training_architecture_details")).get("k", 0)
     told = type(aim) in (int, float) and aim >= 1 and float(aim).is_integer()
     k = foreign.whole("k") if topk else int(aim) if told else None
-    subtract = foreign.one_of("apply_b_dec_to_input", [True, False])
-    return _checkpoint(foreign, tensors, k, topk=topk, subtract=subtract, norm=norm)
+    return _checkpoint(foreign.path, tensors, k, topk, foreign.one_of("apply_b_dec_to_input", [True, False]), norm)
 
 
 def _write_saelens(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
     parts, kind, k = _parts(checkpoint, "saelens"), checkpoint.kind, checkpoint.k
     aim = {"training_architecture_details": {"k": k}} if kind == "jumprelu" and k else {}
-    config = {
+    config: dict[str, Any] = {
         "architecture": kind, "d_in": len(parts["b_dec"]), "d_sae": len(parts["b_enc"]), "dtype": "float32",
         "device": "cpu", "apply_b_dec_to_input": checkpoint.subtract_b_dec, "reshape_activations": "none",
         "normalize_activations": next(name for name, ours in _NORMS.items() if ours == checkpoint.normalize),
         "metadata": {"sae_lens_version": "6.0.0", **aim},  # without a version it takes it for an old file
     }  # fmt: skip
     config |= {"k": k, "rescale_acts_by_decoder_norm": False} if kind == "topk" else {}
-    return config, _named(_SAELENS[kind], parts)
-
-
-_DICTIONARIES: dict[str, dict[str, str]] = {
-    "AutoEncoder": {**_LINEAR, "encoder.bias": "n", "bias": "d"},
-    "AutoEncoderNew": {**_LINEAR, "encoder.bias": "n", "decoder.bias": "d"},
-    "AutoEncoderTopK": {**_LINEAR, "encoder.bias": "n", "b_dec": "d"},
-    "BatchTopKSAE": {**_LINEAR, "encoder.bias": "n", "b_dec": "d", "threshold": ""},
-    "MatryoshkaBatchTopKSAE": {**_PLAIN, "threshold": ""},
-    "JumpReluAutoEncoder": {**_PLAIN, "threshold": "n"},
-    "GatedAutoEncoder": {**_LINEAR, "r_mag": "n", "gate_bias": "n", "mag_bias": "n", "decoder_bias": "d"},
-}
-_TRAINER = """trainer_class k target_l0 lr steps seed device layer lm_name wandb_name submodule_name auxk_alpha
-    warmup_steps decay_start threshold_beta threshold_start_step top_k_aux group_fractions group_weights group_sizes
-    l1_penalty lambda_warm_steps sparsity_function sparsity_penalty sparsity_warmup_steps sparsity_queue_length
-    n_sparsity_updates p_start p_end anneal_start resample_steps bandwidth"""
+    return config, _Foreign.named(_SAELENS[kind], parts)
 
 
 def _read_dictionary_learning(foreign: _Foreign) -> Checkpoint:
     foreign.admit("trainer", "buffer")
-    tensors = foreign.tensors
-    if "ae" in tensors:  # a backup; whether its biases are in units of the norm_factor of the inputs, it does not say
-        _Foreign(foreign.path, tensors, {}).one_of("norm_factor", [None])
-        tensors = tensors["ae"]
-    foreign = _Foreign(foreign.path, foreign.config["trainer"], tensors)
+    backup = foreign.tensors if "ae" in foreign.tensors else {"ae": foreign.tensors}
+    # a backup does not say whether its biases are still in units of the factor that inputs were divided by
+    _Foreign(foreign.path, backup, {}).one_of("norm_factor", [None])
+    foreign = _Foreign(foreign.path, foreign.config["trainer"], backup["ae"])
     foreign.admit("dict_class activation_dim dict_size", _TRAINER)
     name = foreign.one_of("dict_class", _DICTIONARIES)
-    counts, topk = "TopK" in name, name == "AutoEncoderTopK"
+    counts, subtract = "TopK" in name, name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
     if counts and isinstance(own := foreign.tensors.get("k"), Tensor) and own.numel() == 1:
         foreign.one_of("k", [own.item()])
     # the threshold of AutoEncoderTopK has to be asked for, and all groups of a Matryoshka SAE are in use
-    ignored = "k threshold group_sizes" if counts else ""
     sizes = {"d": foreign.whole("activation_dim"), "n": foreign.whole("dict_size")}
-    tensors = foreign.take(_DICTIONARIES[name], ignored, **sizes)
-    aim = "k" if counts else "target_l0"
-    k = foreign.whole(aim) if counts or aim in foreign.config else None
-    subtract = name not in ("AutoEncoderNew", "JumpReluAutoEncoder")
-    return _checkpoint(foreign, tensors, k, topk=topk, subtract=subtract)
+    tensors = foreign.take(_DICTIONARIES[name], "k threshold group_sizes" if counts else "", **sizes)
+    k = foreign.whole("k" if counts else "target_l0") if counts or "target_l0" in foreign.config else None
+    return _checkpoint(foreign.path, tensors, k, name == "AutoEncoderTopK", subtract, "none")
 
 
 def _write_dictionary_learning(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -406,10 +364,7 @@ def _write_dictionary_learning(checkpoint: Checkpoint) -> tuple[dict[str, Any], 
         parts |= {"r_mag": torch.zeros(d_sae), "b_mag": parts["b_enc"], "b_gate": parts["b_enc"] - threshold}
         axes, aim = _DICTIONARIES[name], {"target_l0": k} if k else {}
     trainer = {"dict_class": name, "activation_dim": d_in, "dict_size": d_sae, **aim}
-    return {"trainer": trainer}, _named(axes, parts)
-
-
-_SPARSIFY = {"encoder.weight": "nd", "encoder.bias": "n", "W_dec": "nd", "b_dec": "d"}
+    return {"trainer": trainer}, _Foreign.named(axes, parts)
 
 
 def _read_sparsify(foreign: _Foreign) -> Checkpoint:
@@ -424,7 +379,7 @@ def _read_sparsify(foreign: _Foreign) -> Checkpoint:
     transcode, d_in = foreign.one_of("transcode", [False, True], False), foreign.whole("d_in")
     d_sae = foreign.whole("num_latents", 0, least=0) or d_in * foreign.whole("expansion_factor")
     tensors = foreign.take(_SPARSIFY, d=d_in, n=d_sae)
-    return _checkpoint(foreign, tensors, foreign.whole("k"), topk=True, subtract=not transcode, norm=norm)
+    return _checkpoint(foreign.path, tensors, foreign.whole("k"), topk=True, subtract=not transcode, norm=norm)
 
 
 def _write_sparsify(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -433,7 +388,7 @@ def _write_sparsify(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, A
     sizes = {"d_in": d_in, "num_latents": d_sae, "expansion_factor": max(1, d_sae // d_in), "k": checkpoint.k}
     off = dict.fromkeys(("normalize_decoder", "multi_topk", "skip_connection"), False)
     config = {"activation": "topk", **sizes, **off, "transcode": not checkpoint.subtract_b_dec}
-    return config, _named(_SPARSIFY, parts)
+    return config, _Foreign.named(_SPARSIFY, parts)
 
 
 _TOOLS: dict[str, tuple[tuple[str, str], Callable[[_Foreign], Checkpoint], Callable[[Checkpoint], Any]]] = {

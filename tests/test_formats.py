@@ -235,6 +235,7 @@ def raw(*names):
 FILES = {
     # case: (its files, the wrong ways to read them)
     "unbox": (unbox, [as_(subtract_b_dec=False), without("b_enc")]),
+    "steerers": (lambda f: unbox(f, auxk_coef=1 / 32), [as_(subtract_b_dec=False)]),
     "saelens standard": (lambda f: saelens(f, "standard"), [as_(subtract_b_dec=False), as_(kind="topk", k=K)]),
     "saelens topk": (lambda f: saelens(f, "topk"), [as_(subtract_b_dec=False), as_(kind="jumprelu")]),
     "saelens topk, b_dec not subtracted": (
@@ -355,6 +356,41 @@ def test_feature_means_are_read_and_a_latent_that_never_fired_has_zero(tmp_path)
             read(tmp_path)
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_tensors_saved_on_a_gpu_are_read_without_one(tmp_path, monkeypatch, legacy):
+    unbox(tmp_path)
+    state = torch.load(tmp_path / "state_dict.pth", weights_only=True)
+    mean = torch.rand(N)
+    monkeypatch.setattr("torch.serialization.location_tag", lambda storage: "cuda:0")
+    torch.save(mean, tmp_path / "mean.pt", _use_new_zipfile_serialization=not legacy)
+    torch.save(state, tmp_path / "state_dict.pth", _use_new_zipfile_serialization=not legacy)
+    monkeypatch.undo()
+    assert b"cuda:0" in (tmp_path / "mean.pt").read_bytes()
+    found = read(tmp_path)
+    assert torch.equal(found.mean_activation, mean) and torch.equal(found.W_dec, weights()["W_dec"])
+
+
+def test_a_threshold_below_zero_is_a_relu(tmp_path):
+    dictionary(tmp_path, "BatchTopKSAE", state={"threshold": torch.tensor(-1.0)})  # as it is before it is first set
+    assert not read(tmp_path).threshold.any()
+
+
+def test_a_decoder_row_of_zeros_stays_out_when_norms_are_folded(tmp_path):
+    saelens(tmp_path, "topk", rescale_acts_by_decoder_norm=True)
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    tensors["W_dec"][5] = 0
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    found = read(tmp_path)
+    assert not (found.W_enc[:, 5].any() or found.b_enc[5] or found.W_dec[5].any())
+
+
+def test_half_precision_is_widened(tmp_path):
+    sparsify(tmp_path)
+    tensors = load_file(tmp_path / "sae.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path / "sae.safetensors")
+    assert torch.equal(read(tmp_path).W_dec, weights()["W_dec"].bfloat16().float())
+
+
 def test_a_k_that_training_aimed_at_is_kept(tmp_path):
     dictionary(tmp_path / "a", "BatchTopKSAE")
     dictionary(tmp_path / "b", "JumpReluAutoEncoder", target_l0=20)
@@ -429,7 +465,9 @@ def test_a_written_sdxl_unbox_folder_is_like_the_papers(tmp_path):
     again = read(tmp_path / "unet.mid_block.attentions.0_k6/final")
     assert again.origin["config"] == before.origin["config"] and again.hookpoint == "mid.0"
     assert torch.equal(again.mean_activation, before.mean_activation)
-    state = torch.load(tmp_path / "unet.mid_block.attentions.0_k6/final/state_dict.pth", weights_only=True)["state_dict"]
+    state = torch.load(tmp_path / "unet.mid_block.attentions.0_k6/final/state_dict.pth", weights_only=True)[
+        "state_dict"
+    ]
     assert state["decoder.weight"].stride() == (1, D)  # column-major
     assert state["stats_last_nonzero"].dtype == torch.int64
 
@@ -457,13 +495,20 @@ def test_a_top_k_sae_has_a_fitting_k(k):
 
 # What is refused -----------------------------------------------------------------------------------------------------
 
+UNBOX = {"n_dirs_local": N, "d_model": D, "k": K, "auxk": None, "dead_steps_threshold": 1}
 REFUSED = {
     "an unknown setting of sdxl-unbox": (lambda f: unbox(f, normalize=True), "not known: normalize"),
     "an unknown setting of saelens": (lambda f: saelens(f, "topk", finetuning=1), "not known: finetuning"),
     "k for what has none": (lambda f: saelens(f, "jumprelu", k=3), "not known: k"),
-    "an unknown setting of a trainer": (lambda f: dictionary(f, "AutoEncoder", norm_factor=2.0), "not known: norm_factor"),
+    "an unknown setting of a trainer": (
+        lambda f: dictionary(f, "AutoEncoder", norm_factor=2.0),
+        "not known: norm_factor",
+    ),
     "an unknown setting of sparsify": (lambda f: sparsify(f, signed=True), "not known: signed"),
-    "another architecture": (lambda f: saelens(f, "transcoder"), "architecture is 'transcoder', and this kit reads 'standard'"),
+    "another architecture": (
+        lambda f: saelens(f, "transcoder"),
+        "architecture is 'transcoder', and this kit reads 'standard'",
+    ),
     "the scale that training keeps": (
         lambda f: saelens(f, "topk", normalize_activations="expected_average_only_in"),
         "normalize_activations is 'expected_average_only_in'",
@@ -510,7 +555,7 @@ REFUSED = {
     ),
     "a gate that overflows": (
         lambda f: dictionary(f, "GatedAutoEncoder", state={"r_mag": torch.full((N,), 100.0)}),
-        "overflows",
+        "W_enc, scaled, is not .* finite",
     ),
     "whole numbers": (
         lambda f: dictionary(f, "AutoEncoder", state={"bias": torch.ones(D, dtype=torch.int8)}),
@@ -523,6 +568,14 @@ REFUSED = {
     "one number that claims to be many": (
         lambda f: dictionary(f, "AutoEncoder", state={"bias": torch.ones(1).expand(D)}),
         "bias is not",
+    ),
+    "a tensor of no memory": (
+        lambda f: dictionary(f, "AutoEncoder", state={"bias": torch.ones(D, device="meta")}),
+        "bias is not",
+    ),
+    "no tensors at all": (
+        lambda f: put(f, UNBOX, [1, 2], "config.json", "state_dict.pth"),
+        "not known: decoder.weight",
     ),
     "text for a tensor": (lambda f: dictionary(f, "AutoEncoder", state={"bias": "x"}), "bias is not"),
 }
@@ -620,7 +673,9 @@ def test_only_folders_with_the_files_of_one_tool_are_recognised(tmp_path):
     sparsify(tmp_path / "saelens")  # now there are two SAEs and one cfg.json
     assert recognise(tmp_path / "saelens") is None
     for path in (tmp_path / "saelens", tmp_path / "missing"):
-        with pytest.raises(ArtifactError, match="is no SAE this kit reads. Give a folder with the files of just one of"):
+        with pytest.raises(
+            ArtifactError, match="is no SAE this kit reads. Give a folder with the files of just one of"
+        ):
             read(path)
 
 
