@@ -478,6 +478,14 @@ def test_a_part_of_a_larger_tensor_is_written_alone(tmp_path):
     assert (tmp_path / "a/state_dict.pth").stat().st_size < 10 * N * D * 4
 
 
+def test_views_are_written_as_what_they_show(tmp_path):
+    c = checkpoint()
+    views = replace(c, W_enc=c.W_enc.T.contiguous().T, threshold=torch.zeros(()).expand(N))
+    for format in FORMATS:
+        write(views, tmp_path / format, format)
+        assert torch.equal(read(tmp_path / format).W_enc, c.W_enc)
+
+
 def test_nothing_is_overwritten_and_no_other_format_is_written(tmp_path):
     write(checkpoint(), tmp_path / "a", "saelens")
     for format in ("saelens", "sparsify"):
@@ -626,6 +634,13 @@ def test_a_configuration_that_is_none_is_refused(tmp_path, case, text):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_no_json_is_refused_wherever_it_stands(tmp_path, number):
+    saelens(tmp_path, "topk", metadata={"sae_lens_version": "6.12.1", "l0": number})
+    with pytest.raises(ArtifactError, match="cannot be read as plain"):
+        read(tmp_path)  # or its origin could be written nowhere
+
+
 @pytest.mark.parametrize("case", ["unbox", "AutoEncoder", "sparsify"])
 def test_weights_that_are_none_are_refused(tmp_path, case):
     FILES[case][0](tmp_path)
@@ -698,6 +713,9 @@ def test_of_a_hub_repository_only_the_folder_and_its_files_are_fetched(tmp_path,
     assert repository == "owner/name" and f"{inner}/state_dict.pth" in patterns
     assert all(re.fullmatch(re.escape(inner) + r"/[a-z_]+\.[a-z]+", pattern) for pattern in patterns)
     assert checkpoint.hookpoint == "down.2.1"
+    blob = (root / inner / "state_dict.pth").rename(tmp_path / "blob")  # as the hub's cache keeps its files
+    (root / inner / "state_dict.pth").symlink_to(blob)
+    assert read(root / inner / "state_dict.pth").hookpoint == "down.2.1"
     assert checkpoint.origin["path"] == f"hf:owner/name/{inner}" and checkpoint.origin["revision"] == root.name
 
 
