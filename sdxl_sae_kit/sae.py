@@ -18,31 +18,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
+from sdxl_sae_kit import formats, weights
 from sdxl_sae_kit.configs import SAEConfig, Site
 from sdxl_sae_kit.errors import ArtifactError, KitError
-from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.sparse import Active, above, active, combine, top_k
-
-T = TypeVar("T")
 
 FIRES = 1e-3
 """A latent fires on a token when its value is above this."""
-
-FORMAT_KEY, FORMAT_VERSION = "sdxl_sae_kit.sae", 2
-"""Everything but the tensors is one JSON object under this key: safetensors writes several keys in random order."""
-
-TRAINING = "training."
-"""Tensors of a checkpoint whose names begin so are no part of the SAE."""
 
 
 class SAE(nn.Module):
@@ -58,6 +48,7 @@ class SAE(nn.Module):
         site: where it belongs. None until it is trained.
         data: digest of the activations it was trained on.
         metrics: held-out metrics, by name.
+        origin: for one that another tool trained, its format, path, hash and configuration.
     """
 
     W_enc: Tensor
@@ -80,6 +71,7 @@ class SAE(nn.Module):
         self.config, self.site, self.name = config, site, name
         self.data = ""
         self.metrics: dict[str, Any] = {}
+        self.origin: dict[str, Any] = {}
         generator = torch.Generator().manual_seed(config.seed)
         start = (torch.rand(d_in, d_sae, generator=generator) * 2 - 1) / d_in**0.5  # uniform ±1/√d_in
         # latent by latent in memory, like the decoder: that is how gradients arrive and how fused Adam walks them
@@ -268,7 +260,7 @@ class SAE(nn.Module):
             sae.b_enc.copy_(self.b_enc - mean @ sae.W_enc)
         sae.input_mean.zero_()
         sae.input_scale.fill_(1)
-        sae.data, sae.metrics = self.data, dict(self.metrics)
+        sae.data, sae.metrics, sae.origin = self.data, dict(self.metrics), self.origin
         return sae.eval().requires_grad_(False)
 
     @property
@@ -286,45 +278,101 @@ class SAE(nn.Module):
         `training` makes it a checkpoint: what the next step of training needs beside the SAE, by name.
         """
         header = {
-            "version": FORMAT_VERSION,
             "name": self.name,
             "config": asdict(self.config),
             "site": asdict(self.site) if self.site else None,
             "data": self.data,
             "metrics": self.metrics,
+            "origin": self.origin,
         }
-        tensors = self.state_dict() | {TRAINING + name: tensor for name, tensor in (training or {}).items()}
-        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        # not save_file, which lets nobody but the owner read the file
-        write_atomically(Path(path), save(on_cpu, {FORMAT_KEY: json.dumps(header)}))
+        weights.write(path, header, self.state_dict(), training or {})
 
-    @classmethod
-    def load(cls, path: Path | str) -> SAE:
-        """Read what `save` wrote, or a checkpoint of training.
+    def export(self, folder: Path | str, format: str) -> None:
+        """Write it in the files of another tool (one of `formats.FORMATS`), with input normalisation folded.
+
+        The tool gives the same codes and reconstructions; of site, data and metrics the files tell nothing.
 
         Raises:
-            ArtifactError: no such file, not this format, unknown settings, or tensors that are missing, misshapen or
-                not finite.
+            ArtifactError: no such format, the format cannot hold this SAE, or the folder has one already.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                header, names = file.metadata() or {}, file.keys()
-                tensors = {name: file.get_tensor(name) for name in names if not name.startswith(TRAINING)}
-        except (OSError, SafetensorError) as cause:
-            raise ArtifactError(
-                f"{path} cannot be read as safetensors ({cause}). Give the path of an SAE saved by this kit."
-            ) from None
-        about = _header(header.get(FORMAT_KEY, "{}"), path)
-        config, site = _parse(SAEConfig, about["config"], path), about["site"] and _parse(Site, about["site"], path)
+        per_token = self.config.normalize in ("layer_norm", "constant_norm")
+        sae = self if per_token else self.folded()
+        tensors = {name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()}
+        formats.write(
+            formats.Checkpoint(
+                kind="topk" if self.config.kind == "topk" else "jumprelu",
+                k=self.config.k,
+                W_enc=tensors["W_enc"],
+                b_enc=tensors["b_enc"],
+                W_dec=tensors["W_dec"],
+                b_dec=tensors["b_dec"],
+                threshold=tensors["threshold"],
+                subtract_b_dec=self.config.subtract_b_dec,
+                normalize=sae.config.normalize,  # type: ignore[arg-type]  # folded, it is one of three
+                mean_activation=tensors["mean_activation"],
+            ),
+            folder,
+            format,
+        )
+
+    @classmethod
+    def load(cls, path: Path | str, site: Site | None = None) -> SAE:
+        """Read what `save` wrote, a checkpoint of training, or an SAE of another tool (one of `formats.FORMATS`).
+
+        Args:
+            path: file; or for another tool its folder, one of its files, or `hf:owner/name/folder` on the hub.
+            site: where it belongs, if the files do not say so. Those of other tools do not; sdxl-unbox names the
+                hookpoint only, and is taken to be of SDXL Turbo's updates, as its released SAEs are.
+
+        Raises:
+            ArtifactError: no such file, no format that is known, unknown settings, tensors that are missing, misshapen
+                or not finite; or a site although the file has its own.
+
+        Example:
+            >>> sae = SAE.load("unet.mid_block.attentions.0_k10_hidden5120_…/final")          # doctest: +SKIP
+        """
+        if str(path).startswith("hf:") or formats.recognise(path):
+            return cls._from_checkpoint(formats.read(path), site)
+        sae = cls._load(path)
+        if site and sae.site:
+            raise ArtifactError(f"{path} says where it belongs: {sae.site}. Leave site= out.")
+        sae.site = sae.site or site
+        return sae
+
+    @classmethod
+    def _from_checkpoint(cls, found: formats.Checkpoint, site: Site | None) -> SAE:
+        d_in, d_sae = found.W_enc.shape
+        config = SAEConfig(
+            k=found.k,
+            kind=found.kind,
+            expansion=d_sae / d_in,
+            normalize=found.normalize,
+            subtract_b_dec=found.subtract_b_dec,
+        )
+        if site is None and found.origin["format"] == "sdxl-unbox" and found.hookpoint:
+            site = Site("stabilityai/sdxl-turbo", "", found.hookpoint, 1, 0.0)
+        sae = cls(config, d_in, site, f"{found.origin['format']}_{found.origin['sha256'][:8]}")
+        parts = {name: getattr(found, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
+        sae.load_state_dict(sae.state_dict() | parts)
+        if found.mean_activation is not None:
+            sae.mean_activation.copy_(found.mean_activation)
+        sae.origin = found.origin
+        return sae.eval().requires_grad_(False)
+
+    @classmethod
+    def _load(cls, path: Path | str) -> SAE:
+        about, tensors = weights.read(path)
+        config = weights.parse(SAEConfig, about["config"], path)
+        site = weights.parse(Site, about["site"], path) if about["site"] else None
         shape = tuple(tensors["W_enc"].shape) if "W_enc" in tensors else ()
         if len(shape) != 2 or shape[1] != round(shape[0] * config.expansion):
             raise ArtifactError(
                 f"{path}: W_enc has shape {shape}, not (d_in, {config.expansion:g} · d_in). The file is damaged."
             )
         sae = cls(config, shape[0], site, about["name"])
-        _check(tensors, sae.state_dict(), path)
+        weights.check(tensors, sae.state_dict(), path)
         sae.load_state_dict(tensors)
-        sae.data, sae.metrics = about["data"], about["metrics"]
+        sae.data, sae.metrics, sae.origin = about["data"], about["metrics"], about["origin"]
         return sae.eval().requires_grad_(False)
 
     def __repr__(self) -> str:
@@ -332,47 +380,3 @@ class SAE(nn.Module):
         return (
             f"SAE {self.name}: {self.config.kind}, {self.d_in} → {self.d_sae} latents, k={self.k}, trained on {where}"
         )
-
-
-def _header(text: str, path: Path | str) -> dict[str, Any]:
-    try:
-        about: dict[str, Any] = dict(json.loads(text))
-    except (ValueError, TypeError):
-        about = {}
-    if about.get("version") != FORMAT_VERSION:
-        found = f"version {about['version']}" if "version" in about else "no such header"
-        raise ArtifactError(
-            f"{path} is not an SAE of this kit in format version {FORMAT_VERSION}: it has {found}. "
-            "Give one saved by this kit."
-        )
-    if missing := {"name", "config", "site", "data", "metrics"} - about.keys():
-        raise ArtifactError(f"{path}: the header lacks {', '.join(sorted(missing))}. The file is damaged.")
-    return about
-
-
-def _parse(kind: type[T], values: Mapping[str, Any], path: Path | str) -> T:
-    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    if values.keys() != known:
-        odd = ", ".join(sorted(values.keys() ^ known))
-        raise ArtifactError(
-            f"{path}: {kind.__name__} has settings this kit does not know, or lacks some: {odd}. "
-            "Use the kit version that saved it."
-        )
-    try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-    except (KitError, TypeError) as cause:
-        raise ArtifactError(f"{path}: its {kind.__name__} is impossible ({cause}). The file is damaged.") from None
-
-
-def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path | str) -> None:
-    for name in sorted(tensors.keys() | wanted.keys()):
-        if (
-            name not in tensors
-            or name not in wanted
-            or tensors[name].shape != wanted[name].shape
-            or not tensors[name].isfinite().all()
-        ):
-            raise ArtifactError(
-                f"{path}: tensor {name} is missing, unknown, misshapen or not finite. "
-                "The file is damaged; train the SAE again."
-            )

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sdxl_sae_kit import weights
 from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.artifacts import Store, human_bytes, slug, whole_number
 from sdxl_sae_kit.configs import SAEConfig, Site
@@ -25,7 +25,7 @@ from sdxl_sae_kit.learning import Learner, LossError, set_threshold
 from sdxl_sae_kit.pipelines import choose_device
 from sdxl_sae_kit.plots import LiveFigure, training_curves
 from sdxl_sae_kit.processes import Processes, find_processes
-from sdxl_sae_kit.sae import SAE, TRAINING
+from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.tokens import Tokens
 from sdxl_sae_kit.trained import Key, TrainedSAEs
 
@@ -185,9 +185,7 @@ class _Run:
     def _resume(self) -> None:
         path = self.artifact.file(_CHECKPOINT)
         self.learner.sae.load_state_dict(SAE.load(path).state_dict())
-        with safe_open(path, framework="pt", device=self.training.device) as file:
-            names = [name for name in file.keys() if name.startswith(TRAINING)]  # noqa: SIM118
-            state = {name.removeprefix(TRAINING): file.get_tensor(name) for name in names}
+        _, state = weights.read(path, training=True)
         self.seen = json.loads(bytes(state.pop("seen").tolist()))
         self.learner.load_state(state)
         self.log = [line for line in self.read_log() if line["step"] <= self.learner.step_number]
@@ -220,8 +218,8 @@ class _Run:
 
     def _fail(self, cause: Exception) -> None:
         """Stop, and keep what was good."""
-        weights = self.learner.sae.state_dict().values()
-        if isinstance(cause, LossError) and not cause.exploded and all(weight.isfinite().all() for weight in weights):
+        tensors = self.learner.sae.state_dict().values()
+        if isinstance(cause, LossError) and not cause.exploded and all(tensor.isfinite().all() for tensor in tensors):
             self._keep()
         checkpoint = self.artifact.file(_CHECKPOINT)
         kept = f"Its last good checkpoint is {checkpoint}." if checkpoint.exists() else "It has no checkpoint yet."
@@ -312,12 +310,12 @@ class _Training:
         else:
             data = f"{n_steps:,} batches" if n_steps is not None else "as many batches as come"
         widths = [self.tokens.d_in(run.hookpoint) for run in runs]
-        weights = sum(2 * round(width * run.config.expansion) * width for width, run in zip(widths, runs, strict=True))
+        size = sum(2 * round(width * run.config.expansion) * width for width, run in zip(widths, runs, strict=True))
         together = f" {self.processes.count} processes share them." if self.processes.count > 1 else ""
         if self.processes.first:
             tqdm.write(
                 f"Training {len(runs)} SAEs at {hookpoints}: {data}; weights, gradients and Adam take "
-                f"{human_bytes(16 * weights)}.{together}"
+                f"{human_bytes(16 * size)}.{together}"
             )
 
     def _steps(self, runs: Sequence[_Run], stack: ExitStack) -> None:
