@@ -223,9 +223,9 @@ class FeatureStats:
         with h5py.File(self.artifact.file(_FILE), "r") as file:
             for start in range(0, self.n_images, _CHUNK):
                 indices, values = (file[f"codes/{name}"][start : start + _CHUNK] for name in ("indices", "values"))
-                dense = np.zeros((*indices.shape[:2], self.d_sae), np.float32)
-                np.put_along_axis(dense, indices.astype(np.int64), values, axis=2)
-                yield dense
+                dense = np.zeros((*indices.shape[:2], self.d_sae + 1), np.float32)  # one more for what pads short codes
+                np.put_along_axis(dense, np.where(values > 0, indices.astype(np.int64), self.d_sae), values, axis=2)
+                yield dense[..., :-1]
 
     def _check(self, feature: int) -> None:
         if not isinstance(feature, Integral) or not 0 <= feature < self.d_sae:
@@ -250,8 +250,12 @@ def _measure(
     temporary = artifact.file(_FILE + ".tmp")
     tqdm.write(f"Measuring the {sae.d_sae} latents of {sae.name} over {cache.n_images * tokens:,} tokens.")
     with h5py.File(temporary, "w", libver=("v108", "v110")) as file:
-        shape, chunk = (cache.n_images, tokens, sae.k), (min(_CHUNK, cache.n_images), tokens, sae.k)
-        compact: dict[str, Any] = {"chunks": chunk, "compression": "gzip", "compression_opts": 1, "shuffle": True}
+        k = sae.k or 1  # codes without a limit widen the file as they come
+        shape, chunk = (cache.n_images, tokens, k), (min(_CHUNK, cache.n_images), tokens, k)
+        limit = (cache.n_images, tokens, sae.d_sae)
+        compact: dict[str, Any] = {
+            "chunks": chunk, "maxshape": limit, "compression": "gzip", "compression_opts": 1, "shuffle": True
+        }  # fmt: skip
         stored_indices = file.create_dataset(
             "codes/indices", shape, "uint16" if sae.d_sae < 2**16 else "uint32", **compact
         )
@@ -260,7 +264,10 @@ def _measure(
             images = range(start, min(start + _CHUNK, cache.n_images))
             x = cache.read(hookpoint, np.array(images))[:, row].to(sae.W_enc.device, torch.float32)
             indices, values = sae.encode_sparse(x)
-            stored_indices[start : images.stop], stored_values[start : images.stop] = indices.cpu(), values.cpu().half()
+            for stored, part in ((stored_indices, indices.cpu()), (stored_values, values.cpu().half())):
+                if part.shape[2] > stored.shape[2]:
+                    stored.resize(part.shape[2], axis=2)
+                stored[start : images.stop, :, : part.shape[2]] = part
             z = torch.zeros(*x.shape[:2], sae.d_sae).scatter_add(2, indices.cpu(), values.cpu())  # padding adds 0
             moments.add(z)
             leaders["max"].add(start, z.amax(dim=1), z)

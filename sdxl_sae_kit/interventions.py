@@ -216,7 +216,7 @@ def _as_array(value: Any) -> NDArray[Any]:
 
 
 def _directions(sae: SAE, latents: list[int], along: Mapping[int, ArrayLike]) -> Float[Tensor, "edited d_in"]:
-    rows = sae.W_dec.detach()[latents].clone()
+    rows = sae.directions.detach()[latents].clone()
     for latent, vector in along.items():
         rows[latents.index(latent)] = torch.as_tensor(vector, dtype=rows.dtype, device=rows.device)
     return rows

@@ -31,6 +31,7 @@ from torch import Tensor
 from sdxl_sae_kit.buffers import thinned
 from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.metrics import geometric_median
 from sdxl_sae_kit.processes import Processes
 from sdxl_sae_kit.sae import FIRES, SAE
 from sdxl_sae_kit.sparse import Active, above, active, combine, jump_relu, largest, pre_activation, top_k
@@ -47,20 +48,6 @@ class LossError(KitError):
     def __init__(self, message: str, *, exploded: bool) -> None:
         super().__init__(message)
         self.exploded = exploded
-
-
-def geometric_median(
-    x: Float[Tensor, "token d_in"], *, iterations: int = 100, tolerance: float = 1e-6
-) -> Float[Tensor, "d_in"]:
-    """The point with the least summed distance to all tokens (Weiszfeld, from the mean): where b_dec starts."""
-    median = x.mean(dim=0)
-    for _ in range(iterations):
-        weights: Tensor = 1 / (x - median).norm(dim=1).clamp_min(tolerance)
-        moved = (weights[:, None] * x).sum(dim=0) / weights.sum()
-        if (moved - median).norm() <= tolerance * moved.norm().clamp_min(tolerance):
-            return moved
-        median = moved
-    return median
 
 
 def auxk_error(
@@ -164,6 +151,8 @@ class Learner:
         self.generator = torch.Generator().manual_seed(sae.config.seed)
         device = sae.W_enc.device
         sample = sample.to(device)
+        if not sample.isfinite().all():
+            raise KitError(f"The first tokens that {sae.name} is to start from are not finite. Look for their cause.")
         _start(sae, sample)
         sample = sae.normalised(sample)
         self.scale = 1 / (sample - sample.mean(dim=0)).square().mean()
@@ -234,7 +223,8 @@ class Learner:
         if config.kind == "jumprelu":
             loss = loss + config.sparsity_coef * self._sparsity(counted.sum() / n)
         fires = z > FIRES
-        fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x.device).index_fill(0, entries.latents[fires], True)
+        fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x.device)
+        fired[entries.latents[fires]] = True
         told = torch.stack([unexplained[-1], auxk, fires.sum() / n]).detach()
         return loss, told, fired
 

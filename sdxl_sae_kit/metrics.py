@@ -35,6 +35,20 @@ def explained_variance_per_channel(x: Float[Tensor, "token d_in"], x_hat: Float[
     return ReconstructionMetrics().update(x, x_hat).explained_variance_per_channel
 
 
+def geometric_median(
+    x: Float[Tensor, "token d_in"], *, iterations: int = 100, tolerance: float = 1e-6
+) -> Float[Tensor, "d_in"]:
+    """The point with the least summed distance to all tokens (Weiszfeld, from the mean): where b_dec starts."""
+    median = x.mean(dim=0)
+    for _ in range(iterations):
+        weights: Tensor = 1 / (x - median).norm(dim=1).clamp_min(tolerance)
+        moved = (weights[:, None] * x).sum(dim=0) / weights.sum()
+        if (moved - median).norm() <= tolerance * moved.norm().clamp_min(tolerance):
+            return moved
+        median = moved
+    return median
+
+
 def participation_ratio(x: Float[Tensor, "token d_in"]) -> float:
     """(Σλ)² / Σλ² of the eigenvalues λ of the tokens' covariance: how many directions carry the variance, 1 to d_in."""
     centred = x.detach().double() - x.detach().double().mean(0)

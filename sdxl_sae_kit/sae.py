@@ -211,6 +211,11 @@ class SAE(nn.Module):
         """
         if self.config.normalize == "none":
             return self.W_dec
+        if self.config.normalize in ("layer_norm", "constant_norm"):
+            raise KitError(
+                f"{self.name} normalises each token by itself, so its latents have no direction that is the same "
+                "for all tokens. Take an SAE that does not."
+            )
         scaled: Tensor = self.W_dec * self._statistics(None)[1]
         return scaled
 

@@ -121,7 +121,7 @@ def _check_settings(
 def _trained(runs: Sequence[_Run]) -> TrainedSAEs:
     failures = {run.key: run.failure for run in runs if run.failure}
     if len(failures) == len(runs):
-        raise KitError("None could be trained to its end. " + " ".join(failures.values()))
+        raise KitError(f"None of the SAEs could be trained to its end. {' '.join(failures.values())}")
     finished = [run for run in runs if not run.failure]
     saes = TrainedSAEs(
         {run.key: SAE.load(run.artifact.check(_SAE)) for run in finished},

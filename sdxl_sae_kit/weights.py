@@ -41,11 +41,9 @@ def read(path: Path | str, *, training: bool = False) -> tuple[dict[str, Any], d
     """
     try:
         with safe_open(path, framework="pt") as file:
-            header, names = (
-                file.metadata() or {},
-                [name for name in file.keys() if name.startswith(_TRAINING) == training],
-            )
-            tensors = {name.removeprefix(_TRAINING): file.get_tensor(name) for name in names}
+            header, names = file.metadata() or {}, file.keys()
+            wanted = [name for name in names if name.startswith(_TRAINING) == training]
+            tensors = {name.removeprefix(_TRAINING): file.get_tensor(name) for name in wanted}
     except (OSError, SafetensorError) as cause:
         raise ArtifactError(
             f"{path} cannot be read as safetensors ({cause}). Give the path of an SAE saved by this kit."

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
+from launching import LAUNCHERS
 
 from sdxl_sae_kit import observation, plans
 from sdxl_sae_kit.artifacts import Artifact
@@ -447,12 +448,6 @@ PIDS = """
     import os, pathlib, sys
     pathlib.Path(sys.argv[1] + f".{os.getpid()}.pid").touch()
 """
-
-
-LAUNCHERS = {
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"],
-    "torchrun": ["torch.distributed.run", "--nproc_per_node=2", "--standalone"],
-}
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

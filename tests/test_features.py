@@ -9,10 +9,12 @@ import pytest
 from PIL import Image
 
 from sdxl_sae_kit.collection import collect
+from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.pipelines import generate
 from sdxl_sae_kit.prompts import load_prompts
+from sdxl_sae_kit.training import train
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +134,17 @@ def test_a_changed_file_is_noticed_when_it_is_opened(small_saes, small_cache, tm
     path.write_bytes(data)
     with pytest.raises(ArtifactError, match="features.h5 is missing or has changed"):
         FeatureStats.open(stats.artifact.folder)
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu"])
+def test_codes_of_any_length_are_kept_whole(small_cache, tmp_path, kind):
+    config = SAEConfig(k=4, kind=kind, expansion=2, lr=3e-3, dead_after=20_000)
+    saes = train(small_cache, {"a": config}, hookpoints=["up.0.1"], batch_size=512, epochs=4, store=tmp_path)
+    sae = saes["up.0.1", "a"]
+    stats = FeatureStats.measure(sae, small_cache, store=tmp_path)
+    z = sae.encode(small_cache.read("up.0.1", range(120))[:, 0].float())
+    assert (z > 0).sum(-1).amax() > 4  # or nothing is longer than k
+    assert np.allclose(stats.image_activations(), z.amax(1).numpy(), rtol=1e-3, atol=1e-3)
+    assert np.allclose(stats.density, (z > 1e-3).double().mean((0, 1)).numpy(), atol=1e-6)
+    latent = int(z.amax((0, 1)).argmax())
+    assert np.allclose(stats.heat_map(latent, 7).ravel(), z[7, :, latent].numpy(), rtol=1e-3, atol=1e-3)

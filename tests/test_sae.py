@@ -1,4 +1,4 @@
-"""The SAE: its code, its file, and what learning must and must not touch."""
+"""The SAE: its code in each kind, its normalisation, and its file."""
 
 import json
 from dataclasses import replace
@@ -6,76 +6,126 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from made_saes import CONFIG, SITE, random_sae, tokens
 from safetensors.torch import load_file, save_file
 
+from sdxl_sae_kit import weights
 from sdxl_sae_kit.configs import SAEConfig, Site
 from sdxl_sae_kit.errors import ArtifactError, KitError
-from sdxl_sae_kit.learning import Learner, auxk_loss, geometric_median
-from sdxl_sae_kit.sae import FORMAT_KEY, SAE
-from sdxl_sae_kit.sparse import decode_sparse, to_dense, top_k
+from sdxl_sae_kit.sae import SAE
 
-SITE = Site("tiny-turbo", "abc", "mid.0", 1, 0.0)
-CONFIG = SAEConfig(k=3, expansion=4, auxk=5, dead_after=100, lr=1e-2)
 seeds = st.integers(0, 2**31)
+KINDS = ["topk", "batchtopk", "jumprelu"]
+NORMALIZE = ["none", "scale", "channels", "layer_norm", "constant_norm"]
 
 
-def random_sae(seed=0, d_in=6, config=CONFIG):
-    """Every weight random, so that no misplaced bias goes unnoticed; decoder rows of unit norm."""
-    sae = SAE(replace(config, seed=seed), d_in, SITE, "test-00000000")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
-    return sae
+def oracle(sae, x):
+    """Code and reconstruction by the equations, in NumPy and double precision, one token after the other."""
+    W_enc, b_enc, W_dec, b_dec, threshold, mean, scale = (
+        getattr(sae, name).detach().double().numpy()
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "input_mean", "input_scale")
+    )
+    codes, x_hats = [], []
+    for token in x.double().numpy():
+        m, s = {
+            "none": (0, 1),
+            "scale": (mean, scale),
+            "channels": (mean, scale),
+            "layer_norm": (token.mean(), token.std(ddof=1) + 1e-5),
+            "constant_norm": (0, np.sqrt((token**2).sum() / len(token))),
+        }[sae.config.normalize]
+        h = ((token - m) / s - (b_dec if sae.config.subtract_b_dec else 0)) @ W_enc + b_enc
+        if sae.config.kind == "topk":
+            z = np.zeros_like(h)
+            best = np.argsort(-h)[: sae.config.k]
+            z[best] = np.maximum(h[best], 0)
+        else:
+            z = np.where(h > threshold, h, 0)
+        codes.append(z)
+        x_hats.append((z @ W_dec + b_dec) * s + m)
+    return np.stack(codes), np.stack(x_hats)
 
 
-def tokens(n=64, d_in=6, seed=1):
-    return torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed)) * 2 + 1
+@pytest.mark.parametrize("subtract", [True, False])
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_and_reconstructions_are_those_of_the_equations(kind, normalize, subtract):
+    for seed in range(5):
+        sae = random_sae(seed, config=replace(CONFIG, kind=kind, normalize=normalize, subtract_b_dec=subtract))
+        x = tokens(16, seed=seed)
+        z, x_hat = oracle(sae, x)
+        assert np.allclose(sae.encode(x).detach(), z, atol=1e-4)
+        assert np.allclose(sae(x).detach(), x_hat, atol=1e-4)
+        assert np.allclose(sae.decode(sae.encode(x), x).detach(), x_hat, atol=1e-4)
+        assert np.allclose(sae.decode_sparse(*sae.encode_sparse(x), x).detach(), x_hat, atol=1e-4)
 
 
 @given(seeds)
-def test_the_code_is_that_of_a_plain_numpy_top_k(seed):
-    sae, x = random_sae(seed), tokens(16, seed=seed)
-    W_enc, b_enc, W_dec, b_dec = (p.detach().double().numpy() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
-    h = (x.double().numpy() - b_dec) @ W_enc + b_enc
-    z = np.zeros_like(h)
-    for i, row in enumerate(h):
-        best = np.argsort(-row)[:3]
-        z[i, best] = np.maximum(row[best], 0)
-    assert np.allclose(sae.encode(x).detach(), z, atol=1e-4)
-    assert np.allclose(sae(x).detach(), z @ W_dec + b_dec, atol=1e-4)
-
-
-@given(seeds)
-def test_codes_are_non_negative_and_have_at_most_k_active_latents(seed):
+def test_top_k_codes_are_non_negative_and_have_at_most_k_active_latents(seed):
     z = random_sae(seed).encode(tokens(32, seed=seed))
     assert (z >= 0).all()
     assert ((z > 0).sum(dim=-1) <= 3).all()
 
 
-def test_shapes_of_any_number_of_axes_go_through():
-    sae, x = random_sae(), tokens(24).reshape(2, 3, 4, 6)
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_of_any_number_of_axes_go_through(kind):
+    sae, x = random_sae(config=replace(CONFIG, kind=kind)), tokens(24).reshape(2, 3, 4, 6)
+    indices, values = sae.encode_sparse(x)
+    assert indices.shape == values.shape == (2, 3, 4, values.shape[-1])
     assert sae.encode(x).shape == (2, 3, 4, 24)
     assert torch.allclose(sae(x).reshape(-1, 6), sae(x.reshape(-1, 6)))
     assert torch.allclose(sae.decode(sae.encode(x)), sae(x), atol=1e-5)
 
 
-@given(seeds)
-def test_sparse_decoding_has_the_gradients_of_dense_decoding(seed):
-    generator = torch.Generator().manual_seed(seed)
-    h = torch.randn(8, 24, generator=generator, dtype=torch.float64)
-    decoder = torch.randn(24, 6, generator=generator, dtype=torch.float64)
-    target = torch.randn(8, 6, generator=generator, dtype=torch.float64)
-    gradients = []
-    for decode in (decode_sparse, lambda i, v, w: to_dense(i, v, 24) @ w):
-        a, w = h.clone().requires_grad_(), decoder.clone().requires_grad_()
-        (decode(*top_k(a, 3), w) - target).square().sum().backward()
-        gradients.append((a.grad, w.grad))
-    for sparse, dense in zip(*gradients, strict=True):
-        assert torch.allclose(sparse, dense, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("subtract", [True, False])
+@pytest.mark.parametrize("normalize", ["scale", "channels"])
+@pytest.mark.parametrize("kind", KINDS)
+@given(seed=seeds)
+def test_folded_is_unfolded(kind, normalize, subtract, seed):
+    sae = random_sae(seed, config=replace(CONFIG, kind=kind, normalize=normalize, subtract_b_dec=subtract))
+    folded, x = sae.folded(), tokens(32, seed=seed)
+    assert folded.config.normalize == "none"
+    assert torch.equal(folded.input_scale, torch.ones(6))
+    assert torch.allclose(folded.pre_activations(x), sae.pre_activations(x), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(folded.decode(sae.encode(x)), sae(x), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(folded.directions, sae.directions)
+
+
+def test_what_each_token_normalises_by_cannot_be_folded_or_decoded_without_it():
+    sae = random_sae(config=replace(CONFIG, normalize="layer_norm"))
+    for attempt in (sae.folded, lambda: sae.decode(torch.zeros(2, 24))):
+        with pytest.raises(KitError, match="normalises each token by itself, so decoding needs the token"):
+            attempt()
+    with pytest.raises(KitError, match="its latents have no direction that is the same"):
+        _ = sae.directions
+
+
+def test_an_sae_refuses_other_places_by_name():
+    sae = random_sae()
+    assert sae.hookpoint == "mid.0"
+    with pytest.raises(ArtifactError, match="was trained on updates of mid.0, not updates of up.0.1. Use one that"):
+        sae.check_site("up.0.1")
+    with pytest.raises(ArtifactError, match="not outputs of mid.0"):
+        sae.check_site("mid.0", "output")
+    sae.site = replace(SITE, kind="output")
+    with pytest.raises(ArtifactError, match="was trained on outputs of mid.0, not updates of mid.0"):
+        _ = sae.hookpoint
+    sae.site = None
+    with pytest.raises(ArtifactError, match="has no hookpoint: it was never trained here"):
+        _ = sae.hookpoint
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_untrained_control_has_the_same_place_centre_and_number_of_active_latents(kind):
+    sae, x = random_sae(config=replace(CONFIG, kind=kind)), tokens(200)
+    sae.metrics = {"l0": (sae.encode(x) > 0).sum(1).double().mean().item()}
+    control = sae.untrained()
+    assert control.site == sae.site and torch.equal(control.b_dec, sae.b_dec)
+    assert not torch.allclose(control.W_dec, sae.W_dec)
+    assert control.config.kind == "topk"
+    assert control.config.k == (3 if kind == "topk" else round(sae.metrics["l0"]))
 
 
 def test_the_start_is_the_papers():
@@ -89,13 +139,18 @@ def test_the_start_is_the_papers():
 # The file -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_saved_sae_reads_back_exactly(tmp_path):
-    sae, x = random_sae(), tokens()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_a_saved_sae_reads_back_exactly(tmp_path, kind, normalize):
+    prefixes = () if kind == "jumprelu" else (0.25, 0.5)
+    sae, x = random_sae(config=replace(CONFIG, kind=kind, normalize=normalize, prefixes=prefixes)), tokens()
     sae.mean_activation.copy_(torch.rand(24))
     sae.metrics = {"explained_variance": 0.5, "explained_variance_interval": [0.4, 0.6]}
+    sae.data = "0123"
     sae.save(tmp_path / "sae.safetensors")
     again = SAE.load(tmp_path / "sae.safetensors")
     assert (again.config, again.site, again.name, again.metrics) == (sae.config, sae.site, sae.name, sae.metrics)
+    assert again.data == "0123"
     assert torch.equal(again(x), sae(x))
     assert torch.equal(again.mean_activation, sae.mean_activation)
     assert again.digest == sae.digest
@@ -109,14 +164,12 @@ def test_a_saved_sae_reads_back_exactly(tmp_path):
         (lambda t, h: t.update(W_dec=t["W_dec"].T.contiguous()), "tensor W_dec is missing, unknown, misshapen"),
         (lambda t, h: t["b_enc"].fill_(float("nan")), "b_enc .* not finite"),
         (lambda t, h: t.update({"../../x": torch.zeros(1)}), r"tensor \.\./\.\./x is missing, unknown"),
-        (lambda t, h: h.update(version=9), "in format version 1: it has version 9"),
+        (lambda t, h: h.update(version=9), "in format version 2: it has version 9"),
         (lambda t, h: h.clear(), "it has no such header"),
         (lambda t, h: h.pop("site"), "the header lacks site"),
-        (
-            lambda t, h: h["site"].update(kind="output"),
-            "was trained on outputs of mid.0; this kit",
-        ),
-        (lambda t, h: h["config"].update(expansion=10**9), r"W_enc has shape \(6, 24\), not \(d_in, 1000000000·d_in\)"),
+        (lambda t, h: h["config"].update(k=None), "its SAEConfig is impossible .*needs its k"),
+        (lambda t, h: h["config"].update(kind="gelu"), "its SAEConfig is impossible"),
+        (lambda t, h: h["config"].update(expansion=10**9), r"W_enc has shape \(6, 24\), not \(d_in, 1e\+09 · d_in\)"),
         (lambda t, h: h.update(config={"k": 3, "activation": "gelu"}), "SAEConfig has settings .*activation"),
     ],
 )
@@ -126,10 +179,10 @@ def test_a_harmed_file_is_refused_with_the_reason(tmp_path, harm, complaint):
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()[FORMAT_KEY])
+        header = json.loads(file.metadata()[weights.KEY])
     tensors = load_file(path)
     harm(tensors, header)
-    save_file(tensors, path, {FORMAT_KEY: json.dumps(header)})
+    save_file(tensors, path, {weights.KEY: json.dumps(header)})
     with pytest.raises(ArtifactError, match=complaint):
         SAE.load(path)
 
@@ -145,7 +198,8 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path):
     "wrong",
     [
         {"k": 0}, {"k": "10"}, {"k": 2.5}, {"k": True}, {"lr": -1.0}, {"lr": float("nan")}, {"lr": float("inf")},
-        {"lr": "fast"}, {"expansion": 0}, {"seed": -1}, {"auxk_coef": 0.0},
+        {"lr": "fast"}, {"expansion": 0}, {"seed": -1}, {"auxk_coef": -0.5}, {"resample_every": 0},
+        {"warmup_steps": -1},
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused_by_name(wrong, unchecked_types):
@@ -160,110 +214,59 @@ def test_whole_numbers_of_other_kinds_become_plain_ones(unchecked_types):
     assert type(SAEConfig(k=np.int64(7)).k) is int  # or the recipe could not be written
 
 
-# Learning -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"kind": "topK"}, "kind is one of topk, batchtopk, jumprelu, not 'topK'. Did you mean 'topk'"),
+        ({"normalize": "channel"}, "normalize is one of .* Did you mean 'channels'"),
+        ({"k": None}, "a topk SAE needs its k"),
+        ({"kind": "jumprelu", "prefixes": (0.5,)}, "are for topk and batchtopk; leave them out"),
+        ({"k_start": 20}, "give both, or neither"),
+        ({"anneal_steps": 20}, "give both, or neither"),
+        ({"k_start": 5, "anneal_steps": 20}, "a k_start of at least k"),
+        ({"prefixes": (0.5, 0.25)}, "ascending shares of d_sae"),
+        ({"prefixes": (0.5, 1.0)}, "ascending shares of d_sae"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(wrong, complaint, unchecked_types):
+    with pytest.raises(KitError, match=complaint):
+        SAEConfig(**wrong)
 
 
-def test_auxk_gives_b_dec_no_gradient_but_gives_dead_latents_one_and_no_others():
-    sae, x, dead = random_sae(), tokens(), torch.tensor([2, 7, 11])
-    error = (x - sae(x)).clone()  # carries a graph on purpose: auxk_loss must cut it
-    auxk_loss(sae, x, error, dead).backward()
-    assert sae.b_dec.grad is None or not sae.b_dec.grad.any()
-    alive = [i for i in range(24) if i not in dead]
-    assert sae.W_enc.grad[:, dead].any(dim=0).all()
-    assert not sae.W_enc.grad[:, alive].any()
-    assert sae.W_dec.grad[dead].any(dim=1).all()
-    assert not sae.W_dec.grad[alive].any()
+# Other tools' files --------------------------------------------------------------------------------------------------
 
 
-def test_auxk_is_zero_when_nothing_is_dead_and_about_the_formula_otherwise():
-    sae, x = random_sae(), tokens()
-    error = (x - sae(x)).detach()
-    assert auxk_loss(sae, x, error, torch.tensor([], dtype=torch.long)) == 0
-    dead = torch.tensor([1, 4, 9, 20])
-    h = (x - sae.b_dec) @ sae.W_enc[:, dead] + sae.b_enc[dead]  # auxk=5 > 4 dead: all of them, rectified
-    error_hat = h.relu() @ sae.W_dec[dead]
-    expected = ((error_hat - error) ** 2).mean() / error.var(dim=0, unbiased=False).mean()
-    assert auxk_loss(sae, x, error, dead).item() == pytest.approx(expected.item(), rel=1e-5)
+@pytest.mark.parametrize("format", ["sdxl-unbox", "saelens", "dictionary_learning", "sparsify"])
+@pytest.mark.parametrize("normalize", ["none", "channels"])
+def test_an_exported_sae_loads_as_the_same_function(tmp_path, format, normalize):
+    sae, x = random_sae(config=replace(CONFIG, normalize=normalize)), tokens()
+    sae.export(tmp_path / "out", format)
+    again = SAE.load(tmp_path / "out", site=SITE)
+    assert again.hookpoint == "mid.0" and again.origin["format"] == format
+    assert torch.allclose(again.encode(x), sae.encode(x), atol=1e-4)
+    assert torch.allclose(again(x), sae(x), atol=1e-4)
+    again.save(tmp_path / "mine.safetensors")
+    mine = SAE.load(tmp_path / "mine.safetensors")
+    assert torch.equal(mine(x), again(x)) and mine.origin == again.origin
 
 
-def test_auxk_falls_as_dead_latents_learn_the_error():
-    sae, x, dead = random_sae(), tokens(), torch.arange(24)
-    error = (x - sae(x)).detach()
-    adam = torch.optim.Adam(sae.parameters(), 1e-2)
-    losses = []
-    for _ in range(100):
-        loss = auxk_loss(sae, x, error, dead)
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+@pytest.mark.parametrize("kind", ["batchtopk", "jumprelu"])
+def test_thresholds_survive_an_export(tmp_path, kind):
+    sae, x = random_sae(config=replace(CONFIG, kind=kind)), tokens()
+    sae.export(tmp_path / "out", "saelens")
+    assert torch.allclose(SAE.load(tmp_path / "out")(x), sae(x), atol=1e-4)
 
 
-def test_the_geometric_median_minimises_the_summed_distance_and_shrugs_off_outliers():
-    x = torch.cat([tokens(200), torch.full((20, 6), 500.0)])
-    median = geometric_median(x)
-    cost = lambda p: (x - p).norm(dim=1).sum()  # noqa: E731
-    for step in torch.eye(6) * 1e-2:
-        assert cost(median) <= min(cost(median + step), cost(median - step)) + 1e-3
-    assert (median - tokens(200).mean(0)).norm() < 1 < (x.mean(0) - tokens(200).mean(0)).norm()
+def test_the_released_files_say_where_they_belong(tmp_path):
+    folder = tmp_path / "unet.down_blocks.2.attentions.1_k3_hidden24_auxk5_bs4096_lr0.0001" / "final"
+    random_sae().export(folder, "sdxl-unbox")
+    assert SAE.load(folder).site == Site("stabilityai/sdxl-turbo", "", "down.2.1", 1, 0.0)
 
 
-def test_the_median_of_identical_tokens_is_that_token():
-    assert torch.allclose(geometric_median(torch.ones(10, 6)), torch.ones(6))
-
-
-@settings(max_examples=10, deadline=None)
-@given(seeds)
-def test_after_every_step_rows_are_unit_and_the_loss_of_a_repeated_batch_falls(seed):
-    x = tokens(256, seed=seed)
-    learner = Learner(SAE(replace(CONFIG, seed=seed), 6, SITE), x)
-    logs = [learner.step(x) for _ in range(60)]
-    assert torch.allclose(learner.sae.W_dec.norm(dim=1), torch.ones(24), atol=1e-6)
-    assert logs[-1].unexplained < logs[0].unexplained
-    assert all(0 <= log.l0 <= 3 for log in logs)
-
-
-def test_the_first_loss_is_the_unexplained_share_of_variance():
-    x = tokens(512)
-    learner = Learner(SAE(CONFIG, 6, SITE), x)
-    x_hat = learner.sae(x)
-    expected = ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
-    assert learner.step(x).unexplained == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_a_latent_is_dead_after_so_many_tokens_of_silence_and_lives_again_when_it_fires():
-    sae = random_sae()
-    with torch.no_grad():
-        sae.b_enc[5] = -100.0  # cannot fire
-    learner = Learner(sae, tokens())
-    for _ in range(3):
-        learner._count(*sae.encode_sparse(tokens(40)))
-    assert learner.silent[5] == 120 >= sae.config.dead_after
-    assert (learner.silent == 0).any()
-    with torch.no_grad():
-        sae.b_enc[5] = 100.0
-    learner._count(*sae.encode_sparse(tokens(40)))
-    assert learner.silent[5] == 0
-
-
-def test_a_loss_that_is_not_finite_stops_with_the_step():
-    learner = Learner(random_sae(), tokens())
-    with pytest.raises(KitError, match="loss is nan at step 0"):
-        learner.step(torch.full((4, 6), float("nan")))
-
-
-def test_a_learner_resumed_from_its_state_goes_on_bit_for_bit():
-    batches = [tokens(64, seed=s) for s in range(20)]
-    straight = Learner(SAE(CONFIG, 6, SITE), tokens())
-    for x in batches:
-        straight.step(x)
-    first = Learner(SAE(CONFIG, 6, SITE), tokens())
-    for x in batches[:10]:
-        first.step(x)
-    second = Learner(SAE(replace(CONFIG, seed=99), 6, SITE), tokens())
-    second.load_state({key: value.clone() for key, value in first.state().items()})
-    for x in batches[10:]:
-        second.step(x)
-    for one, other in zip(straight.state().values(), second.state().values(), strict=True):
-        assert torch.equal(one, other)
+def test_an_sae_from_elsewhere_belongs_nowhere_until_told(tmp_path):
+    random_sae().export(tmp_path / "out", "saelens")
+    with pytest.raises(ArtifactError, match="its file does not say where it belongs"):
+        _ = SAE.load(tmp_path / "out").hookpoint
+    random_sae().save(tmp_path / "own.safetensors")
+    with pytest.raises(ArtifactError, match="says where it belongs: .*mid.0.* Leave site= out"):
+        SAE.load(tmp_path / "own.safetensors", site=SITE)

@@ -21,13 +21,13 @@ def edits(sae: SAE, stats: FeatureStats, feature: int, seed: int) -> tuple[dict[
     if not len(others):
         raise KitError(f"{sae.name} has no alive feature but {feature}, so nothing to compare it with.")
     other = int(others[np.abs(stats.density[others] - stats.density[feature]).argmin()])
-    rng, decoder = np.random.default_rng([seed, feature]), sae.W_dec.cpu().numpy()
+    rng, decoder = np.random.default_rng([seed, feature]), sae.directions.cpu().numpy()
     off: dict[str, Any] = {"scale": {feature: 0.0}}
 
     def along(vector: Float[np.ndarray, " d_in"]) -> dict[str, Any]:
         return off | {"along": {feature: vector * (np.linalg.norm(decoder[feature]) / np.linalg.norm(vector))}}
 
-    random, untrained = rng.standard_normal(sae.d_in), sae.untrained().W_dec[feature].cpu().numpy()
+    random, untrained = rng.standard_normal(sae.d_in), sae.untrained().directions[feature].cpu().numpy()
     mixed = (rng.standard_normal(stats.d_sae) * _spread(stats)) @ decoder
     chosen = (off, along(random), {"scale": {other: 0.0}}, along(untrained), along(mixed))
     return dict(zip(CONDITIONS, chosen, strict=True)), other

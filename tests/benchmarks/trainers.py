@@ -17,8 +17,10 @@ from unittest.mock import MagicMock
 import torch
 from torch import Tensor, nn
 
-from sdxl_sae_kit.learning import Learner, geometric_median
-from sdxl_sae_kit.sae import SAE, SAEConfig, Site
+from sdxl_sae_kit.configs import SAEConfig, Site
+from sdxl_sae_kit.learning import Learner
+from sdxl_sae_kit.metrics import geometric_median
+from sdxl_sae_kit.sae import SAE
 
 AUXK, AUXK_COEF, EPS, LONG_AGO = 256, 1 / 32, 6.25e-10, 10**9
 

@@ -1,0 +1,39 @@
+"""SAEs and tokens made up for tests."""
+
+from dataclasses import replace
+
+import torch
+
+from sdxl_sae_kit.configs import SAEConfig, Site
+from sdxl_sae_kit.sae import SAE
+
+SITE = Site("tiny-turbo", "abc", "mid.0", 1, 0.0)
+CONFIG = SAEConfig(k=3, expansion=4, auxk=5, dead_after=100, lr=1e-2)
+
+
+def random_sae(seed=0, d_in=6, config=CONFIG):
+    """Every weight random, so that no misplaced one goes unnoticed; decoder rows of unit norm."""
+    sae = SAE(replace(config, seed=seed), d_in, SITE, "test-00000000")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in sae.state_dict().items():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            if name in ("threshold", "mean_activation"):
+                tensor.abs_()
+        if config.kind == "topk":
+            sae.threshold.zero_()
+        if config.kind == "batchtopk":
+            sae.threshold.fill_(sae.threshold[0].item())
+        sae.input_mean.mul_(config.normalize == "channels")
+        sae.input_scale.abs_().add_(0.5)
+        if config.normalize == "scale":
+            sae.input_scale.fill_(sae.input_scale[0].item())
+        if config.normalize not in ("scale", "channels"):
+            sae.input_scale.fill_(1)
+        sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+    return sae
+
+
+def tokens(n=64, d_in=6, seed=1):
+    """Tokens whose mean is not zero."""
+    return torch.randn(n, d_in, generator=torch.Generator().manual_seed(seed)) * 2 + 1
