@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,6 +47,17 @@ class Active:
         share = _DENSE_FROM.get(self.latents.device.type)
         return share is not None and len(self.latents) >= share * self.n_tokens * self.d_sae
 
+    @cached_property
+    def by_token(self) -> Int[Tensor, "token"]:
+        """Where the entries of each token begin."""
+        return _starts(self.tokens, self.n_tokens)
+
+    @cached_property
+    def by_latent(self) -> tuple[Int[Tensor, "entry"], Int[Tensor, "entry"], Int[Tensor, "latent"]]:
+        """The order that sorts entries by latent, their tokens in it, and where those of each latent begin."""
+        order = self.latents.to(torch.int32).argsort(stable=True)  # half the bytes to sort
+        return order, self.tokens.index_select(0, order), _starts(self.latents.index_select(0, order), self.d_sae)
+
     def where(self, chosen: Tensor) -> Active:
         """Only these entries."""
         return Active(self.tokens[chosen], self.latents[chosen], self.n_tokens, self.d_sae)
@@ -64,8 +76,7 @@ class Active:
 
     def padded(self, values: Float[Tensor, "entry"]) -> tuple[Int[Tensor, "token width"], Float[Tensor, "token width"]]:
         """The code as (latents, values), as wide as its longest token; latent 0 with value 0 fills the rest."""
-        starts = _starts(self.tokens, self.n_tokens)
-        place = torch.arange(len(values), device=values.device) - starts[self.tokens]
+        place = torch.arange(len(values), device=values.device) - self.by_token[self.tokens]
         width = int(place.max()) + 1 if len(values) else 1
         latents = self.latents.new_zeros(self.n_tokens, width)
         return (
@@ -169,22 +180,22 @@ class _PreActivation(torch.autograd.Function):
         x, W_enc = ctx.saved_tensors
         by_latent = gradient.new_zeros(active.d_sae).index_add(0, active.latents, gradient)
         b_pre = -(W_enc @ by_latent) if ctx.needs_input_grad[5] else None
-        return None, None, None, _accumulate(active, gradient, x).T, by_latent, b_pre
+        return None, None, None, _accumulate(active, gradient, _columns(active, x)).T, by_latent, b_pre
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, active: Active, values: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
-        ctx.active = active
-        ctx.save_for_backward(values, W_dec)
-        x_hat = _combine(active, values, W_dec)
+        ctx.active, ctx.table = active, _columns(active, W_dec)
+        ctx.save_for_backward(values)
+        x_hat = _combine(active, values, ctx.table)
         return x_hat if b_dec is None else x_hat.add_(b_dec)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,), active, (values, W_dec) = gradients, ctx.active, ctx.saved_tensors
-        b_dec = gradient.sum(dim=0) if ctx.needs_input_grad[3] else None
-        return None, _correlate(active, gradient, W_dec), _accumulate(active, values, gradient), b_dec
+        (gradient,), active, (values,) = gradients, ctx.active, ctx.saved_tensors
+        b_dec, rows = gradient.sum(dim=0) if ctx.needs_input_grad[3] else None, _columns(active, gradient)
+        return None, _correlate(active, rows, ctx.table), _accumulate(active, values, rows), b_dec
 
 
 class _JumpReLU(torch.autograd.Function):
@@ -202,44 +213,43 @@ class _JumpReLU(torch.autograd.Function):
         return values * (h > threshold), -density * (threshold * values + counted), None
 
 
-def _combine(active: Active, values: Tensor, table: Tensor) -> Tensor:
+def _columns(active: Active, table: Float[Tensor, "row column"]) -> list[Float[Tensor, "row _column"]]:
+    """A table as the products below want it: in blocks of columns, or whole where that is better."""
+    if active.dense or table.device.type != "cpu":
+        return [table]
+    return [some.contiguous() for some in table.split(_COLUMNS, dim=1)]
+
+
+def _combine(active: Active, values: Tensor, table: list[Tensor]) -> Tensor:
     if active.dense:
-        return active.matrix(values) @ table
-    return _bags(active.latents, table, _starts(active.tokens, active.n_tokens), values)
+        return active.matrix(values) @ table[0]
+    return _bags(active.latents, table, active.by_token, values)
 
 
-def _accumulate(active: Active, values: Tensor, rows: Tensor) -> Tensor:
+def _accumulate(active: Active, values: Tensor, rows: list[Tensor]) -> Tensor:
     if active.dense:
-        return active.matrix(values).T @ rows
-    order = active.latents.to(torch.int32).argsort(stable=True)  # half the bytes to sort
-    tokens, latents, values = (each.index_select(0, order) for each in (active.tokens, active.latents, values))
-    return _bags(tokens, rows, _starts(latents, active.d_sae), values)
+        return active.matrix(values).T @ rows[0]
+    order, tokens, starts = active.by_latent
+    return _bags(tokens, rows, starts, values.index_select(0, order))
 
 
-def _correlate(active: Active, rows: Tensor, table: Tensor) -> Tensor:
+def _correlate(active: Active, rows: list[Tensor], table: list[Tensor]) -> Tensor:
     if active.dense:
-        return (rows @ table.T)[active.tokens, active.latents]
-    ends = torch.cat([_starts(active.tokens, active.n_tokens), active.tokens.new_tensor([len(active.tokens)])])
-    shape, zeros = (active.n_tokens, active.d_sae), rows.new_zeros(len(active.tokens))
+        return active.of(rows[0] @ table[0].T)
+    ends = torch.cat([active.by_token, active.tokens.new_tensor([len(active.tokens)])])
+    shape, product = (active.n_tokens, active.d_sae), rows[0].new_zeros(len(active.tokens))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        pattern = torch.sparse_csr_tensor(ends, active.latents, zeros, shape, check_invariants=False)
-    product = zeros
-    for some_rows, some_table in zip(_columns(rows), _columns(table), strict=True):
+        pattern = torch.sparse_csr_tensor(ends, active.latents, product, shape, check_invariants=False)
+    for some_rows, some_table in zip(rows, table, strict=True):
         product = product + torch.sparse.sampled_addmm(pattern, some_rows, some_table.T, beta=0).values()
     return product
 
 
-def _bags(ids: Int[Tensor, "entry"], table: Tensor, starts: Int[Tensor, "bag"], weights: Tensor) -> Tensor:
+def _bags(ids: Int[Tensor, "entry"], table: list[Tensor], starts: Int[Tensor, "bag"], weights: Tensor) -> Tensor:
     """Weighted sums of the rows of each bag; a bag is what lies between two starts."""
-    sums = [F.embedding_bag(ids, some, starts, per_sample_weights=weights, mode="sum") for some in _columns(table)]
+    sums = [F.embedding_bag(ids, some, starts, per_sample_weights=weights, mode="sum") for some in table]
     return torch.cat(sums, dim=1)
-
-
-def _columns(table: Float[Tensor, "row column"]) -> list[Float[Tensor, "row _column"]]:
-    if table.device.type != "cpu":
-        return [table]
-    return [some.contiguous() for some in table.split(_COLUMNS, dim=1)]
 
 
 def _starts(sorted_ids: Int[Tensor, "entry"], n: int) -> Int[Tensor, "n"]:

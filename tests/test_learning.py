@@ -1,5 +1,6 @@
 """Learning: the loss and its gradients, what AuxK must and must not touch, schedules, and resuming bit for bit."""
 
+import gc
 import math
 from dataclasses import replace
 
@@ -363,3 +364,18 @@ def test_a_jumprelu_starts_at_the_l0_it_aims_at():
     one = learner(replace(CONFIG, kind="jumprelu", k=4), x)
     assert (one.sae.encode(x) > 0).sum(1).double().mean().item() == pytest.approx(4, abs=0.01)
     assert math.isclose(one.bandwidth, 0.2 * one.sae.threshold[0].item(), rel_tol=1e-6)
+
+
+def test_nothing_but_the_pre_activations_is_as_large_as_every_latent_of_every_token():
+    """Between the forward pass and the backward one, when memory is fullest."""
+    config = SAEConfig(k=4, expansion=200 / 6, auxk=8, prefixes=(0.5,))
+    x = tokens(300)
+    one = Learner(SAE(config, 6, SITE), x)
+    _loss, *_ = one._forward(x, torch.arange(20), 4, 300)
+    gc.collect()
+    large = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.numel() >= 300 * 200]
+    assert [t.data_ptr() for t in large] == [one._h.data_ptr()]
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        one._forward(x, torch.arange(20), 4, 300)
+    assert max(saved) < 300 * 200

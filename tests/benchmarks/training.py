@@ -6,6 +6,7 @@ python tests/benchmarks/training.py --shapes 1024,20480,32 --condition off dead3
 python tests/benchmarks/training.py --check                                    # do all learn the same?
 python tests/benchmarks/training.py --dense-reference                          # is the step the method's, over seeds?
 python tests/benchmarks/training.py --threads 2                                # what a second thread is worth
+python tests/benchmarks/training.py --several 4                                # what several SAEs in one pass cost
 
 A package that is not installed, or does not import, is left out with a line saying so. Where torchvision was built for
 another torch, uninstall it: nothing here needs it.
@@ -38,6 +39,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,7 +48,9 @@ import torch
 from torch import Tensor, nn
 from trainers import AUXK, Task, Trainer, dense, everybody, kit, released
 
-from sdxl_sae_kit.sae import SAE, SAEConfig
+from sdxl_sae_kit.configs import SAEConfig
+from sdxl_sae_kit.sae import SAE
+from sdxl_sae_kit.training import train
 
 D_IN = 1280
 
@@ -229,6 +233,24 @@ def scaling(shape: tuple[int, int, int], d_in: int, repeats: int, threads: int) 
     print(f"x{walls[1] / walls[threads]:.2f}")
 
 
+def several(shape: tuple[int, int, int], d_in: int, count: int) -> None:
+    """CPU time of one `train` of several SAEs, beside those of as many calls for one each; metrics and all."""
+    tokens, d_sae, k = shape
+    world = World(d_in, d_sae)
+    batches = [world.tokens(tokens, seed=i) for i in range(12)]
+    configs = {f"k{k * 2**i}": SAEConfig(k=k * 2**i, expansion=d_sae / d_in) for i in range(count)}
+
+    def cost(chosen: dict[str, SAEConfig]) -> float:
+        with tempfile.TemporaryDirectory() as store:
+            start = time.process_time()
+            train(batches, chosen, store=store)
+            return time.process_time() - start
+
+    together, alone = cost(configs), [cost({name: config}) for name, config in configs.items()]
+    print(f"{shape}: {count} SAEs together {together:.1f} s, the sum of each alone {sum(alone):.1f} s: ", end="")
+    print(f"x{together / sum(alone):.2f} (at most 1.1)")
+
+
 def shape_of(text: str) -> tuple[int, int, int]:
     tokens, d_sae, k = (int(part) for part in text.split(","))
     return tokens, d_sae, k
@@ -243,6 +265,7 @@ def main() -> None:
     parser.add_argument("--d-in", type=int, default=D_IN)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="more than 1: only the kit's speed with so many")
+    parser.add_argument("--several", type=int, default=0, metavar="N", help="only: N SAEs in one pass, beside one each")
     parser.add_argument("--check", action="store_true", help="that all learn alike")
     parser.add_argument("--dense-reference", action="store_true", help="that the kit learns what the method says")
     parser.add_argument("--steps", type=int, default=100, help="of the two checks")
@@ -257,7 +280,9 @@ def main() -> None:
     if options.threads > 1:
         print("This is wall clock: it means something only while nothing else runs.")
     for shape in options.shapes:
-        if options.threads > 1:
+        if options.several:
+            several(shape, options.d_in, options.several)
+        elif options.threads > 1:
             scaling(shape, options.d_in, options.repeats, options.threads)
         else:
             for condition in options.condition:
