@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.configs import Site as Site
     from sdxl_sae_kit.errors import KitError as KitError
     from sdxl_sae_kit.evaluation import evaluate as evaluate
+    from sdxl_sae_kit.evaluation import stability as stability
     from sdxl_sae_kit.features import FeatureStats as FeatureStats
     from sdxl_sae_kit.galleries import gallery as gallery
     from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS as DEFAULT_HOOKPOINTS
@@ -43,7 +44,7 @@ _NAMES = {
     "collection": ["collect", "repair"],
     "configs": ["SAEConfig", "Site"],
     "errors": ["KitError"],
-    "evaluation": ["evaluate"],
+    "evaluation": ["evaluate", "stability"],
     "features": ["FeatureStats"],
     "galleries": ["gallery"],
     "hookpoints": ["DEFAULT_HOOKPOINTS", "list_hookpoints"],

@@ -16,6 +16,7 @@ from sdxl_sae_kit.artifacts import human_bytes
 
 COLOURS = qualitative.Safe
 """Colour-blind-safe."""
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon")
 
 
 class LiveFigure:
@@ -71,6 +72,32 @@ def line_figure(curves: Mapping[str, Sequence[tuple[float, float]]], *, title: s
     made = figure(f"{title}: {len(curves)} lines of {y} over {x}; last values: {ends}.", title=title, x=x, y=y)
     for name, points in curves.items():
         made.add_scatter(x=[px for px, _ in points], y=[py for _, py in points], name=name, mode="lines")
+    return made
+
+
+def trade_off(curves: Mapping[str, Sequence[tuple[float, float, float, float]]], *, title: str) -> go.Figure:
+    """Explained variance against L0: one line of (L0, value, low, high) points per name, with their intervals.
+
+    The axis is logarithmic in the share that is left unexplained, so that 0.98 and 0.99 are as far apart as 0.8 and
+    0.9. Filled points are the Pareto front: no other is as good or better in both, less L0 and more explained.
+    """
+    points = [point[:2] for line in curves.values() for point in line]
+    front = {(l0, ev) for l0, ev in points if not any(x <= l0 and y >= ev and (x, y) != (l0, ev) for x, y in points)}
+    found = [(name, *point) for name, line in curves.items() for point in line if point[:2] in front]
+    best = "; ".join(f"{name} {ev:.3g} [{low:.3g}, {high:.3g}] at {l0:.3g}" for name, l0, ev, low, high in found)
+    alt = f"{title}: {len(curves)} lines of explained variance over L0, with 95 % intervals. No other point is better"
+    made = figure(f"{alt} than: {best}.", title=title, x="L0", y="explained variance", height=520)
+    for at, (name, line) in enumerate(curves.items()):
+        l0, value, low, high = np.array(line, dtype=float).reshape(-1, 4).T
+        symbol = _SYMBOLS[at % len(_SYMBOLS)]
+        made.add_scatter(
+            x=l0, y=np.maximum(1 - value, 1e-9), name=name, mode="lines+markers", hoverinfo="text+name",
+            error_y={"type": "data", "symmetric": False, "array": value - low, "arrayminus": high - value},
+            marker={"symbol": [symbol if point[:2] in front else f"{symbol}-open" for point in line], "size": 9},
+            hovertext=[f"L0 {x:.3g}: {y:.4f} [{left:.4f}, {right:.4f}]" for x, y, left, right in line],
+        )  # fmt: skip
+    ticks = (0, 0.2, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
+    made.update_yaxes(type="log", autorange="reversed", tickvals=[1 - tick for tick in ticks], ticktext=ticks)
     return made
 
 

@@ -23,6 +23,8 @@ class Scale:
     batch_size: int
     """Tokens per training step."""
     epochs: int
+    sweep_epochs: int
+    """The same where many SAEs are compared at one hookpoint."""
     n_features: int
     """Features ablated per hookpoint."""
 
@@ -31,20 +33,20 @@ class Scale:
         return load_prompts(self.source, self.n_images)
 
 
-def _tiny(n_images: int, epochs: int, n_features: int) -> Scale:
+def _tiny(n_images: int, epochs: int, sweep_epochs: int, n_features: int) -> Scale:
     # Steps are few and tokens narrow here, so the learning rate is higher and death comes sooner than in the paper.
     configs = {f"k{k}": SAEConfig(k=k, lr=3e-3, dead_after=50_000) for k in (5, 10)}
-    return Scale("world", n_images, configs, 1024, epochs, n_features)
+    return Scale("world", n_images, configs, 1024, epochs, sweep_epochs, n_features)
 
 
-def _real(n_images: int, epochs: int, n_features: int) -> Scale:
+def _real(n_images: int, epochs: int, sweep_epochs: int, n_features: int) -> Scale:
     configs = {f"k{k}": SAEConfig(k=k, dead_after=1_000_000) for k in (10, 20)}
-    return Scale("scenes", n_images, configs, 4096, epochs, n_features)
+    return Scale("scenes", n_images, configs, 4096, epochs, sweep_epochs, n_features)
 
 
 SCALES = {
-    "tiny": {"smoke": _tiny(240, 4, 3), "demo": _tiny(2048, 10, 10)},
-    "real": {"smoke": _real(64, 1, 3), "demo": _real(4000, 2, 10)},
+    "tiny": {"smoke": _tiny(240, 4, 1, 3), "demo": _tiny(2048, 10, 3, 10)},
+    "real": {"smoke": _real(64, 1, 1, 3), "demo": _real(4000, 2, 1, 10)},
 }
 
 

@@ -11,6 +11,10 @@ LOGS = {"mid.0 k5": [{"step": 1, "unexplained": 0.9}, {"step": 20, "unexplained"
 FIGURES = {
     "training curves": (lambda: plots.training_curves(LOGS), "0.123"),
     "lines": (lambda: plots.line_figure({"a": [(0, 1.0), (1, 7.25)]}, title="t", x="x", y="y"), "a 7.25"),
+    "trade-off": (
+        lambda: plots.trade_off({"a": [(2, 0.5, 0.4, 0.6), (5, 0.5, 0.4, 0.6)]}, title="t"),
+        "better than: a 0.5 [0.4, 0.6] at 2.",
+    ),
     "bytes": (lambda: plots.byte_bars({"all": 2.5e12, "some": 3e9}, title="t"), "all 2.5 TB; some 3 GB"),
     "effects": (
         lambda: plots.effects_by_group(["f 1"], {"off": [(0.5, 0.4, 0.6)], "on": [(0.2, 0.1, 0.3)]}, title="t", y="y"),
@@ -30,6 +34,21 @@ FIGURES = {
 @pytest.mark.parametrize(("make", "number"), FIGURES.values(), ids=FIGURES.keys())
 def test_alt_text_states_the_numbers_that_are_drawn(make, number):
     assert number in make().layout.meta["alt"]
+
+
+def test_a_trade_off_fills_the_points_that_no_other_beats():
+    small, large = [(2, 0.5, 0.4, 0.55), (5, 0.7, 0.6, 0.8)], [(5.0, 0.6, 0.5, 0.7), (9.0, 0.9, 0.8, 1.0)]
+    first, second = plots.trade_off({"small": small, "large": large}, title="t").data
+    assert [symbol.endswith("-open") for symbol in (*first.marker.symbol, *second.marker.symbol)] == [0, 0, 1, 0]
+
+
+def test_a_trade_off_draws_what_is_left_unexplained_and_says_what_is_explained():
+    drawn = plots.trade_off({"a": [(2, 0.5, 0.4, 0.55), (5, 1.0, 1.0, 1.0)]}, title="t")
+    (line,) = drawn.data
+    assert line.y[0] == pytest.approx(0.5) and line.y[1] > 0  # a logarithm is taken
+    assert (line.error_y.array[0], line.error_y.arrayminus[0]) == pytest.approx((0.1, 0.05))
+    assert line.hovertext[0] == "L0 2: 0.5000 [0.4000, 0.5500]"
+    assert dict(zip(drawn.layout.yaxis.ticktext, drawn.layout.yaxis.tickvals, strict=True))[0.98] == pytest.approx(0.02)
 
 
 LIVE = """
