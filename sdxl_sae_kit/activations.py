@@ -165,7 +165,9 @@ class Activations(ABC):
         if len({self.grid(hookpoint) for hookpoint in hookpoints}) != 1:
             grids = ", ".join(f"{h} {self.grid(h)[0]}×{self.grid(h)[1]}" for h in hookpoints) or "none"
             raise HookpointError(f"batches needs hookpoints of one grid, not {grids}. Call it for each grid.")
-        width = sum(map(self.d_in, hookpoints)) * self.layout.stored_dtype.itemsize
+        # as if all hookpoints of the grid were asked for: what each gets must not depend on the others
+        grid = self.grid(hookpoints[0])
+        width = sum(self.d_in(h) for h in self.hookpoints if self.grid(h) == grid) * self.layout.stored_dtype.itemsize
         capacity = min(memory // width, self.n_tokens(hookpoints[0], split))
         rng = np.random.default_rng([seed, epoch])
         block = min(batch_size, max(1, capacity))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from sdxl_sae_kit.artifacts import whole_number
@@ -53,7 +54,7 @@ class SAEConfig:
     anneal_steps: int = 0
     """Steps over which it falls."""
     seed: int = 0
-    """Start of the weights, and what resampling draws."""
+    """Start of the weights, the sample that b_dec starts from, and what resampling draws; not the order of the data."""
 
     def __post_init__(self) -> None:
         _normalised(self)
@@ -91,12 +92,17 @@ def _normalised(config: SAEConfig) -> None:
             values[name] = whole_number(f"SAEConfig: {name}", value, least=least.get(name, 1))
     for name in ("expansion", "lr", "auxk_coef", "sparsity_coef"):
         value, zero = getattr(config, name), name == "auxk_coef"
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < math.inf:
             raise KitError(f"SAEConfig: {name} must be a finite positive number, not {value!r}.")
         if not (value or zero):
             raise KitError(f"SAEConfig: {name} must be a finite positive number, not {value!r}.")
         values[name] = float(value)
-    values["prefixes"] = tuple(map(float, config.prefixes))
+    if not isinstance(config.subtract_b_dec, bool):
+        raise KitError(f"SAEConfig: subtract_b_dec must be True or False, not {config.subtract_b_dec!r}.")
+    try:
+        values["prefixes"] = tuple(map(float, config.prefixes))
+    except (TypeError, ValueError):
+        raise KitError(f"SAEConfig: prefixes are shares such as (0.125, 0.5), not {config.prefixes!r}.") from None
     for name, value in values.items():
         object.__setattr__(config, name, value)  # how a frozen dataclass is normalised
 

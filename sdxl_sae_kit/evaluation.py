@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import combinations
@@ -29,6 +30,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Reconstruction metrics (see `metrics`) and their n; explained variance has a 95 % bootstrap interval by image.
 
+    A number that is not defined (the interval of one image, the variance of what does not vary) is None.
     `dead_share` is the share of latents that never fired on the tokens evaluated; the SAE's hookpoint is the default.
 
     Raises:
@@ -48,8 +50,9 @@ def evaluate(
         sums.append(x.double().sum(1))
         squares.append(x.double().square().sum((1, 2)))
     image_error, image_sum, image_square = (torch.cat(parts).cpu() for parts in (squared_errors, sums, squares))
-    interval = _interval(image_error, image_sum, image_square, x.shape[1])
-    return {
+    interval: Any = _interval(image_error, image_sum, image_square, x.shape[1])
+    interval = None if any(map(math.isnan, interval)) else interval
+    measured = {
         "explained_variance": metrics.explained_variance,
         "explained_variance_interval": interval,
         "explained_variance_per_channel": metrics.explained_variance_per_channel,
@@ -60,6 +63,7 @@ def evaluate(
         "n_tokens": metrics.n_tokens,
         "n_images": len(torch.cat(squares)),
     }
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in measured.items()}
 
 
 @torch.no_grad()
@@ -130,6 +134,7 @@ def _check_seeds(saes: list[SAE]) -> None:
             for name, one, other in (
                 ("hookpoint", first.hookpoint, sae.hookpoint),
                 ("site", first.site, sae.site),
+                ("data", first.data, sae.data),
                 ("shape", (first.d_in, first.d_sae), (sae.d_in, sae.d_sae)),
                 ("config", replace(first.config, seed=0), replace(sae.config, seed=0)),
             )

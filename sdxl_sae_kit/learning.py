@@ -8,10 +8,11 @@ S    = (L0 / k − 1)²                        jumprelu only; L0 / d_in where it
 is its mean over the reconstructions from the latents up to each prefix and from all of them (Bussmann et al. 2025).
 
 A step costs one dense product, the encoder's; all else walks the active entries (see `sparse`). Only the
-pre-activations are as large as (token, d_sae), and they are gone before gradients are computed. Nothing here names a
-device: on a GPU the encoder runs under autocast where `precision` asks for it, Adam is fused there as on the CPU, the
-sparse products turn dense where that is faster, and a step waits for the device twice: for how many latents are dead
-and for its loss.
+pre-activations are as large as (token, d_sae); no gradient needs them, and their memory is used again by the next step.
+Nothing here names a device. On a GPU the encoder's product may run in bfloat16 (`precision`), everything else stays
+float32; Adam is fused there as on the CPU; the sparse products turn dense where that is faster, and then make matrices
+of that size too. A step waits for the device where something is counted: dead latents, entries above a threshold, and
+the loss.
 
 Where several processes share a batch, each has some of its tokens; sums over tokens go over all of them, so that the
 gradients are those of the whole batch.
@@ -20,7 +21,6 @@ gradients are those of the whole batch.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -31,14 +31,13 @@ from torch import Tensor
 from sdxl_sae_kit.buffers import thinned
 from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import KitError
-from sdxl_sae_kit.metrics import geometric_median
 from sdxl_sae_kit.processes import Processes
 from sdxl_sae_kit.sae import FIRES, SAE
 from sdxl_sae_kit.sparse import Active, above, active, combine, jump_relu, largest, pre_activation, top_k
+from sdxl_sae_kit.starts import SAMPLE_TOKENS, set_threshold, start
 
-_MEDIAN_TOKENS, _SAMPLE_TOKENS = 32_768, 8192
-_START_L0 = 64  # of a jumprelu that aims at no L0
 _BANDWIDTH = 0.2  # of the box through which a threshold learns, as a share of where thresholds start
+_ROWS = 1024  # of the decoder at a time, which stay in the cache between two operations
 _EXPLODED = 100  # times the unexplained share of the first step
 
 
@@ -59,8 +58,8 @@ def auxk_error(
 ) -> Float[Tensor, ""]:
     """Σ‖ê − e‖²: what the `auxk` largest pre-activations among dead latents leave of the SAE error `error`.
 
-    Gradients reach the dead latents' encoder columns and decoder rows, and nothing else: neither b_dec nor, through the
-    error, the living.
+    Gradients reach the dead latents' encoder columns, biases and decoder rows, and nothing else: neither b_dec nor,
+    through the error, the living.
     """
     of_dead = h[:, dead]
     strongest = dead[top_k(of_dead, min(sae.config.auxk, len(dead)))]
@@ -70,32 +69,11 @@ def auxk_error(
     return (combine(entries, values, sae.W_dec) - error.detach()).square().sum()
 
 
-@torch.no_grad()
-def set_threshold(sae: SAE, x: Float[Tensor, "token d_in"], l0: float) -> None:
-    """Give all latents the one threshold that leaves `l0` of them active on each of these tokens, on average."""
-    h = sae.pre_activations(thinned(x.to(sae.W_enc.device), _SAMPLE_TOKENS))
-    n = min(round(l0 * len(h)) + 1, h.numel())
-    sae.threshold.fill_(largest(h, n)[-1].clamp_min(0).item())
-
-
-@torch.no_grad()
-def _start(sae: SAE, x: Float[Tensor, "token d_in"]) -> None:
-    """Set what the data decide: input statistics, b_dec, and thresholds that are learnt."""
-    if sae.config.normalize == "channels":
-        sae.input_mean.copy_(x.mean(dim=0))
-        sae.input_scale.copy_(x.std(dim=0, correction=0).clamp_min(1e-6))
-    if sae.config.normalize == "scale":
-        sae.input_scale.fill_(x.square().mean().sqrt().item())
-    sae.b_dec.copy_(geometric_median(sae.normalised(thinned(x, _MEDIAN_TOKENS))))
-    if sae.config.kind == "jumprelu":
-        set_threshold(sae, x, sae.config.k or min(_START_L0, sae.d_sae // 4))
-
-
 def schedule(config: SAEConfig, step: int, n_steps: int | None) -> tuple[float, int | None]:
     """lr and k of a step, counted from 0, of so many."""
     factor = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.decay_steps and n_steps:
-        factor *= min(1.0, (n_steps - step) / config.decay_steps)
+        factor *= min(1.0, max(0, n_steps - step) / config.decay_steps)
     if config.k is None or config.k_start is None:
         return config.lr * factor, config.k
     progress = min(1.0, step / config.anneal_steps)
@@ -151,25 +129,32 @@ class Learner:
         self.generator = torch.Generator().manual_seed(sae.config.seed)
         device = sae.W_enc.device
         sample = sample.to(device)
-        if not sample.isfinite().all():
-            raise KitError(f"The first tokens that {sae.name} is to start from are not finite. Look for their cause.")
-        _start(sae, sample)
-        sample = sae.normalised(sample)
-        self.scale = 1 / (sample - sample.mean(dim=0)).square().mean()
-        self.sample = thinned(sample, _SAMPLE_TOKENS if sae.config.resample_every else 0)
-        self.bandwidth = _BANDWIDTH * sae.threshold.mean().item()
+        start(sae, sample)
+        x = sae.normalised(sample)
+        self.scale = 1 / (x - x.mean(dim=0)).square().mean().clamp_min(1e-30)
+        needed = sae.config.resample_every or sae.config.kind == "batchtopk"
+        self.sample = thinned(sample, SAMPLE_TOKENS if needed else 0)
+        level = self._threshold_level(sample)
+        self.bandwidth = _BANDWIDTH * level
         self.silent = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         # a threshold is as large as activations are; it moves by the share of itself that encoder columns move by
-        pace = sae.threshold.mean().item() * sae.d_in**0.5
         groups = [
             {"params": [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec], "pace": 1.0},
-            {"params": [sae.threshold], "pace": pace},
+            {"params": [sae.threshold], "pace": level * sae.d_in**0.5},
         ]
         self.adam = torch.optim.Adam(groups, lr=sae.config.lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
         self._forward = torch.compile(self._losses) if compile else self._losses
 
-    def step(self, x: Float[Tensor, "token d_in"]) -> StepLog:
-        """Learn from one batch, or from this process's part of it.
+    @torch.no_grad()
+    def _threshold_level(self, sample: Float[Tensor, "token d_in"]) -> float:
+        """How large thresholds are: where they start, or where that is near 0, as pre-activations vary."""
+        sae = self.sae
+        if sae.config.kind != "jumprelu":
+            return 0.0
+        return max(sae.threshold.mean().item(), sae.pre_activations(thinned(sample, 1024)).std().item())
+
+    def step(self, x: Float[Tensor, "token d_in"], n: int | None = None) -> StepLog:
+        """Learn from one batch; or from this process's part of one that has n tokens.
 
         Raises:
             LossError: the loss is not finite or has exploded; nothing was learnt from this batch then.
@@ -179,9 +164,8 @@ class Learner:
         for group in self.adam.param_groups:
             group["lr"] = lr * group["pace"]
         dead = (self.silent >= config.dead_after).nonzero().flatten()
-        n = int(self.processes.sum(torch.tensor(len(x), device=x.device)))
-        with self._autocast():
-            loss, told, fired = self._forward(sae.normalised(x), dead, k, n)
+        n = len(x) if n is None else n
+        loss, told, fired = self._forward(sae.normalised(x), dead, k, n)
         unexplained, auxk, l0 = self.processes.sum(told).tolist()
         self._check(unexplained + auxk)
         self.adam.zero_grad()
@@ -196,11 +180,6 @@ class Learner:
         self.step_number += 1
         resampled = self._resample(n)
         return StepLog(self.tokens, unexplained, auxk, l0, len(dead) / sae.d_sae, lr, k, resampled)
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        device, mixed = self.sae.W_enc.device.type, self.dtype == torch.bfloat16
-        context: AbstractContextManager[None] = torch.autocast(device, dtype=torch.bfloat16, enabled=mixed)
-        return context
 
     def _losses(
         self, x: Float[Tensor, "token d_in"], dead: Int[Tensor, "latent"], k: int | None, n: int
@@ -243,9 +222,10 @@ class Learner:
             return active(top_k(h, k), h.shape[1])
         if self.sae.config.kind == "batchtopk":
             assert k
-            wanted = min(k * n + 1, h.numel())  # as many are to be above the smallest of these
-            most = self.processes.gather(largest(h, wanted))
-            return above(h, most.topk(min(k * n + 1, len(most))).values[-1])
+            most = largest(h, k * n + 1)  # all but the last are to be active
+            if self.processes.count > 1:
+                most = self.processes.gather(most).topk(k * n + 1).values
+            return above(h, most[-1])
         return above(h, self.sae.threshold - self.bandwidth / 2)  # those below their threshold may move it
 
     def _reconstructions(self, entries: Active, z: Float[Tensor, "entry"]) -> list[Float[Tensor, "token d_in"]]:
@@ -253,11 +233,10 @@ class Learner:
         sae = self.sae
         if not sae.config.prefixes:
             return [combine(entries, z, sae.W_dec, sae.b_dec)]
-        ends = [round(share * sae.d_sae) for share in (*sae.config.prefixes, 1)]
-        x_hats = []
+        ends, x_hats = [*sae.prefix_ends, sae.d_sae], []
         x_hat: Tensor = sae.b_dec
-        for start, end in zip([0, *ends], ends, strict=False):
-            within = (entries.latents >= start) & (entries.latents < end)
+        for first, end in zip([0, *ends], ends, strict=False):
+            within = (entries.latents >= first) & (entries.latents < end)
             x_hat = x_hat + combine(entries.where(within), z[within], sae.W_dec)
             x_hats.append(x_hat)
         return x_hats
@@ -275,8 +254,12 @@ class Learner:
             return x.new_zeros(())
         error = x - x_hat
         mean = self.processes.sum(error.sum(dim=0)) / n
-        variance = self.processes.sum((error - mean).square().sum())
-        return auxk_error(self.sae, centred, h, error, dead) / variance.clamp_min(1e-30)
+        varying = error - mean
+        variance, total = self.processes.sum(torch.stack([varying.square().sum(), error.square().sum()]))
+        if variance <= 1e-6 * total:  # one token, or equal ones
+            return x.new_zeros(())
+        auxk: Tensor = auxk_error(self.sae, centred, h, error, dead) / variance
+        return auxk
 
     def _sparsity(self, l0: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """A quantity whose gradients, summed over processes, are those of S."""
@@ -299,15 +282,16 @@ class Learner:
     @torch.no_grad()
     def _project(self) -> None:
         """Remove from the decoder's gradient what would only change the length of its rows."""
-        rows, gradient = self.sae.W_dec, self.sae.W_dec.grad
-        assert gradient is not None
-        along = torch.bmm(gradient[:, None], rows[..., None])[:, 0]
-        gradient.addcmul_(along, rows, value=-1)
+        assert self.sae.W_dec.grad is not None
+        for rows, gradient in zip(self.sae.W_dec.split(_ROWS), self.sae.W_dec.grad.split(_ROWS), strict=True):
+            along = torch.bmm(gradient[:, None], rows[..., None])[:, 0]
+            gradient.addcmul_(along, rows, value=-1)
 
     @torch.no_grad()
     def _constrain(self) -> None:
         """Bring decoder rows back to unit norm, after the step, so that what is saved is exactly unit norm."""
-        self.sae.W_dec /= self.sae.W_dec.norm(dim=1, keepdim=True)
+        for rows in self.sae.W_dec.split(_ROWS):
+            rows /= rows.norm(dim=1, keepdim=True)
         if self.sae.config.kind == "jumprelu":
             self.sae.threshold.clamp_min_(0)
 
@@ -331,8 +315,10 @@ class Learner:
         alive = (self.silent < sae.config.dead_after).nonzero().flatten()
         if not len(dead) or not len(alive):
             return 0
-        centred = self.sample - sae.b_pre
-        drawn = torch.multinomial(self._squared_errors(centred), len(dead), replacement=True, generator=self.generator)
+        x = sae.normalised(self.sample)
+        centred = x - sae.b_pre
+        badly = self._squared_errors(x, centred) * (centred.norm(dim=1) > 0).cpu()  # a zero has no direction
+        drawn = torch.multinomial(badly, len(dead), replacement=True, generator=self.generator)
         directions = F.normalize(centred[drawn.to(dead.device)])
         sae.W_dec[dead] = directions
         sae.W_enc[:, dead] = 0.2 * sae.W_enc[:, alive].norm(dim=0).mean() * directions.T
@@ -342,17 +328,26 @@ class Learner:
             self.adam.state[sae.W_dec][name][dead] = 0
             self.adam.state[sae.W_enc][name][:, dead] = 0
             self.adam.state[sae.b_enc][name][dead] = 0
+            if sae.threshold in self.adam.state:
+                self.adam.state[sae.threshold][name][dead] = 0
         self.silent[dead] = 0
         return len(dead)
 
-    def _squared_errors(self, centred: Float[Tensor, "token d_in"]) -> Float[Tensor, "token"]:
-        """‖x − x̂‖² of the sample's tokens, on the CPU."""
+    def _squared_errors(
+        self, x: Float[Tensor, "token d_in"], centred: Float[Tensor, "token d_in"]
+    ) -> Float[Tensor, "token"]:
+        """‖x′ − x̂′‖² of some tokens, on the CPU."""
         sae = self.sae
         h = torch.addmm(sae.b_enc, centred, sae.W_enc)
         learnt = sae.config.kind == "jumprelu"
         entries = above(h, sae.threshold) if learnt else active(top_k(h, sae.config.k or 1), sae.d_sae)
         x_hat = combine(entries, entries.of(h).relu(), sae.W_dec) + sae.b_dec
-        return (self.sample - x_hat).square().sum(dim=1).cpu()
+        return (x - x_hat).square().sum(dim=1).cpu()
+
+    def calibrate(self) -> None:
+        """Set the threshold that a batchtopk needs to be used; its training does not look at it."""
+        if self.sae.config.kind == "batchtopk":
+            set_threshold(self.sae, self.sample, self.sae.config.k or 1)
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on beside the SAE itself."""

@@ -28,7 +28,7 @@ def explained_variance(x: Float[Tensor, "token d_in"], x_hat: Float[Tensor, "tok
 
 
 def explained_variance_per_channel(x: Float[Tensor, "token d_in"], x_hat: Float[Tensor, "token d_in"]) -> float:
-    """Mean over channels of 1 − Var(x_c − x̂_c) / Var(x_c).
+    """Mean over channels that vary of 1 − Var(x_c − x̂_c) / Var(x_c).
 
     The number the paper's released code prints, for comparison only.
     """
@@ -192,7 +192,8 @@ class ReconstructionMetrics:
         """See `metrics.explained_variance_per_channel`."""
         error = self._sums["e²"] - self._sums["e"].square() / self.n_tokens
         total = self._sums["x²"] - self._sums["x"].square() / self.n_tokens
-        return float((1 - error / total).mean())
+        varies = total > 0
+        return float((1 - error[varies] / total[varies]).mean())
 
     @property
     def l0(self) -> float:

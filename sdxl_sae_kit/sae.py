@@ -43,6 +43,7 @@ class SAE(nn.Module):
         threshold (d_sae,): θ of the equations; zeros for topk.
         input_mean (d_in,), input_scale (d_in,): mean and scale of the equations, where they are the same for all
             tokens (normalize is "scale" or "channels"); else zeros and ones.
+        prefix_ends: number of latents in each Matryoshka prefix.
         mean_activation (d_sae,): mean of z over the training tokens on which the latent fires; 0 for one that never
             fired. The unit of strengths in `steer`.
         site: where it belongs. None until it is trained.
@@ -67,6 +68,12 @@ class SAE(nn.Module):
             raise KitError(
                 f"SAEConfig: k={config.k_start or config.k} is more than the {d_sae} latents "
                 f"({d_in} × expansion {config.expansion:g})."
+            )
+        self.prefix_ends = [round(share * d_sae) for share in config.prefixes]
+        if sorted({0, *self.prefix_ends, d_sae}) != [0, *self.prefix_ends, d_sae]:
+            raise KitError(
+                f"SAEConfig: prefixes={config.prefixes} of {d_sae} latents end at {self.prefix_ends}; each must have a "
+                f"latent that the one before has not, and the last fewer than {d_sae}. Choose others."
             )
         self.config, self.site, self.name = config, site, name
         self.data = ""
@@ -113,8 +120,8 @@ class SAE(nn.Module):
         """
         if self.site is None:
             raise ArtifactError(
-                f"{self.name} has no hookpoint: it was never trained here, and its file does not say where it belongs. "
-                "Train it, load one that was, or give SAE.load its site=Site(…)."
+                f"{self.name} has no hookpoint: nothing says where it belongs. Give train or SAE.load its site=Site(…)"
+                ", or take one that was trained on a cache."
             )
         self.check_site(self.site.hookpoint)
         return self.site.hookpoint
@@ -146,7 +153,7 @@ class SAE(nn.Module):
         if x is None:
             raise KitError(f"{self.name} normalises each token by itself, so decoding needs the token: decode(z, x).")
         if normalize == "constant_norm":
-            return torch.zeros_like(self.b_dec), x.norm(dim=-1, keepdim=True) / self.d_in**0.5
+            return torch.zeros_like(self.b_dec), x.norm(dim=-1, keepdim=True).clamp_min(1e-8) / self.d_in**0.5
         return x.mean(dim=-1, keepdim=True), x.std(dim=-1, keepdim=True) + 1e-5
 
     def _restored(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
@@ -158,7 +165,7 @@ class SAE(nn.Module):
     def pre_activations(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_sae"]:
         """h of the module's equations."""
         flat = self.normalised(x).reshape(-1, self.d_in)
-        h: Tensor = torch.addmm(self.b_enc, flat - self.b_pre, self.W_enc).unflatten(0, x.shape[:-1])
+        h: Tensor = torch.addmm(self.b_enc, flat - self.b_pre, self.W_enc).view(*x.shape[:-1], self.d_sae)
         return h
 
     def _active(self, h: Float[Tensor, "token d_sae"]) -> Active:
@@ -184,12 +191,12 @@ class SAE(nn.Module):
             indices, values = (each.view(-1, self.config.k or 0) for each in (entries.latents, values))
         else:
             indices, values = entries.padded(values)
-        return indices.unflatten(0, x.shape[:-1]), values.unflatten(0, x.shape[:-1])
+        return indices.view(*x.shape[:-1], -1), values.view(*x.shape[:-1], -1)
 
     def encode(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_sae"]:
         """The code z with its zeros."""
         entries, values = self._code(x)
-        z: Tensor = entries.matrix(values).unflatten(0, x.shape[:-1])
+        z: Tensor = entries.matrix(values).view(*x.shape[:-1], self.d_sae)
         return z
 
     def decode(
@@ -226,9 +233,9 @@ class SAE(nn.Module):
         x: Float[Tensor, "*token d_in"] | None = None,
     ) -> Float[Tensor, "*token d_in"]:
         """The same for a code given as indices and values."""
-        entries = active(indices.flatten(0, -2), self.d_sae)
+        entries = active(indices.reshape(-1, indices.shape[-1]), self.d_sae)
         x_hat = combine(entries, values.flatten(), self.W_dec, self.b_dec)
-        return self._restored(x_hat.unflatten(0, indices.shape[:-1]), x)
+        return self._restored(x_hat.view(*indices.shape[:-1], self.d_in), x)
 
     def untrained(self) -> SAE:
         """The control for anything claimed of this SAE: the same shape and place, random weights, centred alike.
@@ -357,10 +364,9 @@ class SAE(nn.Module):
         if site is None and found.origin["format"] == "sdxl-unbox" and found.hookpoint:
             site = Site("stabilityai/sdxl-turbo", "", found.hookpoint, 1, 0.0)
         sae = cls(config, d_in, site, f"{found.origin['format']}_{found.origin['sha256'][:8]}")
-        parts = {name: getattr(found, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
-        sae.load_state_dict(sae.state_dict() | parts)
-        if found.mean_activation is not None:
-            sae.mean_activation.copy_(found.mean_activation)
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "mean_activation"):
+            if (tensor := getattr(found, name)) is not None:
+                getattr(sae, name).data.copy_(tensor)
         sae.origin = found.origin
         return sae.eval().requires_grad_(False)
 
@@ -370,18 +376,20 @@ class SAE(nn.Module):
         config = weights.parse(SAEConfig, about["config"], path)
         site = weights.parse(Site, about["site"], path) if about["site"] else None
         shape = tuple(tensors["W_enc"].shape) if "W_enc" in tensors else ()
-        if len(shape) != 2 or shape[1] != round(shape[0] * config.expansion):
+        if len(shape) != 2 or abs(shape[1] - shape[0] * config.expansion) > 0.5:
             raise ArtifactError(
                 f"{path}: W_enc has shape {shape}, not (d_in, {config.expansion:g} · d_in). The file is damaged."
             )
-        sae = cls(config, shape[0], site, about["name"])
+        try:
+            sae = cls(config, shape[0], site, about["name"])
+        except KitError as cause:
+            raise ArtifactError(f"{path}: {cause} The file is damaged.") from None
         weights.check(tensors, sae.state_dict(), path)
         sae.load_state_dict(tensors)
         sae.data, sae.metrics, sae.origin = about["data"], about["metrics"], about["origin"]
         return sae.eval().requires_grad_(False)
 
     def __repr__(self) -> str:
-        where = f"{self.site.kind}s of {self.site.hookpoint} in {self.site.model}" if self.site else "nothing yet"
-        return (
-            f"SAE {self.name}: {self.config.kind}, {self.d_in} → {self.d_sae} latents, k={self.k}, trained on {where}"
-        )
+        where = f"{self.site.kind}s of {self.site.hookpoint} in {self.site.model}" if self.site else "unknown tokens"
+        shape = f"{self.d_in} → {self.d_sae} latents"
+        return f"SAE {self.name}: {self.config.kind}, {shape}, k={self.k}, trained on {where}"

@@ -117,10 +117,12 @@ def above(h: Float[Tensor, "token d_sae"], threshold: Float[Tensor, "*d_sae"]) -
 
 
 def largest(h: Float[Tensor, "token d_sae"], n: int) -> Float[Tensor, "n"]:
-    """The n largest pre-activations of all tokens together, descending.
+    """The n largest pre-activations of all tokens together, descending; −∞ where there are fewer.
 
     Exact without sorting them all: a thin sample gives a bound that a few more than n exceed; only those are sorted.
     """
+    if h.numel() < n:
+        return F.pad(h.flatten().sort(descending=True).values, (0, n - h.numel()), value=-torch.inf)
     sample = h[:: max(1, len(h) // 256)].flatten()
     guess = min(len(sample), int(1.2 * n * len(sample) / h.numel()) + 16)
     candidates = h[h >= sample.topk(guess).values[-1]]

@@ -18,13 +18,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sdxl_sae_kit.buffers import thinned
 from sdxl_sae_kit.configs import Site, Split
 from sdxl_sae_kit.errors import HookpointError, KitError, did_you_mean
 
 _HELD_OUT, _SAMPLE = 4096, 40_960  # tokens
-_PART = 4096
-_PER_IMAGE = 256  # tokens of an update of SDXL: what a number of images amounts to here
+_TOGETHER, _PART = 64, 64  # tokens to an image, images read at once
 
 Batch = dict[str, Float[Tensor, "_token _d_in"]]
 
@@ -35,6 +33,7 @@ class Tokens:
     Args:
         batches: any iterable; one that can be iterated over again where there are several epochs.
         site: where the tokens come from. Its hookpoint names them, unless they are named already.
+        epochs: how often they will be iterated over.
 
     Raises:
         KitError: not batches of tokens, or too few of them.
@@ -42,7 +41,11 @@ class Tokens:
 
     name = "tokens"
 
-    def __init__(self, batches: Iterable[Any], site: Site | None = None) -> None:
+    def __init__(self, batches: Iterable[Any], site: Site | None = None, epochs: int = 1) -> None:
+        if epochs > 1 and iter(batches) is batches:
+            raise KitError(
+                f"An iterator gives its batches once, but epochs={epochs}. Give a list, or what can begin anew."
+            )
         self._batches, self._site = batches, site
         self._rest = self._read(iter(batches))
         self._held_out = self._take(_HELD_OUT)
@@ -62,7 +65,7 @@ class Tokens:
         """The next batches, until they have n tokens."""
         taken, tokens = [], 0
         while tokens < n and (batch := next(self._rest, None)):
-            taken.append(batch)
+            taken.append({hookpoint: x.clone() for hookpoint, x in batch.items()})  # an iterator may reuse its memory
             tokens += len(next(iter(batch.values())))
         return taken
 
@@ -71,6 +74,8 @@ class Tokens:
         for number, batch in enumerate(batches):
             named = batch if isinstance(batch, Mapping) else {self._site.hookpoint if self._site else "tokens": batch}
             read = {str(hookpoint): _as_tokens(x, number) for hookpoint, x in named.items()}
+            if not any(len(x) for x in read.values()):
+                continue
             found = {hookpoint: x.shape[1] for hookpoint, x in read.items()}
             if (widths := widths or found) != found or len({len(x) for x in read.values()}) != 1:
                 raise KitError(
@@ -118,19 +123,19 @@ class Tokens:
             batches: Iterator[Batch] = itertools.chain(self._first, self._rest)
             self._rest = iter(())
         else:
-            again = iter(self._batches)
-            if again is self._batches:
-                raise KitError(
-                    "An iterator gives its batches once. For more epochs give a list, or what makes it anew."
-                )
-            batches = itertools.islice(self._read(again), len(self._held_out), None)
+            batches = itertools.islice(self._read(iter(self._batches)), len(self._held_out), None)
         for batch in batches:
             yield {hookpoint: batch[hookpoint] for hookpoint in hookpoints}
 
     def by_image(self, hookpoint: str, split: Split, max_images: int) -> Iterator[Float[Tensor, "image token d_in"]]:
-        """Some tokens of a split, each an image of its own; of the training tokens those of `sample`."""
+        """Some tokens of a split; of the training tokens those of `sample`.
+
+        Nobody knows which were of one image: 64 that came one after the other count as one, and a rest is left out.
+        """
         tokens = self._of(self._held_out if split == "held_out" else self._first, hookpoint)
-        yield from thinned(tokens, max_images * _PER_IMAGE)[:, None].split(_PART)
+        together = min(_TOGETHER, max(1, len(tokens) // 2))
+        images = tokens[: len(tokens) // together * together].unflatten(0, (-1, together))
+        yield from images[:max_images].split(_PART)
 
     def _of(self, batches: Sequence[Batch], hookpoint: str) -> Float[Tensor, "token d_in"]:
         if hookpoint not in batches[0]:
@@ -142,13 +147,14 @@ class Tokens:
 
 
 def _as_tokens(x: Any, number: int) -> Float[Tensor, "token d_in"]:
-    tokens = x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x))
-    if tokens.ndim != 2 or not len(tokens) or not tokens.is_floating_point():
+    array = x if isinstance(x, Tensor) else np.ascontiguousarray(x)
+    floating = array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
+    if array.ndim != 2 or not floating:
         raise KitError(
-            f"Batch {number} is {tokens.dtype} of shape {tuple(tokens.shape)}; train needs floating-point numbers of "
+            f"Batch {number} is {array.dtype} of shape {tuple(array.shape)}; train needs floating-point numbers of "
             "shape (n, d_in), one row per token."
         )
-    return tokens.detach().cpu().float()
+    return torch.as_tensor(array).detach().cpu().float()
 
 
 def _shapes(batch: Batch) -> str:

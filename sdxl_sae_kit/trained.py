@@ -38,12 +38,13 @@ class TrainedSAEs(dict[Key, SAE]):
         raise KitError(f"No SAE {key!r} here; there are {known}.{did_you_mean(str(key), map(str, self))}")
 
     def __repr__(self) -> str:
-        lines = [f"{h} {name}: explained variance {m:.4f}" for (h, name), m in self.explained().items()]
+        explained = {key: "undefined" if m is None else f"{m:.4f}" for key, m in self.explained().items()}
+        lines = [f"{h} {name}: explained variance {text}" for (h, name), text in explained.items()]
         lines += [f"{h} {name}: stopped. {why}" for (h, name), why in self.failures.items()]
         return "\n".join([f"{len(self)} trained SAEs (measured on held-out tokens)", *lines])
 
-    def explained(self) -> dict[Key, float]:
-        """Explained variance of each."""
+    def explained(self) -> dict[Key, float | None]:
+        """Explained variance of each; None where it is not defined."""
         return {key: sae.metrics["explained_variance"] for key, sae in self.items()}
 
     def rows(self) -> list[dict[str, Any]]:
@@ -63,7 +64,11 @@ class TrainedSAEs(dict[Key, SAE]):
         rows = [
             {key: row[key] for key in ("hookpoint", "config", "kind", "k", "d_sae")}
             | {title: row[name] for title, name in shown.items()}
-            | {"95 % interval": "[{:.4f}, {:.4f}]".format(*row["explained_variance_interval"])}
+            | {
+                "95 % interval": "[{:.4f}, {:.4f}]".format(*interval)
+                if (interval := row["explained_variance_interval"])
+                else "–"
+            }
             for row in self.rows()
         ]
         caption = (
@@ -71,7 +76,9 @@ class TrainedSAEs(dict[Key, SAE]):
             "bootstrap over images; L0 the mean number of active latents per token; dead share that of latents which "
             "never fired."
         )
-        return html.fragment(html.table(rows, caption))
+        stopped = [{"hookpoint": h, "config": name, "stopped": why} for (h, name), why in self.failures.items()]
+        failed = html.table(stopped, "SAEs whose training stopped") if stopped else ""
+        return html.fragment(html.table(rows, caption) + failed)
 
     def plot(self) -> Any:
         """Training curves (plotly): unexplained share of each batch's variance over tokens seen."""

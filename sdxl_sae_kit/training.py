@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,10 +19,10 @@ from sdxl_sae_kit import weights
 from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.artifacts import Store, human_bytes, slug, whole_number
 from sdxl_sae_kit.configs import SAEConfig, Site
-from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.evaluation import evaluate, mean_activation
 from sdxl_sae_kit.files import write_atomically
-from sdxl_sae_kit.learning import Learner, LossError, set_threshold
+from sdxl_sae_kit.learning import Learner, LossError
 from sdxl_sae_kit.pipelines import choose_device
 from sdxl_sae_kit.plots import LiveFigure, training_curves
 from sdxl_sae_kit.processes import Processes, find_processes
@@ -49,7 +50,7 @@ def train(
     device: str | None = None,
     store: Store | Path | str | None = None,
 ) -> TrainedSAEs:
-    """Train every configuration at every hookpoint, reading the data once for all; finished ones are loaded instead.
+    """Train every configuration at every hookpoint in one pass over the data; finished ones are loaded instead.
 
     Killed at any moment, it goes on from the last checkpoint when called again. Held-out prompts are never trained on;
     metrics are measured on them. An SAE whose loss stops being finite, or explodes, stops with a checkpoint of its last
@@ -79,10 +80,10 @@ def train(
         >>> saes = train(cache, {"k10": SAEConfig(k=10), "k20": SAEConfig(k=20)})      # doctest: +SKIP
         >>> saes["down.2.1", "k10"].metrics["explained_variance"]                      # doctest: +SKIP
     """
-    named = {f"k{configs.k}": configs} if isinstance(configs, SAEConfig) else dict(configs)
     batch_size, epochs = whole_number("batch_size", batch_size), whole_number("epochs", epochs)
-    _check_settings(data, named, hookpoints, precision)
-    tokens = data if isinstance(data, Activations) else Tokens(data, site)
+    named = _named(configs)
+    _check_settings(data, named, hookpoints, site, precision)
+    tokens = data if isinstance(data, Activations) else Tokens(data, site, epochs)
     hookpoints = [hookpoints] if isinstance(hookpoints, str) else hookpoints or tokens.hookpoints
     device = choose_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     training = _Training(tokens, batch_size, epochs, precision, compile, device, find_processes())
@@ -97,13 +98,25 @@ def train(
     return _trained(runs)
 
 
+def _named(configs: Any) -> dict[str, SAEConfig]:
+    if isinstance(configs, SAEConfig):
+        return {f"k{configs.k}" if configs.k else configs.kind: configs}
+    if not isinstance(configs, Mapping):
+        raise KitError(f"train takes an SAEConfig, or a mapping such as {{'k10': SAEConfig(k=10)}}, not {configs!r}.")
+    return dict(configs)
+
+
 def _check_settings(
-    data: Any, named: Mapping[str, SAEConfig], hookpoints: Sequence[str] | None, precision: str
+    data: Any, named: Mapping[str, SAEConfig], hookpoints: Sequence[str] | None, site: Site | None, precision: str
 ) -> None:
     if isinstance(data, str | bytes | Mapping | Tensor) or not isinstance(data, Activations | Iterable):
         raise KitError(
             f"train takes what collect or stream gives, or an iterable of batches (n, d_in), not {type(data).__name__}."
         )
+    if site and isinstance(data, Activations):
+        raise KitError(f"train: {data.name} says itself where its updates come from. Leave site= out.")
+    if site and site.kind != "update":
+        raise KitError(f"train: site says {site.kind!r}, but this kit works on updates only. Give it those.")
     if not named or (hookpoints is not None and not len(hookpoints)):
         raise KitError(
             "train needs at least one configuration and one hookpoint, such as {'k10': SAEConfig(k=10)} and 'mid.0'; "
@@ -112,13 +125,16 @@ def _check_settings(
     for name, config in named.items():
         if not isinstance(config, SAEConfig):
             raise KitError(f"train: {name!r} must be an SAEConfig, such as SAEConfig(k=10), not {config!r}.")
-        if not name or name != slug(name):
+        if not isinstance(name, str) or not name or name != slug(name):
             raise KitError(f"train: {name!r} cannot name an SAE. Use letters, digits, '.', '_' and '-', such as 'k10'.")
     if precision not in get_args(Precision):
         raise KitError(f"train: precision is {' or '.join(map(repr, get_args(Precision)))}, not {precision!r}.")
 
 
 def _trained(runs: Sequence[_Run]) -> TrainedSAEs:
+    for run in runs:
+        if not (run.failure or run.artifact.finished):
+            run.failure = f"{run.artifact.name} could not be finished by the first process; what it printed says why."
     failures = {run.key: run.failure for run in runs if run.failure}
     if len(failures) == len(runs):
         raise KitError(f"None of the SAEs could be trained to its end. {' '.join(failures.values())}")
@@ -129,7 +145,7 @@ def _trained(runs: Sequence[_Run]) -> TrainedSAEs:
         failures,
     )
     for key, explained in saes.explained().items():
-        if not explained > 0:
+        if explained is not None and not explained > 0:
             tqdm.write(
                 f"{' '.join(key)} explains less than the mean does ({explained:.3g}): lower lr, or train longer."
             )
@@ -159,10 +175,24 @@ class _Run:
             "precision": training.precision,
         }
         site = tokens.site(self.hookpoint)
+        if isinstance(tokens, Tokens):  # whose digest tells only how they begin
+            recipe |= {"steps": self.n_steps, "site": asdict(site) if site else None}
         model = Path(site.model).name if site else "tokens"
         self.artifact = store.artifact("saes", f"{model}_{self.hookpoint}_{name}", recipe)
         self.log: list[dict[str, float]] = []
         self.failure = ""
+        self.seen: tuple[int, str] = (-1, "")  # number and hash of the last batch before a checkpoint
+
+    def attempt(self, action: Callable[[], None]) -> None:
+        """Do something that must not stop the other SAEs if it fails; processes that work together stop together."""
+        if self.failure:
+            return
+        try:
+            action()
+        except (KitError, torch.OutOfMemoryError) as cause:
+            if self.training.processes.count > 1 and not isinstance(cause, LossError):
+                raise
+            self._fail(cause)
 
     def start(self) -> None:
         """Make the SAE, or take it up from its checkpoint."""
@@ -178,30 +208,30 @@ class _Run:
             precision=self.training.precision,
             compile=self.training.compile,
         )
-        self.seen: tuple[int, str] = (-1, "")  # number and hash of the last batch before a checkpoint
         if self.artifact.file(_CHECKPOINT).exists():
             self._resume()
 
     def _resume(self) -> None:
         path = self.artifact.file(_CHECKPOINT)
-        self.learner.sae.load_state_dict(SAE.load(path).state_dict())
-        _, state = weights.read(path, training=True)
-        self.seen = json.loads(bytes(state.pop("seen").tolist()))
-        self.learner.load_state(state)
+        try:
+            self.learner.sae.load_state_dict(SAE.load(path).state_dict())
+            _, state = weights.read(path, training=True)
+            self.seen = json.loads(bytes(state.pop("seen").tolist()))
+            self.learner.load_state(state)
+        except (ArtifactError, KeyError, ValueError, RuntimeError) as cause:
+            raise ArtifactError(
+                f"{path} is damaged ({cause}). Delete it and call train again: it begins anew."
+            ) from None
         self.log = [line for line in self.read_log() if line["step"] <= self.learner.step_number]
 
     def step(self, number: int, x: Tensor) -> None:
         """Learn from the batch of this number, unless that was done before; log and keep the state now and then."""
         if number == self.seen[0]:
             self._check_seen(x)
-        if self.failure or number < self.learner.step_number:
+        if number < self.learner.step_number:
             return
         share = x[self.training.processes.index :: self.training.processes.count]
-        try:
-            step = self.learner.step(share.to(self.training.device))
-        except (LossError, torch.OutOfMemoryError) as cause:
-            self._fail(cause)
-            return
+        step = self.learner.step(share.to(self.training.device), len(x))
         if (number + 1) % _LOG_STEPS == 0 or number == 0 or step.resampled:
             self.log.append({"step": number + 1, **asdict(step)})
         if (number + 1) % _CHECKPOINT_STEPS == 0:
@@ -217,36 +247,45 @@ class _Run:
             )
 
     def _fail(self, cause: Exception) -> None:
-        """Stop, and keep what was good."""
-        tensors = self.learner.sae.state_dict().values()
-        if isinstance(cause, LossError) and not cause.exploded and all(tensor.isfinite().all() for tensor in tensors):
+        """Stop, keep what was good, and let go of the memory."""
+        if isinstance(cause, LossError) and not cause.exploded and self._finite():
             self._keep()
+        self.__dict__.pop("learner", None)
         checkpoint = self.artifact.file(_CHECKPOINT)
         kept = f"Its last good checkpoint is {checkpoint}." if checkpoint.exists() else "It has no checkpoint yet."
         self.failure = f"{cause} {kept}"
         if self.training.processes.first:
             tqdm.write(self.failure)
 
+    def _finite(self) -> bool:
+        return all(bool(tensor.isfinite().all()) for tensor in self.learner.sae.state_dict().values())
+
     def _keep(self) -> None:
-        """Write everything that the next step depends on."""
+        """Write everything that the next step depends on.
+
+        Raises:
+            LossError: that is not finite, and what was written before stays.
+        """
+        if not self._finite():
+            reason = f"weights are not finite after step {self.learner.step_number - 1}. Lower lr"
+            raise LossError(f"{self.artifact.name}: {reason}.", exploded=True)
         if self.training.processes.first:
+            self.learner.calibrate()
             self._write_log()
             seen = torch.tensor(list(json.dumps(self.seen).encode()), dtype=torch.uint8)
             self.learner.sae.save(self.artifact.file(_CHECKPOINT), self.learner.state() | {"seen": seen})
 
     def finish(self) -> None:
         """Measure, save, seal."""
-        if self.failure or not self.training.processes.first:
+        self._keep()
+        if not self.training.processes.first:
             return
         tokens, sae = self.training.tokens, self.learner.sae.eval().requires_grad_(False)
-        if self.config.kind == "batchtopk":
-            set_threshold(sae, tokens.sample(self.hookpoint, _SAMPLE, seed=self.config.seed), self.config.k or 1)
         sae.mean_activation.copy_(mean_activation(sae, tokens, self.hookpoint))
         sae.metrics = evaluate(sae, tokens, hookpoint=self.hookpoint)
         sae.save(self.artifact.file(_SAE))
-        self._write_log()
+        self.artifact.seal(facts={"metrics": sae.metrics}, names=[_SAE, _LOG])
         self.artifact.file(_CHECKPOINT).unlink(missing_ok=True)
-        self.artifact.seal(facts={"metrics": sae.metrics})
 
     def read_log(self) -> list[dict[str, float]]:
         """The training log, line by line."""
@@ -289,13 +328,23 @@ class _Training:
                 for run in runs:
                     stack.enter_context(run.artifact.lock())
             self.processes.wait()
+            self._agree(runs)
             runs = [run for run in runs if not run.artifact.finished]  # another process may just have been faster
             for run in runs:
-                run.start()
-            self._steps(runs, stack)
+                run.attempt(run.start)
+            self._steps([run for run in runs if not run.failure], stack)
             for run in runs:
-                run.finish()
+                run.attempt(run.finish)
             self.processes.wait()
+
+    def _agree(self, runs: Sequence[_Run]) -> None:
+        """Refuse to share batches with processes that were given other ones."""
+        mine = int(hashlib.sha256(" ".join(run.artifact.name for run in runs).encode()).hexdigest()[:15], 16)
+        if len(self.processes.gather(torch.tensor([mine], device=self.device)).unique()) > 1:
+            raise KitError(
+                "The processes were given different tokens or settings. Give each of them the same batches in the same "
+                "order (no shuffling of their own); train deals out each batch itself."
+            )
 
     def _announce(self, runs: Sequence[_Run]) -> None:
         hookpoints, n_steps = ", ".join(dict.fromkeys(run.hookpoint for run in runs)), runs[0].n_steps
@@ -323,7 +372,8 @@ class _Training:
             return
         hookpoints = list(dict.fromkeys(run.hookpoint for run in runs))
         first, n_steps = min(run.learner.step_number for run in runs), runs[0].n_steps
-        per_epoch = n_steps // self.epochs if n_steps else None
+        # an iterable's length may be wrong, and it must be passed over anyway
+        per_epoch = n_steps // self.epochs if n_steps and isinstance(self.tokens, Activations) else None
         start = first // per_epoch if per_epoch else 0
         number = start * (per_epoch or 0)
         live = stack.enter_context(LiveFigure())
@@ -333,7 +383,7 @@ class _Training:
         for epoch in range(start, self.epochs):
             for batch in self.tokens.batches(hookpoints, self.batch_size, epoch=epoch):
                 for run in runs:
-                    run.step(number, batch[run.hookpoint])
+                    run.attempt(partial(run.step, number, batch[run.hookpoint]))
                 bar.update(number >= first)
                 number += 1
                 if all(run.failure for run in runs):

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -54,7 +55,7 @@ def read(path: Path | str, *, training: bool = False) -> tuple[dict[str, Any], d
 def _header(text: str, path: Path | str) -> dict[str, Any]:
     try:
         about: dict[str, Any] = dict(json.loads(text))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         about = {}
     if about.get("version") != VERSION:
         found = f"version {about['version']}" if "version" in about else "no such header"
@@ -63,16 +64,21 @@ def _header(text: str, path: Path | str) -> dict[str, Any]:
         )
     if missing := {"name", "config", "site", "data", "metrics", "origin"} - about.keys():
         raise ArtifactError(f"{path}: the header lacks {', '.join(sorted(missing))}. The file is damaged.")
+    texts, objects = (about["name"], about["data"]), (about["metrics"], about["origin"])
+    if not all(isinstance(text, str) for text in texts) or not all(isinstance(each, dict) for each in objects):
+        raise ArtifactError(f"{path}: name, data, metrics or origin are not what they should be. The file is damaged.")
     return about
 
 
-def parse(kind: type[T], values: Mapping[str, Any], path: Path | str) -> T:
+def parse(kind: type[T], values: Any, path: Path | str) -> T:
     """A dataclass from its part of the header.
 
     Raises:
         ArtifactError: settings that are unknown, missing or impossible.
     """
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(values, Mapping):
+        raise ArtifactError(f"{path}: its {kind.__name__} is no JSON object. The file is damaged; get it again.")
     if values.keys() != known:
         odd = ", ".join(sorted(values.keys() ^ known))
         raise ArtifactError(
@@ -81,7 +87,7 @@ def parse(kind: type[T], values: Mapping[str, Any], path: Path | str) -> T:
         )
     try:
         return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-    except (KitError, TypeError) as cause:
+    except (KitError, TypeError, ValueError, OverflowError) as cause:
         raise ArtifactError(f"{path}: its {kind.__name__} is impossible ({cause}). The file is damaged.") from None
 
 
@@ -89,16 +95,17 @@ def check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Pat
     """Refuse tensors that are not just the ones wanted.
 
     Raises:
-        ArtifactError: one is missing, unknown, misshapen or not finite.
+        ArtifactError: one is missing, unknown, misshapen, not float32 or not finite.
     """
     for name in sorted(tensors.keys() | wanted.keys()):
         if (
             name not in tensors
             or name not in wanted
             or tensors[name].shape != wanted[name].shape
+            or tensors[name].dtype != torch.float32
             or not tensors[name].isfinite().all()
         ):
             raise ArtifactError(
-                f"{path}: tensor {name} is missing, unknown, misshapen or not finite. "
+                f"{path}: tensor {name} is missing, unknown, misshapen, not float32 or not finite. "
                 "The file is damaged; train the SAE again."
             )

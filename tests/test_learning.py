@@ -1,7 +1,6 @@
 """Learning: the loss and its gradients, what AuxK must and must not touch, schedules, and resuming bit for bit."""
 
 import gc
-import math
 from dataclasses import replace
 
 import pytest
@@ -12,9 +11,10 @@ from made_saes import CONFIG, SITE, random_sae, tokens
 
 from sdxl_sae_kit import sparse
 from sdxl_sae_kit.configs import SAEConfig
-from sdxl_sae_kit.learning import Learner, LossError, auxk_error, schedule, set_threshold
+from sdxl_sae_kit.learning import Learner, LossError, auxk_error, schedule
 from sdxl_sae_kit.metrics import geometric_median
 from sdxl_sae_kit.sae import SAE
+from sdxl_sae_kit.starts import set_threshold
 
 seeds = st.integers(0, 2**31)
 KINDS = ["topk", "batchtopk", "jumprelu"]
@@ -288,17 +288,26 @@ def test_fused_adam_on_weights_that_lie_latent_by_latent_is_plain_adam():
         assert torch.allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", [{"precision": "bfloat16"}, {"compile": True}])
-def test_options_of_gpus_learn_on_a_cpu_too(how, monkeypatch, unchecked_types):
-    if "compile" in how:  # without a compiler
-        compile = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend="eager"))
-    x = tokens(256)
-    plain, other = learner(x=x), learner(x=x, **how)
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_learns_about_the_same_in_the_sparse_way_and_the_dense(kind, dense, monkeypatch):
+    if dense:
+        monkeypatch.setitem(sparse._DENSE_FROM, "cpu", 0.0)
+    x, config = tokens(256), replace(CONFIG, kind=kind)
+    plain, other = learner(config, x), learner(config, x, precision="bfloat16")
     for _ in range(40):
         expected, found = plain.step(x).unexplained, other.step(x).unexplained
-    assert found == pytest.approx(expected, rel=0.05 if "precision" in how else 1e-4)
+    assert found == pytest.approx(expected, rel=0.1)
     assert {parameter.dtype for parameter in other.sae.parameters()} == {torch.float32}
+
+
+def test_a_compiled_step_learns_the_same(monkeypatch, unchecked_types):
+    compile = torch.compile  # without a compiler, which not every machine has
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend="eager"))
+    x = tokens(256)
+    plain, other = learner(x=x), learner(x=x, compile=True)
+    for _ in range(5):
+        assert other.step(x).unexplained == pytest.approx(plain.step(x).unexplained, rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_changes_nothing():
@@ -363,7 +372,7 @@ def test_a_jumprelu_starts_at_the_l0_it_aims_at():
     x = tokens(2000)
     one = learner(replace(CONFIG, kind="jumprelu", k=4), x)
     assert (one.sae.encode(x) > 0).sum(1).double().mean().item() == pytest.approx(4, abs=0.01)
-    assert math.isclose(one.bandwidth, 0.2 * one.sae.threshold[0].item(), rel_tol=1e-6)
+    assert one.bandwidth >= 0.2 * one.sae.threshold[0].item() > 0
 
 
 def test_nothing_but_the_pre_activations_is_as_large_as_every_latent_of_every_token():
@@ -379,3 +388,50 @@ def test_nothing_but_the_pre_activations_is_as_large_as_every_latent_of_every_to
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         one._forward(x, torch.arange(20), 4, 300)
     assert max(saved) < 300 * 200
+
+
+# Edges --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("x", [tokens(1), tokens(1).repeat(50, 1), tokens(2)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_last_batch_of_one_token_or_of_equal_ones_is_no_explosion(kind, x):
+    one = learner(replace(CONFIG, kind=kind))
+    one.silent[:12] = 1000
+    for _ in range(3):
+        assert one.step(x).auxk < 10
+
+
+def test_lr_never_falls_below_nothing():
+    one = learner(replace(CONFIG, decay_steps=3), n_steps=4)
+    assert [one.step(tokens()).lr >= 0 for _ in range(8)] == [True] * 8
+
+
+@pytest.mark.parametrize("k", [12, 20, 24])
+def test_a_jumprelu_that_aims_at_more_than_half_of_its_latents_still_learns(k):
+    x = tokens(256)
+    one = learner(replace(CONFIG, kind="jumprelu", k=k, lr=1e-3), x)
+    logs = [one.step(x) for _ in range(50)]
+    assert one.bandwidth > 0 and one.sae.threshold.isfinite().all()
+    assert logs[-1].unexplained < logs[0].unexplained and logs[-1].l0 > 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_latents_may_be_active(kind):
+    one = learner(replace(CONFIG, kind=kind, k=24))
+    assert one.step(tokens(5)).l0 <= 24
+
+
+@pytest.mark.parametrize("normalize", ["layer_norm", "constant_norm"])
+def test_a_token_of_zeros_is_no_trouble(normalize):
+    x = torch.cat([tokens(63), torch.zeros(1, 6)])
+    assert learner(replace(CONFIG, normalize=normalize), x).step(x).unexplained > 0
+
+
+def test_latents_do_not_start_anew_on_tokens_of_zeros():
+    x = torch.cat([tokens(60), torch.zeros(140, 6)])
+    one = learner(replace(CONFIG, resample_every=64, dead_after=1, auxk_coef=0.0, subtract_b_dec=False), x)
+    with torch.no_grad():
+        one.sae.b_enc[:20] = -100.0
+    one.step(tokens(64))
+    assert torch.allclose(one.sae.W_dec.norm(dim=1), torch.ones(24), atol=1e-5)

@@ -113,7 +113,7 @@ def test_an_sae_refuses_other_places_by_name():
     with pytest.raises(ArtifactError, match="was trained on outputs of mid.0, not updates of mid.0"):
         _ = sae.hookpoint
     sae.site = None
-    with pytest.raises(ArtifactError, match="has no hookpoint: it was never trained here"):
+    with pytest.raises(ArtifactError, match="has no hookpoint: nothing says where it belongs"):
         _ = sae.hookpoint
 
 
@@ -169,6 +169,13 @@ def test_a_saved_sae_reads_back_exactly(tmp_path, kind, normalize):
         (lambda t, h: h.pop("site"), "the header lacks site"),
         (lambda t, h: h["config"].update(k=None), "its SAEConfig is impossible .*needs its k"),
         (lambda t, h: h["config"].update(kind="gelu"), "its SAEConfig is impossible"),
+        (lambda t, h: h["config"].update(prefixes=["a"]), "its SAEConfig is impossible"),
+        (lambda t, h: h["config"].update(k=1000), "k=1000 is more than the 24 latents"),
+        (lambda t, h: h["config"].update(expansion=1e308), "W_enc has shape"),
+        (lambda t, h: h.update(config=[]), "its SAEConfig is no JSON object"),
+        (lambda t, h: h.update(site=5), "its Site is no JSON object"),
+        (lambda t, h: h.update(metrics="good"), "name, data, metrics or origin are not what they should be"),
+        (lambda t, h: t.update(b_enc=t["b_enc"].double()), "b_enc is .* not float32"),
         (lambda t, h: h["config"].update(expansion=10**9), r"W_enc has shape \(6, 24\), not \(d_in, 1e\+09 · d_in\)"),
         (lambda t, h: h.update(config={"k": 3, "activation": "gelu"}), "SAEConfig has settings .*activation"),
     ],
@@ -265,8 +272,14 @@ def test_the_released_files_say_where_they_belong(tmp_path):
 
 def test_an_sae_from_elsewhere_belongs_nowhere_until_told(tmp_path):
     random_sae().export(tmp_path / "out", "saelens")
-    with pytest.raises(ArtifactError, match="its file does not say where it belongs"):
+    with pytest.raises(ArtifactError, match="nothing says where it belongs. Give train or SAE.load its site"):
         _ = SAE.load(tmp_path / "out").hookpoint
     random_sae().save(tmp_path / "own.safetensors")
     with pytest.raises(ArtifactError, match="says where it belongs: .*mid.0.* Leave site= out"):
         SAE.load(tmp_path / "own.safetensors", site=SITE)
+
+
+@pytest.mark.parametrize("prefixes", [(0.01, 0.5), (0.5, 0.501), (0.5, 0.999)])
+def test_prefixes_without_a_latent_of_their_own_are_refused(prefixes):
+    with pytest.raises(KitError, match="of 24 latents end at .* each must have a latent that the one before has not"):
+        SAE(SAEConfig(k=3, prefixes=prefixes), 6)

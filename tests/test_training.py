@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from sdxl_sae_kit import training
 from sdxl_sae_kit.collection import collect
 from sdxl_sae_kit.configs import SAEConfig, Site
 from sdxl_sae_kit.errors import ArtifactError, HookpointError, KitError
+from sdxl_sae_kit.prompts import load_prompts
 from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.training import train
 
@@ -277,6 +279,119 @@ def test_other_batches_than_before_are_refused(tmp_path, monkeypatch):
     swapped = [*batches[:93], batches[94], batches[93], *batches[95:]]
     with pytest.raises(KitError, match="was trained on other batches so far: number 89 has changed. Call train with"):
         train(swapped, config, store=tmp_path)
+
+
+def test_what_an_sae_learns_does_not_depend_on_who_else_is_still_in_training(small_cache, tmp_path, monkeypatch):
+    """Also where the buffer that mixes tokens is smaller than the cache: a second call goes on with the rest."""
+    small = partial(small_cache.batches, memory=200_000)
+    monkeypatch.setattr(small_cache, "batches", small)
+    config = SAEConfig(k=4, expansion=2, lr=3e-3)
+    both = train(small_cache, {"a": config}, batch_size=512, epochs=2, store=tmp_path / "both")
+    one = train(small_cache, {"a": config}, hookpoints=["up.0.1"], batch_size=512, epochs=2, store=tmp_path / "one")
+    assert both["up.0.1", "a"].digest == one["up.0.1", "a"].digest
+
+
+def test_few_images_and_channels_that_never_vary_have_undefined_numbers_and_still_an_sae(pipe, tmp_path):
+    cache = collect(pipe, load_prompts("world", 20), ["mid.0"], images=None, store=tmp_path)
+    assert len(cache.images("held_out")) == 1
+    saes = train(cache, SAEConfig(k=4, expansion=1, lr=3e-3), batch_size=256, store=tmp_path)
+    assert saes["mid.0", "k4"].metrics["explained_variance_interval"] is None
+    assert "mid.0" in saes._repr_html_() and "mid.0 k4: explained variance" in repr(saes)
+    batches = [torch.cat([batch, torch.ones(len(batch), 1)], dim=1) for batch in made_up_batches()]
+    metrics = train(batches, SAEConfig(k=4, expansion=2, lr=3e-3), store=tmp_path)["tokens", "k4"].metrics
+    assert 0 < metrics["explained_variance_per_channel"] <= 1
+
+
+def test_running_out_of_memory_stops_one_sae_and_lets_go_of_it(tmp_path, monkeypatch):
+    step = training.Learner.step
+
+    def scarce(self, *args):
+        if self.sae.config.k == 3 and self.step_number == 7:
+            raise torch.OutOfMemoryError("out of memory")
+        return step(self, *args)
+
+    monkeypatch.setattr(training.Learner, "step", scarce)
+    monkeypatch.setattr(training, "_CHECKPOINT_STEPS", 5)
+    configs = {f"k{k}": SAEConfig(k=k, expansion=2, lr=3e-3) for k in (2, 3)}
+    saes = train(made_up_batches(), configs, store=tmp_path)
+    assert list(saes) == [("tokens", "k2")]
+    assert "out of memory Its last good checkpoint is" in saes.failures["tokens", "k3"]
+    assert "SAEs whose training stopped" in saes._repr_html_()
+    monkeypatch.undo()
+    assert train(made_up_batches(), configs, store=tmp_path)["tokens", "k3"].metrics["explained_variance"] > 0
+
+
+def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(tmp_path, monkeypatch):
+    step = training.Learner.step
+
+    def spoil(self, *args):
+        seen = step(self, *args)
+        if self.step_number == 10:
+            self.sae.W_enc.data[0, 0] = torch.nan
+        return seen
+
+    monkeypatch.setattr(training.Learner, "step", spoil)
+    monkeypatch.setattr(training, "_CHECKPOINT_STEPS", 5)
+    with pytest.raises(KitError, match="weights are not finite after step 9. Lower lr.* Its last good checkpoint is"):
+        train(made_up_batches(), SAEConfig(k=4, expansion=2, lr=3e-3), store=tmp_path)
+    (kept,) = checkpoints(tmp_path)
+    assert SAE.load(kept).W_enc.isfinite().all()
+
+
+def test_a_checkpoint_of_a_batchtopk_has_its_threshold(tmp_path):
+    batches = made_up_batches(60, 1024)
+    broken = [*batches[:50], torch.full((1024, 12), float("nan")), *batches[51:]]
+    with pytest.raises(KitError, match="at step 46"):
+        train(broken, SAEConfig(k=4, kind="batchtopk", expansion=2, lr=3e-3), store=tmp_path)
+    (kept,) = checkpoints(tmp_path)
+    assert (SAE.load(kept).encode(batches[0]) > 0).sum(1).double().mean().item() == pytest.approx(4, rel=0.1)
+
+
+def test_a_damaged_checkpoint_says_what_to_delete(tmp_path):
+    batches = made_up_batches(60, 1024)
+    broken = [*batches[:50], torch.full((1024, 12), float("nan")), *batches[51:]]
+    config = SAEConfig(k=4, expansion=2, lr=3e-3)
+    with pytest.raises(KitError):
+        train(broken, config, store=tmp_path)
+    (kept,) = checkpoints(tmp_path)
+    kept.write_bytes(kept.read_bytes()[:-100])
+    with pytest.raises(KitError, match="checkpoint.safetensors is damaged .*Delete it"):
+        train(batches, config, store=tmp_path)
+    kept.unlink()
+    assert train(batches, config, store=tmp_path)
+
+
+def test_more_batches_that_begin_alike_and_another_place_are_another_training(tmp_path):
+    batches, config = made_up_batches(60, 1024), SAEConfig(k=4, expansion=2, lr=3e-3)
+    few, all_of_them = (train(some, config, store=tmp_path)["tokens", "k4"] for some in (batches[:50], batches))
+    assert few.name != all_of_them.name
+    here, there = (
+        train(batches, config, site=replace(SITE, revision=revision), store=tmp_path)["mid.0", "k4"]
+        for revision in ("v1", "v2")
+    )
+    assert (here.site.revision, there.site.revision) == ("v1", "v2")
+
+
+def test_an_iterator_may_fill_the_same_memory_again_and_give_empty_batches(tmp_path):
+    def refilling():
+        memory = torch.empty(512, 12)
+        for batch in made_up_batches():
+            memory.copy_(batch)
+            yield memory
+            yield memory[:0]
+
+    config = SAEConfig(k=4, expansion=2, lr=3e-3)
+    refilled = train(refilling(), config, store=tmp_path / "a")["tokens", "k4"]
+    assert torch.equal(
+        refilled.W_dec, train(iter(made_up_batches()), config, store=tmp_path / "b")["tokens", "k4"].W_dec
+    )
+
+
+def test_a_place_that_is_no_update_or_is_known_already_is_refused(small_cache, tmp_path):
+    with pytest.raises(KitError, match="site says 'output', but this kit works on updates only"):
+        train(made_up_batches(), SAEConfig(k=2), site=replace(SITE, kind="output"), store=tmp_path)
+    with pytest.raises(KitError, match="says itself where its updates come from. Leave site= out"):
+        train(small_cache, SAEConfig(k=2), site=SITE, store=tmp_path)
 
 
 # Several processes ---------------------------------------------------------------------------------------------------
