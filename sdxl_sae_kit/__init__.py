@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.streaming import stream as stream
     from sdxl_sae_kit.studies.ablation import ablate as ablate
     from sdxl_sae_kit.studies.specialization import specialize as specialize
+    from sdxl_sae_kit.tokens import Tokens as Tokens
     from sdxl_sae_kit.training import train as train
 
 _NAMES = {
@@ -62,6 +63,7 @@ _NAMES = {
     "streaming": ["stream"],
     "studies.ablation": ["ablate"],
     "studies.specialization": ["specialize"],
+    "tokens": ["Tokens"],
     "training": ["train"],
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}

@@ -30,7 +30,8 @@ class SAEConfig:
     """Matryoshka: shares of d_sae, ascending and below 1; the latents up to each must reconstruct on their own too."""
     normalize: Normalize = "none"
     """What is done to tokens first. scale: divided by one number so that ‖x′‖² is d_in on average; channels: mean 0 and
-    standard deviation 1 in each; layer_norm: so within each token; constant_norm: every token's norm √d_in."""
+    standard deviation 1 in each; layer_norm: so within each token; constant_norm: every token's norm √d_in. Latents of
+    the last two have no direction that is the same for all tokens, so `steer` and `ablate` refuse them."""
     subtract_b_dec: bool = True
     """Whether b_pre is b_dec, or 0."""
     auxk: int = 256
@@ -40,7 +41,7 @@ class SAEConfig:
     dead_after: int = 10_000_000
     """Tokens without firing after which a latent counts as dead."""
     resample_every: int | None = None
-    """Tokens after which dead latents start anew on tokens that are badly explained, each time; None: never."""
+    """Tokens after which latents that are dead (see dead_after) start anew on badly explained tokens; None: never."""
     sparsity_coef: float = 1.0
     """jumprelu: weight of (L0 / k − 1)² in the loss, or of L0 / d_in where k is None."""
     lr: float = 1e-4

@@ -35,8 +35,13 @@ def evaluate(
 
     Raises:
         ArtifactError: the SAE was trained at another hookpoint, or on something else than updates.
+        KitError: what is given is neither a cache nor `Tokens`.
     """
-    sae.check_site(hookpoint := hookpoint or sae.hookpoint)
+    if not isinstance(cache, Activations | Tokens):
+        raise KitError(
+            f"evaluate takes a cache, or Tokens(batches), not {type(cache).__name__}. Call evaluate(sae, cache)."
+        )
+    sae.check_site(hookpoint := hookpoint or (sae.hookpoint if sae.site else cache.hookpoints[0]))
     metrics, fired = ReconstructionMetrics(), torch.zeros(sae.d_sae, dtype=torch.bool, device=sae.W_enc.device)
     squared_errors, sums, squares = [], [], []
     for part in cache.by_image(hookpoint, split, MAX_IMAGES):
@@ -132,7 +137,6 @@ def _check_seeds(saes: list[SAE]) -> None:
         differing = [
             name
             for name, one, other in (
-                ("hookpoint", first.hookpoint, sae.hookpoint),
                 ("site", first.site, sae.site),
                 ("data", first.data, sae.data),
                 ("shape", (first.d_in, first.d_sae), (sae.d_in, sae.d_sae)),
@@ -163,7 +167,10 @@ def _agreement(one: SAE, other: SAE) -> list[dict[str, Any]]:
     for condition, (left, right) in pairs.items():
         cosines = matched_cosine(left, right)
         cosines = cosines[~np.isnan(cosines)]
-        row: dict[str, Any] = {"hookpoint": one.hookpoint, "seeds": f"{one.config.seed} and {other.config.seed}"}
+        row: dict[str, Any] = {
+            "hookpoint": one.site.hookpoint if one.site else "–",
+            "seeds": f"{one.config.seed} and {other.config.seed}",
+        }
         row |= {"condition": condition, "mean cosine": float(cosines.mean()), "interval": bootstrap_interval(cosines)}
         for least in (0.7, 0.9):
             above = (cosines > least).astype(np.float64)

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdxl_sae_kit.buffers import thinned
 from sdxl_sae_kit.configs import SAEConfig
@@ -131,15 +131,20 @@ class Learner:
         sample = sample.to(device)
         start(sae, sample)
         x = sae.normalised(sample)
-        self.scale = 1 / (x - x.mean(dim=0)).square().mean().clamp_min(1e-30)
+        variance = (x - x.mean(dim=0)).square().mean()
+        if not variance > 0:
+            raise KitError(f"The first tokens that {sae.name} is to start from do not vary: there is nothing to learn.")
+        self.scale = 1 / variance
         needed = sae.config.resample_every or sae.config.kind == "batchtopk"
         self.sample = thinned(sample, SAMPLE_TOKENS if needed else 0)
         level = self._threshold_level(sample)
         self.bandwidth = _BANDWIDTH * level
         self.silent = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         # a threshold is as large as activations are; it moves by the share of itself that encoder columns move by
+        # the same memory, latent by latent: fused Adam copies what does not lie in the order of its axes
+        self._encoder = nn.Parameter(sae.W_enc.detach().T)
         groups = [
-            {"params": [sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec], "pace": 1.0},
+            {"params": [self._encoder, sae.b_enc, sae.W_dec, sae.b_dec], "pace": 1.0},
             {"params": [sae.threshold], "pace": level * sae.d_in**0.5},
         ]
         self.adam = torch.optim.Adam(groups, lr=sae.config.lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
@@ -168,12 +173,14 @@ class Learner:
         loss, told, fired = self._forward(sae.normalised(x), dead, k, n)
         unexplained, auxk, l0 = self.processes.sum(told).tolist()
         self._check(unexplained + auxk)
-        self.adam.zero_grad()
+        sae.zero_grad()
         loss.backward()
         for parameter in sae.parameters():
             if parameter.grad is not None:
                 self.processes.sum(parameter.grad)
         self._project()
+        assert sae.W_enc.grad is not None
+        self._encoder.grad = sae.W_enc.grad.T
         self.adam.step()
         self._constrain()
         self._count(self.processes.any(fired), n)
@@ -284,8 +291,7 @@ class Learner:
         """Remove from the decoder's gradient what would only change the length of its rows."""
         assert self.sae.W_dec.grad is not None
         for rows, gradient in zip(self.sae.W_dec.split(_ROWS), self.sae.W_dec.grad.split(_ROWS), strict=True):
-            along = torch.bmm(gradient[:, None], rows[..., None])[:, 0]
-            gradient.addcmul_(along, rows, value=-1)
+            gradient.addcmul_(torch.linalg.vecdot(gradient, rows)[:, None], rows, value=-1)
 
     @torch.no_grad()
     def _constrain(self) -> None:
@@ -326,7 +332,7 @@ class Learner:
         sae.threshold[dead] = sae.threshold[alive].mean()
         for name in ("exp_avg", "exp_avg_sq"):
             self.adam.state[sae.W_dec][name][dead] = 0
-            self.adam.state[sae.W_enc][name][:, dead] = 0
+            self.adam.state[self._encoder][name][dead] = 0
             self.adam.state[sae.b_enc][name][dead] = 0
             if sae.threshold in self.adam.state:
                 self.adam.state[sae.threshold][name][dead] = 0
@@ -364,16 +370,9 @@ class Learner:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state` gave; the SAE is to be that of the same moment."""
         adam = self.adam.state_dict()
-        parameters = [parameter for group in self.adam.param_groups for parameter in group["params"]]
+        trained = sorted({int(key.split(".")[1]) for key in state if key.startswith("adam.")})
         adam["state"] = {
-            i: {"step": state[f"adam.{i}.step"]}
-            | {
-                # fused Adam walks memory, so moments must lie there as their parameter does
-                key: torch.empty_like(parameter).copy_(state[f"adam.{i}.{key}"])
-                for key in ("exp_avg", "exp_avg_sq")
-            }
-            for i, parameter in enumerate(parameters)
-            if f"adam.{i}.step" in state
+            i: {key: state[f"adam.{i}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")} for i in trained
         }
         self.adam.load_state_dict(adam)
         self.silent = state["silent"].to(self.silent.device)

@@ -81,7 +81,7 @@ class SAE(nn.Module):
         self.origin: dict[str, Any] = {}
         generator = torch.Generator().manual_seed(config.seed)
         start = (torch.rand(d_in, d_sae, generator=generator) * 2 - 1) / d_in**0.5  # uniform ±1/√d_in
-        # latent by latent in memory, like the decoder: that is how gradients arrive and how fused Adam walks them
+        # latent by latent in memory, like the decoder: that is how gradients arrive
         self.W_enc = nn.Parameter(start.T.contiguous().T)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter((start / start.norm(dim=0)).T.contiguous())
@@ -163,7 +163,15 @@ class SAE(nn.Module):
         return x_hat * scale + mean
 
     def pre_activations(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_sae"]:
-        """h of the module's equations."""
+        """h of the module's equations.
+
+        Raises:
+            KitError: tokens of another width.
+        """
+        if x.shape[-1] != self.d_in:
+            raise KitError(
+                f"{self.name} reads tokens of {self.d_in} numbers, not {x.shape[-1]}. Give it its own hookpoint's."
+            )
         flat = self.normalised(x).reshape(-1, self.d_in)
         h: Tensor = torch.addmm(self.b_enc, flat - self.b_pre, self.W_enc).view(*x.shape[:-1], self.d_sae)
         return h
@@ -309,19 +317,16 @@ class SAE(nn.Module):
         """
         per_token = self.config.normalize in ("layer_norm", "constant_norm")
         sae = self if per_token else self.folded()
-        tensors = {name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()}
+        tensors: Any = {name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()}
+        for name in ("input_mean", "input_scale"):  # folded
+            del tensors[name]
         formats.write(
             formats.Checkpoint(
                 kind="topk" if self.config.kind == "topk" else "jumprelu",
                 k=self.config.k,
-                W_enc=tensors["W_enc"],
-                b_enc=tensors["b_enc"],
-                W_dec=tensors["W_dec"],
-                b_dec=tensors["b_dec"],
-                threshold=tensors["threshold"],
+                **tensors,
                 subtract_b_dec=self.config.subtract_b_dec,
                 normalize=sae.config.normalize,  # type: ignore[arg-type]  # folded, it is one of three
-                mean_activation=tensors["mean_activation"],
             ),
             folder,
             format,
@@ -332,13 +337,17 @@ class SAE(nn.Module):
         """Read what `save` wrote, a checkpoint of training, or an SAE of another tool (one of `formats.FORMATS`).
 
         Args:
-            path: file; or for another tool its folder, one of its files, or `hf:owner/name/folder` on the hub.
+            path: file, or the artifact's folder; for another tool its folder, one of its files, or
+                `hf:owner/name/folder` on the hub.
             site: where it belongs, if the files do not say so. Those of other tools do not; sdxl-unbox names the
                 hookpoint only, and is taken to be of SDXL Turbo's updates, as its released SAEs are.
 
         Raises:
             ArtifactError: no such file, no format that is known, unknown settings, tensors that are missing, misshapen
                 or not finite; or a site although the file has its own.
+
+        Only sdxl-unbox's files tell how strongly latents fire, the unit of `steer`; for others measure it with
+        `sae.mean_activation.copy_(evaluation.mean_activation(sae, cache, sae.hookpoint))`.
 
         Example:
             >>> sae = SAE.load("unet.mid_block.attentions.0_k10_hidden5120_…/final")          # doctest: +SKIP
@@ -354,13 +363,8 @@ class SAE(nn.Module):
     @classmethod
     def _from_checkpoint(cls, found: formats.Checkpoint, site: Site | None) -> SAE:
         d_in, d_sae = found.W_enc.shape
-        config = SAEConfig(
-            k=found.k,
-            kind=found.kind,
-            expansion=d_sae / d_in,
-            normalize=found.normalize,
-            subtract_b_dec=found.subtract_b_dec,
-        )
+        same = {name: getattr(found, name) for name in ("k", "kind", "normalize", "subtract_b_dec")}
+        config = SAEConfig(expansion=d_sae / d_in, **same)
         if site is None and found.origin["format"] == "sdxl-unbox" and found.hookpoint:
             site = Site("stabilityai/sdxl-turbo", "", found.hookpoint, 1, 0.0)
         sae = cls(config, d_in, site, f"{found.origin['format']}_{found.origin['sha256'][:8]}")
@@ -372,6 +376,7 @@ class SAE(nn.Module):
 
     @classmethod
     def _load(cls, path: Path | str) -> SAE:
+        path = Path(path) / "sae.safetensors" if Path(path).is_dir() else path  # an artifact's folder
         about, tensors = weights.read(path)
         config = weights.parse(SAEConfig, about["config"], path)
         site = weights.parse(Site, about["site"], path) if about["site"] else None

@@ -7,11 +7,11 @@ and its gradients read one decoder row instead of all of them:
     accumulate  out[latent] = Σ value · rows[token]       gradients of W_dec and of W_enc
     correlate   out[entry]  = ⟨rows[token], table[latent]⟩  gradients of the values
 
-On a CPU these are `embedding_bag` and `sampled_addmm`, gathers and sums with nothing in between, over a quarter of the
-columns at a time: the rows that one token or latent needs then stay in the second-level cache. On a GPU the same passes
-are bound by the second-level cache (about k · 3 µs each for 4,096 tokens on an H100), while a dense product of tensor
-cores costs about 90 µs at d_sae = 5120 whatever k is: from about 40 active latents a token on, in proportion to d_sae,
-the products are dense there. `_DENSE_FROM` is that switch; tests set it to run the dense way on a CPU.
+On a CPU these are `embedding_bag` and `sampled_addmm`, gathers and sums with nothing in between; where codes are long,
+over a quarter of the columns at a time, so that the rows which one token or latent needs stay in the second-level
+cache. On a GPU the same passes are bound by that cache (about k · 3 µs each for 4,096 tokens on an H100), while a dense
+product of tensor cores costs about 90 µs at d_sae = 5120 whatever k is: from about 40 active latents a token on, in
+proportion to d_sae, the products are dense there. `_DENSE_FROM` is that switch; tests set it to run so on a CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 _GROUPS = 8
-_COLUMNS = 320
+_COLUMNS, _LONG = 320, 16  # of a block, and the entries of a token or latent from which blocks pay
 _DENSE_FROM = {"cuda": 40 / 5120}
 """Share of latents active per token from which dense products win, by device; absent: never."""
 
@@ -217,7 +217,8 @@ class _JumpReLU(torch.autograd.Function):
 
 def _columns(active: Active, table: Float[Tensor, "row column"]) -> list[Float[Tensor, "row _column"]]:
     """A table as the products below want it: in blocks of columns, or whole where that is better."""
-    if active.dense or table.device.type != "cpu":
+    short = len(active.latents) < _LONG * max(active.n_tokens, active.d_sae)
+    if active.dense or short or table.device.type != "cpu":
         return [table]
     return [some.contiguous() for some in table.split(_COLUMNS, dim=1)]
 
@@ -251,7 +252,7 @@ def _correlate(active: Active, rows: list[Tensor], table: list[Tensor]) -> Tenso
 def _bags(ids: Int[Tensor, "entry"], table: list[Tensor], starts: Int[Tensor, "bag"], weights: Tensor) -> Tensor:
     """Weighted sums of the rows of each bag; a bag is what lies between two starts."""
     sums = [F.embedding_bag(ids, some, starts, per_sample_weights=weights, mode="sum") for some in table]
-    return torch.cat(sums, dim=1)
+    return torch.cat(sums, dim=1) if len(sums) > 1 else sums[0]
 
 
 def _starts(sorted_ids: Int[Tensor, "entry"], n: int) -> Int[Tensor, "n"]:

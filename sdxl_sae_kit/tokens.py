@@ -51,10 +51,17 @@ class Tokens:
         self._held_out = self._take(_HELD_OUT)
         self._first = self._take(_SAMPLE)
         if not self._held_out or not self._first:
+            n = sum(len(next(iter(batch.values()))) for batch in self._held_out)
             raise KitError(
-                f"train got {len(self._held_out)} batches of tokens; it measures on the first, trains on the others. "
-                "Give it more batches, or smaller ones."
+                f"There are {n} tokens: the first {_HELD_OUT}, in whole batches, are put aside to measure on, and none "
+                "is left to train on. Give more, or smaller batches."
             )
+        for number, batch in enumerate(self._held_out):
+            for hookpoint, x in batch.items():
+                if not x.isfinite().all():
+                    raise KitError(
+                        f"Batch {number} has tokens of {hookpoint} that are not finite. Look for their cause."
+                    )
         hashed = hashlib.sha256()
         for batch in self._held_out + self._first:
             for hookpoint, x in sorted(batch.items()):

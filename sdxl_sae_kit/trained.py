@@ -81,5 +81,5 @@ class TrainedSAEs(dict[Key, SAE]):
         return html.fragment(html.table(rows, caption) + failed)
 
     def plot(self) -> Any:
-        """Training curves (plotly): unexplained share of each batch's variance over tokens seen."""
+        """Training curves (plotly): unexplained share of each batch's variance over steps."""
         return training_curves({f"{hookpoint} {name}": log for (hookpoint, name), log in self.logs.items()})

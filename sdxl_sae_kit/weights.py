@@ -47,7 +47,8 @@ def read(path: Path | str, *, training: bool = False) -> tuple[dict[str, Any], d
             tensors = {name.removeprefix(_TRAINING): file.get_tensor(name) for name in wanted}
     except (OSError, SafetensorError) as cause:
         raise ArtifactError(
-            f"{path} cannot be read as safetensors ({cause}). Give the path of an SAE saved by this kit."
+            f"{path} cannot be read as safetensors ({cause}). Give an SAE saved by this kit, "
+            "or the whole folder of one of sdxl-unbox, SAELens, dictionary_learning or sparsify."
         ) from None
     return _header(header.get(KEY, "{}"), path), tensors
 

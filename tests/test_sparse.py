@@ -23,6 +23,7 @@ def way(request, monkeypatch):
         monkeypatch.setitem(sparse._DENSE_FROM, "cpu", 0.0)
     if request.param == "columns":
         monkeypatch.setattr(sparse, "_COLUMNS", 3)
+        monkeypatch.setattr(sparse, "_LONG", 0)
     return request.param
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from launching import LAUNCHERS
 
-from sdxl_sae_kit import training
+from sdxl_sae_kit import runs
 from sdxl_sae_kit.collection import collect
 from sdxl_sae_kit.configs import SAEConfig, Site
 from sdxl_sae_kit.errors import ArtifactError, HookpointError, KitError
@@ -89,7 +89,7 @@ def test_the_log_tells_a_falling_loss(small_saes):
 
 
 def test_a_second_call_loads_instead_of_training(small_saes, small_cache, store, monkeypatch):
-    monkeypatch.setattr(training, "Learner", None)
+    monkeypatch.setattr(runs, "Learner", None)
     config = next(iter(small_saes.values())).config
     again = train(small_cache, {"k8": config}, batch_size=512, epochs=6, store=store)
     assert {key: sae.digest for key, sae in again.items()} == {key: sae.digest for key, sae in small_saes.items()}
@@ -98,8 +98,8 @@ def test_a_second_call_loads_instead_of_training(small_saes, small_cache, store,
 TRAINER = """
     import sys, torch
     torch.set_num_threads(1)
-    from sdxl_sae_kit import training, SAEConfig, ActivationCache
-    training._CHECKPOINT_STEPS = int(sys.argv[3])
+    from sdxl_sae_kit import runs, training, SAEConfig, ActivationCache
+    runs._CHECKPOINT_STEPS = int(sys.argv[3])
     print("ready", flush=True)
     common = dict(lr=3e-3, dead_after=3000, auxk=16)
     configs = {
@@ -211,13 +211,13 @@ def test_an_iterator_is_passed_once_for_all_saes_and_hookpoints(tmp_path):
 @pytest.mark.parametrize(
     ("batches", "complaint"),
     [
-        ([], "got 0 batches of tokens"),
-        ([torch.zeros(9, 3)], "trains on the others"),
+        ([], "There are 0 tokens"),
+        ([torch.zeros(9, 3)], "There are 9 tokens: .* none is left to train on"),
         ([torch.zeros(9)] * 9, r"Batch 0 is torch.float32 of shape \(9,\)"),
         ([torch.zeros(9, 3, dtype=torch.int64)] * 9, "Batch 0 is torch.int64"),
         ([torch.zeros(5000, 3), torch.zeros(9, 4)], "Batch 1 has tokens .9, 4., but the first had widths"),
         ("prompts", "train takes what collect or stream gives, or an iterable"),
-        (torch.zeros(9, 3), "or an iterable of batches .n, d_in., not Tensor"),
+        (torch.zeros(9, 3), "such as x.split.4096., not Tensor"),
     ],
 )
 def test_what_is_no_batches_is_refused(tmp_path, batches, complaint, unchecked_types):
@@ -239,7 +239,7 @@ def test_an_iterator_that_cannot_begin_again_has_one_epoch_and_an_unknown_end(tm
 
 
 def test_one_failing_sae_does_not_stop_the_others_and_keeps_its_last_good_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_CHECKPOINT_STEPS", 5)
+    monkeypatch.setattr(runs, "_CHECKPOINT_STEPS", 5)
     configs = {"good": SAEConfig(k=4, expansion=2, lr=3e-3), "bad": SAEConfig(k=4, expansion=2, lr=1e4)}
     saes = train(made_up_batches(), configs, store=tmp_path)
     assert list(saes) == [("tokens", "good")] and saes["tokens", "good"].metrics["explained_variance"] > 0.3
@@ -270,14 +270,14 @@ def test_tokens_that_are_not_finite_from_the_start_are_refused(tmp_path):
 
 
 def test_other_batches_than_before_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_CHECKPOINT_STEPS", 90)
+    monkeypatch.setattr(runs, "_CHECKPOINT_STEPS", 90)
     batches = made_up_batches(120, 1024)
     broken = [*batches[:110], torch.full((1024, 12), float("nan")), *batches[111:]]
     config = SAEConfig(k=4, expansion=2, lr=3e-3)
     with pytest.raises(KitError, match="at step 106 the loss is nan"):
         train(broken, config, store=tmp_path)
     swapped = [*batches[:93], batches[94], batches[93], *batches[95:]]
-    with pytest.raises(KitError, match="was trained on other batches so far: number 89 has changed. Call train with"):
+    with pytest.raises(KitError, match="on other batches so far: number 89 after those put aside has changed"):
         train(swapped, config, store=tmp_path)
 
 
@@ -303,15 +303,15 @@ def test_few_images_and_channels_that_never_vary_have_undefined_numbers_and_stil
 
 
 def test_running_out_of_memory_stops_one_sae_and_lets_go_of_it(tmp_path, monkeypatch):
-    step = training.Learner.step
+    step = runs.Learner.step
 
     def scarce(self, *args):
         if self.sae.config.k == 3 and self.step_number == 7:
             raise torch.OutOfMemoryError("out of memory")
         return step(self, *args)
 
-    monkeypatch.setattr(training.Learner, "step", scarce)
-    monkeypatch.setattr(training, "_CHECKPOINT_STEPS", 5)
+    monkeypatch.setattr(runs.Learner, "step", scarce)
+    monkeypatch.setattr(runs, "_CHECKPOINT_STEPS", 5)
     configs = {f"k{k}": SAEConfig(k=k, expansion=2, lr=3e-3) for k in (2, 3)}
     saes = train(made_up_batches(), configs, store=tmp_path)
     assert list(saes) == [("tokens", "k2")]
@@ -322,7 +322,7 @@ def test_running_out_of_memory_stops_one_sae_and_lets_go_of_it(tmp_path, monkeyp
 
 
 def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(tmp_path, monkeypatch):
-    step = training.Learner.step
+    step = runs.Learner.step
 
     def spoil(self, *args):
         seen = step(self, *args)
@@ -330,8 +330,8 @@ def test_weights_that_are_not_finite_never_replace_a_good_checkpoint(tmp_path, m
             self.sae.W_enc.data[0, 0] = torch.nan
         return seen
 
-    monkeypatch.setattr(training.Learner, "step", spoil)
-    monkeypatch.setattr(training, "_CHECKPOINT_STEPS", 5)
+    monkeypatch.setattr(runs.Learner, "step", spoil)
+    monkeypatch.setattr(runs, "_CHECKPOINT_STEPS", 5)
     with pytest.raises(KitError, match="weights are not finite after step 9. Lower lr.* Its last good checkpoint is"):
         train(made_up_batches(), SAEConfig(k=4, expansion=2, lr=3e-3), store=tmp_path)
     (kept,) = checkpoints(tmp_path)
@@ -399,11 +399,11 @@ def test_a_place_that_is_no_update_or_is_known_already_is_refused(small_cache, t
 TOGETHER = """
     import os, sys, torch
     torch.set_num_threads(1)
-    from sdxl_sae_kit import training, SAEConfig, ActivationCache
+    from sdxl_sae_kit import runs, training, SAEConfig, ActivationCache
     common = dict(lr=3e-3, dead_after=2000, auxk=16, expansion=2, resample_every=30_000)
     configs = {kind: SAEConfig(k=4, kind=kind, **common) for kind in ("topk", "batchtopk", "jumprelu")}
     configs["nested"] = SAEConfig(k=4, prefixes=(0.25, 0.5), **common)
-    training._LOG_STEPS = 1
+    runs._LOG_STEPS = 1
     saes = training.train(ActivationCache.open(sys.argv[1]), configs, hookpoints=["up.0.1"], batch_size=512, epochs=8,
                           store=sys.argv[2])
     assert len(saes) == 4 and not saes.failures
@@ -442,7 +442,7 @@ def test_auxk_brings_dead_latents_back(small_cache, tmp_path):
     saes = train(small_cache, configs, hookpoints=["up.0.1"], batch_size=512, epochs=24, store=tmp_path)
     dead = {key: sae.metrics["dead_share"] for (_, key), sae in saes.items()}
     with_auxk, without = (np.mean([dead[f"{name}-{seed}"] for seed in range(3)]) for name in ("with", "without"))
-    assert with_auxk < 0.8 * without, dead
+    assert with_auxk < 0.9 * without, dead
 
 
 def test_mistakes_are_refused(pipe, small_cache, tmp_path):
