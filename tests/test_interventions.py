@@ -234,7 +234,10 @@ def test_several_saes_are_not_one(pipe, small_saes, unchecked_types):
 
 
 def test_an_sae_that_fits_elsewhere_is_refused(pipe, sae):
-    with pytest.raises(ArtifactError, match="nothing says where it belongs"), steer(pipe, SAE(SAEConfig(k=2), 96), scale={0: 0.0}):
+    with (
+        pytest.raises(ArtifactError, match="says where it belongs"),
+        steer(pipe, SAE(SAEConfig(k=2), 96), scale={0: 0.0}),
+    ):
         pass
     with (
         pytest.raises(ArtifactError, match=r"reads 24 numbers a token, but up.0.1 of this U-Net has 96"),
