@@ -140,9 +140,9 @@ class Learner:
         level = self._threshold_level(sample)
         self.bandwidth = _BANDWIDTH * level
         self.silent = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
-        # a threshold is as large as activations are; it moves by the share of itself that encoder columns move by
         # the same memory, latent by latent: fused Adam copies what does not lie in the order of its axes
         self._encoder = nn.Parameter(sae.W_enc.detach().T)
+        # a threshold is as large as activations are; it moves by the share of itself that encoder columns move by
         groups = [
             {"params": [self._encoder, sae.b_enc, sae.W_dec, sae.b_dec], "pace": 1.0},
             {"params": [sae.threshold], "pace": level * sae.d_in**0.5},

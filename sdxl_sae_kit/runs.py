@@ -157,9 +157,8 @@ class Run:
         """Refuse to go on with other batches than those it was trained on so far."""
         if _hash(x) != self.seen[1]:
             raise KitError(
-                f"{self.artifact.name} was trained on other batches so far: number {self.seen[0]} after "
-                "those put aside has changed. "
-                f"Call train with the same batches in the same order, or delete {self.artifact.folder}."
+                f"{self.artifact.name} was trained on other batches so far: training batch {self.seen[0]} (from 0) has "
+                f"changed. Call train with the same batches in the same order, or delete {self.artifact.folder}."
             )
 
     def _fail(self, cause: Exception) -> None:

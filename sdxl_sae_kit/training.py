@@ -175,7 +175,7 @@ def _agree(setting: Setting, runs: Sequence[Run]) -> None:
     if len(setting.processes.gather(torch.tensor([mine], device=setting.device)).unique()) > 1:
         raise KitError(
             "The processes were given different tokens or settings. Give each of them the same batches in the same "
-            "order (no shuffling of their own); train deals out each batch itsetting."
+            "order (no shuffling of their own); train deals out each batch itself."
         )
 
 

@@ -277,7 +277,7 @@ def test_other_batches_than_before_are_refused(tmp_path, monkeypatch):
     with pytest.raises(KitError, match="at step 106 the loss is nan"):
         train(broken, config, store=tmp_path)
     swapped = [*batches[:93], batches[94], batches[93], *batches[95:]]
-    with pytest.raises(KitError, match="on other batches so far: number 89 after those put aside has changed"):
+    with pytest.raises(KitError, match="on other batches so far: training batch 89 .from 0. has changed"):
         train(swapped, config, store=tmp_path)
 
 
