@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int
 from sdxl_sae_kit import html
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import Example, FeatureStats, Ranking
+from sdxl_sae_kit.forms import line, widget
 from sdxl_sae_kit.labels import LabelStore
 from sdxl_sae_kit.sae import FIRES
 
@@ -118,22 +119,22 @@ class Overview(widgets.VBox):  # type: ignore[misc]
         self._stats, self._labels, self._page_size, self._on_open = stats, labels, page_size, on_open
         self.page = 0
         orders = [(text, key) for key, text in ORDERS.items()]
-        self.sort = _control(widgets.Dropdown, "sort", 190, options=orders, value=sort, description="sort by")
-        self.filter = _control(
+        self.sort = widget(widgets.Dropdown, "sort", 190, options=orders, value=sort, description="sort by")
+        self.filter = widget(
             widgets.Text, "filter", 280, placeholder="words in labels and prompts", description="filter"
         )
-        self.hide_dead = _control(widgets.Checkbox, "hide-dead", 110, value=True, description="hide dead", indent=False)
-        self.latent = _control(widgets.IntText, "latent", 140, description="latent")
-        self.go = _control(widgets.Button, "open", 70, description="Open")
-        self.previous = _control(widgets.Button, "previous", 100, description="Previous", icon="chevron-left")
-        self.next = _control(widgets.Button, "next", 100, description="Next", icon="chevron-right")
-        self.position = _control(widgets.HTML, "position")
-        self.grid = _control(widgets.HTML, "page")
+        self.hide_dead = widget(widgets.Checkbox, "hide-dead", 110, value=True, description="hide dead", indent=False)
+        self.latent = widget(widgets.IntText, "latent", 140, description="latent")
+        self.go = widget(widgets.Button, "open", 70, description="Open")
+        self.previous = widget(widgets.Button, "previous", 100, description="Previous", icon="chevron-left")
+        self.next = widget(widgets.Button, "next", 100, description="Next", icon="chevron-right")
+        self.position = widget(widgets.HTML, "position")
+        self.grid = widget(widgets.HTML, "page")
         choose, turn = (
             [self.sort, self.filter, self.hide_dead, self.latent, self.go],
             [self.previous, self.next, self.position],
         )
-        super().__init__([_row(choose), _row(turn), self.grid])
+        super().__init__([line(choose), line(turn), self.grid])
         for control in (self.sort, self.hide_dead, self.filter):
             control.observe(lambda change: self.turn_to(0), "value")
         self.previous.on_click(lambda button: self.turn_to(self.page - 1))
@@ -225,16 +226,16 @@ class Detail(widgets.VBox):  # type: ignore[misc]
     ) -> None:
         self._stats, self._labels = stats, labels
         self.feature = 0
-        self.back = _control(widgets.Button, "back", 130, description="All features", icon="th")
-        self.previous = _control(widgets.Button, "previous", 100, description="Previous", icon="chevron-left")
-        self.next = _control(widgets.Button, "next", 100, description="Next", icon="chevron-right")
-        self.text = _control(widgets.Text, "label", 400, placeholder="What does it respond to?", description="label")
-        self.save = _control(widgets.Button, "save", 70, description="Save", button_style="primary")
-        self.withdraw = _control(widgets.Button, "withdraw", 100, description="Withdraw")
-        self.notice = _control(widgets.HTML, "notice")
-        self.body = _control(widgets.HTML, "feature")
+        self.back = widget(widgets.Button, "back", 130, description="All features", icon="th")
+        self.previous = widget(widgets.Button, "previous", 100, description="Previous", icon="chevron-left")
+        self.next = widget(widgets.Button, "next", 100, description="Next", icon="chevron-right")
+        self.text = widget(widgets.Text, "label", 400, placeholder="What does it respond to?", description="label")
+        self.save = widget(widgets.Button, "save", 70, description="Save", button_style="primary")
+        self.withdraw = widget(widgets.Button, "withdraw", 100, description="Withdraw")
+        self.notice = widget(widgets.HTML, "notice")
+        self.body = widget(widgets.HTML, "feature")
         turn, name = [self.back, self.previous, self.next], [self.text, self.save, self.withdraw, self.notice]
-        super().__init__([_row(turn), _row(name), self.body])
+        super().__init__([line(turn), line(name), self.body])
         self.back.on_click(lambda button: on_back())
         self.previous.on_click(lambda button: on_step(self.feature, -1))
         self.next.on_click(lambda button: on_step(self.feature, +1))
@@ -349,15 +350,3 @@ def _known_latent(stats: FeatureStats, feature: SupportsIndex) -> int:
     if not 0 <= latent < stats.d_sae:
         raise KitError(f"No latent {latent} in {stats.sae}; it has 0 to {stats.d_sae - 1:,}.")
     return latent
-
-
-def _control(kind: type[widgets.DOMWidget], name: str, width: int | None = None, **options: Any) -> Any:
-    """A widget of this width in pixels, with the class `sae-<name>`, by which a page or a test finds it."""
-    control = kind(layout=widgets.Layout(width=f"{width}px" if width else "auto"), **options)
-    control.style.description_width = "initial"
-    control.add_class(f"sae-{name}")
-    return control
-
-
-def _row(controls: list[widgets.Widget]) -> widgets.HBox:
-    return widgets.HBox(controls, layout=widgets.Layout(flex_flow="row wrap", align_items="center"))
