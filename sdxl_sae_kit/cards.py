@@ -133,7 +133,7 @@ def facts(
     if not stats.density[feature] > 0:
         return f"<p>This latent is dead: it fired on none of the {stats.n_tokens:,} tokens measured.</p>"
     table = html.table([_as_row(*row) for row in statistics(stats, feature, similarity)])
-    parts = [_tests(labels, feature), table, _sketches(stats, feature), _writes(icons, feature)]
+    parts = [_tests(labels, feature), f"<h4>Measured</h4>{table}", _sketches(stats, feature), _writes(icons, feature)]
     return "".join([*parts, _neighbours(stats, feature, labels.all())])
 
 
@@ -175,6 +175,12 @@ def statistics(stats: FeatureStats, feature: int, similarity: Similarity | None 
         value = _estimate(similarity.value[feature], similarity.low[feature], similarity.high[feature])
         rows.append(("specificity", value, formula, f"{similarity.n[feature]:,} images"))
     return rows
+
+
+def jaccard_by_chance(stats: FeatureStats, a: int, b: int) -> float:
+    """The Jaccard index of two latents that fire as often as these, independently of each other."""
+    one, other = float(stats.density[a]), float(stats.density[b])
+    return one * other / max(one + other - one * other, 1e-12)
 
 
 def percent(share: float) -> str:
@@ -232,17 +238,16 @@ def _writes(icons: Icons | None, feature: int) -> str:
 def _neighbours(stats: FeatureStats, feature: int, named: Mapping[int, str]) -> str:
     together, alike = stats.coactive(feature), stats.similar(feature)
     n = f", n = {together[0].n:,} tokens" if together else ""
-    density = stats.density.astype(float)
 
-    def by_chance(other: int) -> float:
-        both = density[feature] * density[other]
-        return float(both / (density[feature] + density[other] - both))
+    def with_chance(neighbour: Neighbour) -> str:
+        chance = jaccard_by_chance(stats, feature, neighbour.latent)
+        return f"{html.short(neighbour.value)} ({html.short(chance)})"
 
     return _near(
         f"Fires together with: tokens on which both fire / tokens on which either does{n}; in brackets, by chance",
         together,
         named,
-        lambda neighbour: f"{html.short(neighbour.value)} ({html.short(by_chance(neighbour.latent))})",
+        with_chance,
     ) + _near("Writes alike: cosine of decoder rows", alike, named, lambda neighbour: html.short(neighbour.value))
 
 

@@ -33,7 +33,7 @@ STYLE = """<style>
 .sae-kit { --sae-ink: var(--jp-content-font-color1, CanvasText);
   --sae-quiet: var(--jp-content-font-color2, color-mix(in srgb, CanvasText 66%, Canvas));
   --sae-line: var(--jp-border-color2, color-mix(in srgb, CanvasText 18%, Canvas));
-  color: var(--sae-ink); background: var(--jp-layout-color1, Canvas);
+  color: var(--sae-ink);
   font: 13px/1.45 var(--jp-ui-font-family, system-ui, sans-serif); }
 .sae-fact { white-space: nowrap; }
 .sae-kit p, .sae-kit h3, .sae-kit h4, .sae-kit figure { margin: 0; }
@@ -46,6 +46,7 @@ STYLE = """<style>
 .sae-quiet { color: var(--sae-quiet); }
 .sae-grid { display: grid; gap: 10px; grid-template-columns: repeat(auto-fill, minmax(274px, 1fr)); padding: 2px 0; }
 .sae-card { border: 1px solid var(--sae-line); border-radius: 5px; padding: 7px 8px 8px; min-width: 0;
+  background: var(--jp-layout-color1, Canvas);
   break-inside: avoid; }
 .sae-card img { width: 100%; }
 .sae-card header { display: flex; gap: 8px; align-items: baseline; margin-bottom: 5px; }
@@ -72,6 +73,7 @@ STYLE = """<style>
 .sae-bar { display: flex; flex-wrap: wrap; gap: 4px 14px; align-items: center; margin: 4px 0 8px; }
 .sae-bar :is(input, select) { font: inherit; color: inherit; background: var(--jp-layout-color1, Canvas);
   border: 1px solid var(--sae-quiet); border-radius: 3px; padding: 3px 6px; margin-left: 6px; }
+.sae-bar input { width: min(17em, 100%); box-sizing: border-box; }
 .sae-kit [hidden] { display: none; }
 .sae-examples { display: grid; gap: 12px 10px; grid-template-columns: repeat(auto-fill, minmax(212px, 1fr)); }
 .sae-examples figure { max-width: 260px; min-width: 0; break-inside: avoid; }
@@ -87,6 +89,7 @@ STYLE = """<style>
 .sae-kit table .sae-number { text-align: right; white-space: nowrap; }
 .sae-kit table th.sae-number { white-space: normal; vertical-align: bottom; }
 .sae-wide { overflow-x: auto; }
+.sae-columns + .sae-wide, .sae-wide + .sae-wide { margin-top: 16px; }
 .sae-kit table .sae-text { text-align: left; }
 .sae-kit table .sae-short { text-align: left; white-space: nowrap; }
 .sae-key { font-weight: 400; font-size: 12px; margin-left: 12px; }
@@ -94,6 +97,8 @@ STYLE = """<style>
   background: linear-gradient(to right, HEAT); }
 </style>""".replace("HEAT", ", ".join(f"rgb({red:.0f} {green:.0f} {blue:.0f})" for red, green, blue in HEAT))
 
+TWIN = 'class="sae-twin"'
+"""Marks what stands in for widgets, for the report's script to find."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 FIGURE = r"[+−-]?[\d.,]+(e[+−-]?\d+)?"
 NUMBER = re.compile(rf"–|nan|{FIGURE}( %)?( \[{FIGURE}, {FIGURE}\])?")
@@ -303,7 +308,7 @@ def fragment(*parts: str) -> str:
 
 def twin(*parts: str) -> str:
     """What stands in for widgets where no kernel runs: a fragment whose pictures the report's script lets one filter."""
-    return f'<div class="sae-twin">{fragment(*parts)}</div>'
+    return f"<div {TWIN}>{fragment(*parts)}</div>"
 
 
 def page(title: str, *parts: str) -> str:
