@@ -113,9 +113,7 @@ class Gallery(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         static: int,
     ) -> None:
         super().__init__()
-        self.overview = Overview(
-            stats, labels, icons, similarity, page_size=page_size, sort=sort, on_open=self._open
-        )
+        self.overview = Overview(stats, labels, icons, similarity, page_size=page_size, sort=sort, on_open=self._open)
         self._about = (stats, labels, icons, similarity)
         self._static = static
 

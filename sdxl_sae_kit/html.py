@@ -213,7 +213,12 @@ def heading(title: str, body: str) -> str:
 
 
 def card(
-    title: str, name: str | None, fact: str, body: str, latent: int | None = None, data: Mapping[str, float] | None = None
+    title: str,
+    name: str | None,
+    fact: str,
+    body: str,
+    latent: int | None = None,
+    data: Mapping[str, float] | None = None,
 ) -> str:
     """A gallery card: title, name (None shows "no label"), one short fact, and `body`, which is HTML already.
 

@@ -56,9 +56,7 @@ def jupyterlab(folder: Path, content: nbformat.NotebookNode) -> Iterator[str]:
     command = [sys.executable, "-m", "jupyterlab", "--LabApp.expose_app_in_browser=True", *options]
     log = folder / "server.log"
     with log.open("w") as written:
-        server = subprocess.Popen(
-            command, env=_environment(folder), stdout=written, stderr=subprocess.STDOUT, cwd=root
-        )
+        server = subprocess.Popen(command, env=_environment(folder), stdout=written, stderr=subprocess.STDOUT, cwd=root)
     try:
         _wait_for(f"http://127.0.0.1:{port}/api?token={token}", server, log)
         yield f"http://127.0.0.1:{port}/lab/workspaces/{secrets.token_hex(4)}/tree/notebook.ipynb?token={token}"
