@@ -64,7 +64,9 @@ def summarise(
     with explain_full(artifact.file(FILE)), open_part(temporary, "w") as file:
         file.attrs.update(sae=sae.name, hookpoint=sae.hookpoint, step=step, n_images=n_images)
         file.attrs.update(height=grid[0], width=grid[1], n_tokens=n_images * grid[0] * grid[1])
-        file.attrs.update(steps=cache.layout.steps, halves=[half.encode() for half in cache.layout.halves])
+        file.attrs.update(steps=cache.layout.steps, halves=cache.layout.halves)
+        with open_part(parts[0]) as first:
+            file.attrs["part_images"] = first.attrs["n_images"]
         alive = _write_statistics(file, parts, n_images, grid[0] * grid[1])
         shown = _write_latents(file, parts, sae, grid, min(top, n_images), memory)
         _write_similar(file, sae.directions.detach(), alive, memory)
