@@ -142,7 +142,7 @@ class BlindTest(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self.result: LabelTest | None = None
         self.pictures = [widget(widgets.HTML, "picture", _SIDE) for _ in self._drawn.images]
         self.answers = [
-            widget(widgets.Checkbox, "shows", _SIDE, description=f"picture {place} shows it", indent=False)
+            widget(widgets.Checkbox, "shows", _SIDE, description=f"{place} shows it", indent=False)
             for place in range(1, n + 1)
         ]
         self.check = widget(widgets.Button, "check", 100, description="Check", button_style="primary")
@@ -206,7 +206,7 @@ def _draw(stats: FeatureStats, feature: int, n: int, seed: int, seen: set[int]) 
         raise KitError(
             f"A test of {n} pictures needs {half} held-out images on which latent {feature} is active and {half} on "
             f"which it is not, that nobody was shown with its label; there are {len(active)} and {len(inactive)}. "
-            "Pass a smaller even n, or measure more images."
+            "Pass a smaller even n, or measure more images, collected with thumbnails."
         )
     rng = np.random.default_rng([whole_number("test_label: seed", seed, least=0), feature])
     chosen = [rng.choice(stratum) for stratum in np.array_split(active, half)]
