@@ -85,8 +85,8 @@ def _interval(one: Sequence[str], other: Sequence[str]) -> tuple[float, float]:
     words = sorted({*one, *other})
     if len(words) < 2:
         return math.nan, math.nan
-    said: list[NDArray[np.bool_]] = [np.array(words) == np.array(each)[:, None] for each in (one, other)]
-    same = (said[0] & said[1]).any(axis=1, keepdims=True)
+    said = [(np.array(words) == np.array(each)[:, None]).astype(np.float64) for each in (one, other)]
+    same = (said[0] * said[1]).sum(axis=1, keepdims=True)
 
     def kappa(means: NDArray[np.float64]) -> NDArray[np.float64]:
         observed = means[:, 0]

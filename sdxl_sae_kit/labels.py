@@ -76,6 +76,7 @@ class LabelStore:
     def __init__(self, file: Path, d_sae: int | None = None) -> None:
         self.file = Path(file)
         self.d_sae = d_sae
+        self._known: tuple[bytes, list[Label | Undo | LabelTest]] = b"", []
 
     @classmethod
     def of(cls, stats: OfAnSAE | str, store: Path | str | None = None) -> LabelStore:
@@ -283,10 +284,14 @@ class LabelStore:
         return [label for label in labels if (label.feature, label.author, label.time) not in undone]
 
     def _lines(self) -> list[Label | Undo | LabelTest]:
-        lines = self._read().split(b"\n")
-        read = [self._parse(line, number) for number, line in enumerate(lines[:-1], start=1) if line.strip()]
-        read += _unless_torn(lines[-1])
-        return sorted(read, key=lambda line: line.time)  # a stable sort: equal times keep the order of the file
+        content = self._read()
+        if content != self._known[0]:  # a gallery asks for every card
+            *whole, last = content.split(b"\n")
+            read = [self._parse(line, number) for number, line in enumerate(whole, start=1) if line.strip()]
+            read += _unless_torn(last)
+            # a stable sort: equal times keep the order of the file
+            self._known = content, sorted(read, key=lambda line: line.time)
+        return self._known[1]
 
     def _read(self) -> bytes:
         return self.file.read_bytes() if self.file.exists() else b""
