@@ -1,8 +1,8 @@
 """What feature statistics take at real size: `python tests/benchmarks/measuring.py [--images 256] [--k 10]`.
 
 A made-up cache of SDXL Turbo's shape (16 × 16 tokens of 1,280 numbers) and an SAE of 5,120 latents with random weights.
-Prints time and peak memory, split into the pass and what comes after it, beside encoding alone, and what it comes to for
-four blocks and 100,000 images.
+Prints time and peak memory, split into the pass and what comes after it, beside encoding alone, and what it comes to
+for four blocks and 100,000 images.
 """
 
 from __future__ import annotations
@@ -46,13 +46,12 @@ def main() -> None:
         whole = timed(lambda: FeatureStats.measure(sae, cache, store=folder))
         of_pass = whole - summing[0]
         per_image = of_pass / chosen.images
+        hours = BLOCKS * IMAGES * of_pass / chosen.images / 3600
         print(
-            f"encoding alone {alone:.1f} s, the pass {of_pass:.1f} s ({of_pass / alone:.2f} ×), then {summing[0]:.1f} s"
+            f"encoding alone {alone:.1f} s; the pass {of_pass:.1f} s, {of_pass / alone:.2f} ×; then {summing[0]:.1f} s"
         )
         print(f"peak memory {before / 1e9:.2f} GB before, {peak() / 1e9:.2f} GB after")
-        print(
-            f"{BLOCKS} blocks of {IMAGES:,} images, one thread: {BLOCKS * IMAGES * per_image / 3600:.1f} hours in the pass"
-        )
+        print(f"{BLOCKS} blocks of {IMAGES:,} images on one thread: {hours:.1f} hours in the pass")
         print(plan_measurement(sae.d_sae, chosen.k, IMAGES, GRID))
 
 
