@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, SupportsIndex, get_args, runtime_checkable
+from typing import Protocol, SupportsFloat, SupportsIndex, get_args, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -198,11 +198,10 @@ def _as_row(name: str, value: str, formula: str, n: str) -> dict[str, object]:
     return {"statistic": name, "value": value, "formula": formula, "n": n}
 
 
-def _estimate(value: float, low: float, high: float) -> str:
-    """A value with its interval; – where there is none."""
-    if not np.isfinite(value):
-        return "–"
-    return f"{html.short(float(value))} [{html.short(float(low))}, {html.short(float(high))}]"
+def _estimate(*numbers: SupportsFloat) -> str:
+    """A value with the ends of its interval; – where there is none."""
+    value, low, high = map(float, numbers)
+    return f"{html.short(value)} [{html.short(low)}, {html.short(high)}]" if np.isfinite(value) else "–"
 
 
 def _example(stats: FeatureStats, feature: int, image: int) -> Example:

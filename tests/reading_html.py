@@ -29,7 +29,21 @@ TAGS = {
 ATTRIBUTES = {
     *("lang", "charset", "http-equiv", "content", "name", "class", "title", "src", "alt", "width", "height", "scope"),
     *("role", "aria-label", "tabindex", "data-latent", "data-density", "data-maximum"),
-    *("viewbox", "d", "points", "cx", "cy", "r", "x", "y", "fill", "stroke", "stroke-width", "stroke-dasharray", "opacity"),
+    *(
+        "viewbox",
+        "d",
+        "points",
+        "cx",
+        "cy",
+        "r",
+        "x",
+        "y",
+        "fill",
+        "stroke",
+        "stroke-width",
+        "stroke-dasharray",
+        "opacity",
+    ),
 }
 
 

@@ -238,7 +238,7 @@ def test_each_view_shows_its_images_with_their_numbers(labels: LabelStore, view:
     assert len(read.values("src")) == len(detail.form.evidence["images"]) == 12
     assert detail.form.evidence["shown"] == view
     for image in detail.form.evidence["images"]:
-        assert STATS.texts[image] in read.text and short(measured[image]) in read.text
+        assert STATS.texts[image] in read.text and short(float(measured[image])) in read.text
     ranked = np.argsort(-measured, kind="stable")[:12].tolist()
     if view in ("max", "mean", "area"):
         assert detail.form.evidence["images"] == ranked
@@ -404,7 +404,7 @@ def test_two_galleries_share_no_id(labels: LabelStore) -> None:
     assert not reader.values("id")
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=12)
 @given(
     st.sampled_from([NASTY, "\0<b\0>", "‮אבג"]) | st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
     st.sampled_from([NASTY, "' onload='x"])
