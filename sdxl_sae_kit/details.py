@@ -1,4 +1,4 @@
-"""One feature in a notebook: its images in several views, what was measured, its neighbours, and the form for its label."""
+"""One feature in a notebook: its images in several views, what was measured, and the form for its label."""
 
 from __future__ import annotations
 

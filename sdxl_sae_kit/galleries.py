@@ -199,6 +199,7 @@ class Overview(widgets.VBox):  # type: ignore[misc]
             [self.previous, self.next, self.position],
         )
         super().__init__([line(choose), line(turn), self.grid])
+        self.add_class("sae-overview")
         for control in (self.sort, self.hide_dead, self.filter):
             control.observe(lambda change: self.turn_to(0), "value")
         self.previous.on_click(lambda button: self.turn_to(self.page - 1))

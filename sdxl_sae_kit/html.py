@@ -61,8 +61,8 @@ STYLE = """<style>
 .sae-pair img:first-child { width: 20%; }
 .sae-pair img:last-child { flex: 1; min-width: 0; }
 .sae-near { display: flex; flex-wrap: wrap; gap: 4px 6px; }
-.sae-near > * { border: 1px solid var(--sae-line); border-radius: 5px; padding: 1px 7px; max-width: 22em; overflow: hidden;
-  text-overflow: ellipsis; white-space: nowrap; }
+.sae-near > * { border: 1px solid var(--sae-line); border-radius: 5px; padding: 1px 7px; max-width: 22em;
+  overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .sae-sketches { display: flex; flex-wrap: wrap; gap: 14px 28px; margin-top: 12px; }
 .sae-sketches svg { display: block; overflow: visible; max-width: 100%; color: var(--sae-ink); }
 .sae-sketches figcaption { font-size: 12px; color: var(--sae-quiet); max-width: 260px; margin-top: 3px; }
@@ -178,7 +178,8 @@ def strip(
 ) -> bytes:
     """One WebP picture of several examples (WebP thumbnail, heat map), each thumbnail with its overlay below or beside.
 
-    A tile is `tile` pixels wide and high, `opacity` (0..1) that of the heat maps; an empty thumbnail is drawn black, and room is left for `places` examples.
+    A tile is `tile` pixels wide and high, `opacity` (0..1) that of the heat maps; an empty thumbnail is drawn black, and
+    room is left for `places` examples.
     One picture for a whole card takes far fewer bytes than one per example, and a browser shows it at once.
     """
     step, across = tile + GAP, max(len(examples), places)
@@ -320,7 +321,7 @@ def fragment(*parts: str) -> str:
 
 
 def twin(*parts: str) -> str:
-    """What stands in for widgets where no kernel runs: a fragment whose pictures the report's script lets one filter."""
+    """What stands in for widgets where no kernel runs: a fragment whose cards the report's script lets one filter."""
     return f"<div {TWIN}>{fragment(*parts)}</div>"
 
 

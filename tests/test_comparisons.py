@@ -55,8 +55,11 @@ def test_neighbourhood_is_told_within_one_sae_only() -> None:
     assert "top images" not in read_safely(compare((STATS, 3), (elsewhere, near)).body.value).text
 
 
-def test_dead_latents_and_pairs_that_are_none() -> None:
+def test_a_dead_latent_says_so() -> None:
     assert "it fired on no token" in compare((STATS, 39), (STATS, 3)).body.value
+
+
+def test_what_is_no_pair_is_refused(unchecked_types: None) -> None:
     for wrong in (STATS, (STATS, 1, 2), (3, STATS)):
         with pytest.raises(KitError, match=r"two pairs \(statistics, latent\)"):
             compare((STATS, 3), wrong)  # type: ignore[arg-type]

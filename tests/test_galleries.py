@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ipywidgets import widgets
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ipywidgets import widgets
 from PIL import Image
 from reading_html import Reader, read_safely
 from synthetic import synthetic_stats
