@@ -226,7 +226,7 @@ class FeatureStats:
         with self._file() as file:
             images, values, maps = (file[f"examples/{by}/{name}"][feature] for name in ("image", "value", "heat_map"))
         there = images >= 0
-        thumbnails = self._thumbnails(images[there])
+        thumbnails = self.thumbnails(images[there])
         texts, seeds = self.prompts.texts, self.prompts.seeds
         return [
             Example(image, texts[image], seeds[image], value, heat_map.astype(np.float32), thumbnail)
@@ -243,10 +243,10 @@ class FeatureStats:
 
     def thumbnail(self, image: int) -> bytes:
         """The picture, small, as WebP; empty where it is not kept (see `pictured`)."""
-        return self._thumbnails(np.array([image]))[0]
+        return self.thumbnails(np.array([image]))[0]
 
-    def _thumbnails(self, images: Int[np.ndarray, " image"]) -> list[bytes]:
-        """Pictures of images; they are stored one after the other, in the order of their index."""
+    def thumbnails(self, images: Int[np.ndarray, " image"]) -> list[bytes]:
+        """The pictures of some images; empty ones where they are not kept (see `pictured`)."""
         place = np.searchsorted(self.pictured, images)
         with self._file() as file:
             data = file["thumbnails/bytes"]
