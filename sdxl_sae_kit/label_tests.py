@@ -24,7 +24,7 @@ from sdxl_sae_kit.sae import FIRES
 SHOWN = 12
 """Images of each kind, active and inactive, from which a labeller names a latent."""
 _SIDE = 160  # pixels of a picture in the form
-_FORMULA = "(right active / active + right inactive / inactive) / 2; chance is 0.50"
+_FORMULA = "It is (right active / active + right inactive / inactive) / 2; activations are maxima over the image"
 
 
 def test_label(
@@ -182,7 +182,7 @@ class BlindTest(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         for picture, value, active, shows in zip(
             self.pictures, values.tolist(), self._drawn.active.tolist(), said.tolist(), strict=True
         ):
-            truth = f"active, up to {html.short(value)}" if active else "not active"
+            truth = f"active, {html.short(value)}" if active else "not active"
             picture.value += f"<div>{'✓ right' if active == shows else '✗ wrong'}: {truth}</div>"
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:

@@ -497,16 +497,16 @@ def test_lights_kappa_is_the_mean_of_the_pairs_and_shown_with_them(labels: Label
 
 
 def test_the_interval_of_kappa_covers_it() -> None:
-    """200 pairs of authors who agree beyond chance to a known degree: share σ of answers copied, the rest random."""
+    """100 pairs of authors who agree beyond chance to a known degree: share σ of answers copied, the rest random."""
     rng = np.random.default_rng(1)
     share, covered = 0.6, 0
-    for _ in range(200):
+    for _ in range(100):
         one = rng.integers(0, 3, 60)
         other = np.where(rng.random(60) < share, one, rng.integers(0, 3, 60))
         said = {"a": dict(enumerate(map(str, one))), "b": dict(enumerate(map(str, other)))}
         (pair,) = agreement(said, "text").pairs
         covered += pair.low <= share <= pair.high
-    assert 0.89 <= covered / 200 <= 0.985
+    assert 88 <= covered <= 99
 
 
 # Several writers -----------------------------------------------------------------------------------------------------
