@@ -91,7 +91,7 @@ STYLE = """<style>
 .sae-columns + .sae-wide, .sae-wide + .sae-wide { margin-top: 16px; }
 .sae-kit table .sae-text { text-align: left; }
 .sae-kit table .sae-short { text-align: left; white-space: nowrap; }
-.sae-key { font-weight: 400; font-size: 12px; margin-left: 12px; }
+.sae-key { font-weight: 400; font-size: 12px; margin-left: 12px; white-space: nowrap; }
 .sae-scale { display: inline-block; width: 96px; height: 9px; border-radius: 2px;
   background: linear-gradient(to right, HEAT); }
 </style>""".replace("HEAT", ", ".join(f"rgb({red:.0f} {green:.0f} {blue:.0f})" for red, green, blue in HEAT))
