@@ -76,7 +76,7 @@ class OddIcons:
     strengths = (0.5, 1.0, 1.5)
 
     def get(self, feature: int) -> tuple[bytes, ...] | None:
-        return STATS.thumbnails[:3] if feature % 2 else None
+        return tuple(STATS.thumbnail(image) for image in range(3)) if feature % 2 else None
 
 
 def all_pages(shown: Gallery) -> list[int]:
