@@ -178,7 +178,7 @@ def strip(
 ) -> bytes:
     """One WebP picture of several examples (WebP thumbnail, heat map), each thumbnail with its overlay below or beside.
 
-    A tile is `tile` pixels wide and high, `opacity` (0..1) that of the heat maps; an empty thumbnail is drawn black, and
+    A tile is `tile` pixels wide and high; `opacity` (0..1) is that of the heat maps. An empty thumbnail is black, and
     room is left for `places` examples.
     One picture for a whole card takes far fewer bytes than one per example, and a browser shows it at once.
     """
