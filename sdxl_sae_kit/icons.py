@@ -168,6 +168,7 @@ def _check_inputs(pipe: Any, sae: SAE, stats: FeatureStats) -> None:
             f"draw_icons: the statistics are of {stats.sae} at {stats.hookpoint}, but the SAE is {sae.name} at "
             f"{sae.hookpoint}. Measure this SAE with FeatureStats.measure."
         )
+    _ = sae.directions  # refuses an SAE that has none
     model, site = describe(pipe), sae.site
     assert site is not None  # or it would have no hookpoint
     if (model.name, model.revision) != (site.model, site.revision):
@@ -194,8 +195,7 @@ def _checked(stats: FeatureStats, features: Any) -> list[int]:
 def _draw(pipe: Any, sae: SAE, stats: FeatureStats, artifact: Artifact) -> None:
     features, strengths = artifact.recipe["features"], artifact.recipe["strengths"]
     size, seed = artifact.recipe["features_per_part"], artifact.recipe["seed"]
-    k = sae.k or float(stats.density.sum(dtype=np.float64))  # mean L0 where no k is set
-    scale = np.multiply.outer(stats.mean[features] * k, strengths).astype(np.float32)  # (feature, strength)
+    scale = _amounts(sae, stats, features, strengths)
     parts = [range(start, min(start + size, len(features))) for start in range(0, len(features), size)]
     missing = [part for part in range(len(parts)) if not artifact.file(_PART.format(part)).exists()]
     cost = sum(len(parts[part]) for part in missing) * len(strengths)
@@ -216,6 +216,14 @@ def _draw(pipe: Any, sae: SAE, stats: FeatureStats, artifact: Artifact) -> None:
             write_atomically(artifact.file(_PART.format(part)), _packed(pictures, len(strengths)))
             bar.update(len(pictures))
     artifact.seal(facts={"features": len(features), "pictures": len(features) * len(strengths) + 1})
+
+
+def _amounts(
+    sae: SAE, stats: FeatureStats, features: Sequence[int], strengths: Sequence[float]
+) -> Float[np.ndarray, "feature strength"]:
+    """How much of each feature is added: strength · mean · k."""
+    k = sae.k or float(stats.density.sum(dtype=np.float64))  # mean L0 where no k is set
+    return np.multiply.outer(stats.mean[features] * k, strengths).astype(np.float32)
 
 
 def _adding(change: Float[Tensor, "image d_in"]) -> Callable[[Tensor, Call], Tensor]:
