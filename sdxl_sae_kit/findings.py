@@ -70,7 +70,8 @@ class Results(Sequence[Found]):
             row["95 % interval"] = f"[{html.short(found.low)}, {html.short(found.high)}]"
         if isfinite(found.chance):
             row |= {"chance": found.chance, "beyond chance": "yes" if found.beyond_chance else "no"}
-        return row | dict(found.beside) | {self.unit: found.n}
+        row |= dict(found.beside) | {self.unit: found.n}
+        return {name: "–" if value != value else value for name, value in row.items()}  # NaN: not known
 
     def _repr_html_(self) -> str:
         last = range(max(_SHOWN, len(self) - _SHOWN), len(self))

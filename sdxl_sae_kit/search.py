@@ -268,45 +268,28 @@ def by_label(labels: LabelStore, text: str) -> Results:
     return Results(tuple(found), "share", "words", f"share of the label's words that {text!r} asks for.")
 
 
-def by_similarity(stats: FeatureStats, feature: int, n: int = 12) -> Results:
-    """The features nearest to one: those with the most similar decoder rows, and those that fire on the same tokens.
+def by_similarity(stats: FeatureStats, feature: int) -> Results:
+    """The features nearest to one: the 8 of the most similar decoder rows, and the 8 that fire most on its tokens.
 
     The score is the cosine of decoder rows; beside it the Jaccard index of firing tokens, both / either, and what that
-    would be if the two fired independently, each as often as it does.
-
-    Args:
-        stats: feature statistics.
-        feature: a latent.
-        n: as many of either kind.
+    would be if the two fired independently, each as often as it does. NaN where it is not among the 8 of that kind.
 
     Raises:
         KitError: there is no such latent.
     """
-    n = whole_number("by_similarity: n", n)
-    cosines, together = stats.similar(feature, stats.d_sae), stats.coactive(feature, stats.d_sae)
-    near = {each.latent: each.value for each in cosines}
-    joint = {each.latent: each.value for each in together}
-    chosen = {each.latent for each in [*cosines[:n], *together[:n]]}
-    density = stats.density.astype(np.float64)
-
-    def independent(latent: int) -> float:
-        both = density[feature] * density[latent]
-        return float(both / max(density[feature] + density[latent] - both, 1e-30))
-
-    found = [
-        Found(
-            stats.hookpoint,
-            latent,
-            near.get(latent, nan),
-            stats.n_tokens,
-            beside={"co-activation": joint.get(latent, 0.0), "if independent": independent(latent)},
-        )
-        for latent in chosen
-    ]
-    found.sort(key=lambda each: (-each.score, each.latent))
+    cosines = {each.latent: each.value for each in stats.similar(feature)}
+    together = {each.latent: each for each in stats.coactive(feature)}
+    p, q = float(stats.density[feature]), stats.density.astype(np.float64)
+    independent = p * q / np.maximum(p + q - p * q, 1e-30)
+    found = []
+    for latent in dict.fromkeys([*cosines, *together]):  # most similar first, then those that only fire together
+        joint = together.get(latent)
+        beside = {"co-activation": joint.value if joint else nan, "if independent": float(independent[latent])}
+        counted = (joint.n if joint else None) or stats.n_tokens
+        found.append(Found(stats.hookpoint, latent, cosines.get(latent, nan), counted, beside=beside))
     formula = (
         f"cosine of decoder rows with feature {feature}; co-activation: tokens on which both fire / on which either "
-        "does; if independent: the same, were they independent."
+        "does; if independent: the same, were they independent; –: not among the 8 nearest of that kind."
     )
     return Results(tuple(found), "cosine", "tokens", formula)
 

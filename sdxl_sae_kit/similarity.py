@@ -28,7 +28,6 @@ from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.files import hash_file, sha256, write_atomically
 from sdxl_sae_kit.metrics import bootstrap_interval
 from sdxl_sae_kit.pipelines import choose_device
-from sdxl_sae_kit.sae import FIRES
 from sdxl_sae_kit.tiny import WEIGHTS
 from sdxl_sae_kit.tiny.judge import FILE as JUDGE
 from sdxl_sae_kit.tiny.judge import load_judge
@@ -159,8 +158,7 @@ def default_embed(stats: FeatureStats) -> Embed:
     Raises:
         KitError: they are not, or there are none.
     """
-    if not len(stats.pictured):
-        raise KitError(f"No pictures are kept for {stats.sae}. Collect with images='thumbnails' and measure again.")
+    _check_pictures(stats)
     size = _opened(stats.thumbnail(int(stats.pictured[0]))).size
     if size == (SIZE, SIZE):
         return WorldEmbed()
@@ -170,51 +168,59 @@ def default_embed(stats: FeatureStats) -> Embed:
     )
 
 
+def _check_pictures(stats: FeatureStats) -> None:
+    if not len(stats.pictured):
+        raise KitError(f"No pictures are kept for {stats.sae}. Collect with images='thumbnails' and measure again.")
+
+
 def _opened(webp: bytes) -> Image.Image:
     return Image.open(io.BytesIO(webp), formats=("WEBP",)).convert("RGB")
 
 
 def embed_pictures(stats: FeatureStats, embed: Embed, store: Store | Path | str | None = None) -> Unit:
-    """A row for each of `stats.pictured`, kept in the store by pictures and judge: all SAEs of a cache share them.
+    """A row for each of `stats.pictured`, kept in the store: SAEs of one cache share them.
 
     Args:
         stats: feature statistics.
         embed: the judge.
         store: folder of artifacts; by default the one that `stats` are in.
+
+    Raises:
+        KitError: no pictures are kept.
     """
-    pictures = [stats.thumbnail(int(image)) for image in stats.pictured]
-    recipe = {"study": "embeddings", "judge": embed.name, "pictures": [sha256(webp)[:16] for webp in pictures]}
-    recipe["pictures"] = sha256("".join(recipe["pictures"]).encode())
-    artifact = Store.at(store or stats.artifact.folder.parent.parent).artifact("studies", "embeddings", recipe)
+    _check_pictures(stats)
+    recipe = {
+        "study": "embeddings",
+        "judge": embed.name,
+        "cache": stats.artifact.recipe["cache"],
+        "images": sha256(stats.pictured.astype("<i8").tobytes()),
+    }
+    store = Store.at(store or stats.artifact.folder.parent.parent)
+    artifact = store.artifact("studies", f"embeddings_{len(stats.pictured)}images", recipe)
     if not artifact.finished:
         with artifact.lock():
             if not artifact.finished:
-                _embed(pictures, embed, artifact)
-    return load_file(artifact.check(_FILE))["embeddings"]
+                _embed(stats, embed, artifact)
+    return np.asarray(load_file(artifact.check(_FILE))["embeddings"])
 
 
-def _embed(pictures: Sequence[bytes], embed: Embed, artifact: Artifact) -> None:
-    tqdm.write(f"Looking at {len(pictures):,} pictures with {embed.name}, as {artifact.name}.")
+def _embed(stats: FeatureStats, embed: Embed, artifact: Artifact) -> None:
+    tqdm.write(f"Looking at {len(stats.pictured):,} pictures with {embed.name}, as {artifact.name}.")
     rows = []
-    for start in tqdm(range(0, len(pictures), _BATCH), desc="embed", unit="batch"):
-        rows.append(embed([_opened(webp) for webp in pictures[start : start + _BATCH]]))
+    for start in tqdm(range(0, len(stats.pictured), _BATCH), desc="embed", unit="batch"):
+        rows.append(embed([_opened(stats.thumbnail(int(i))) for i in stats.pictured[start : start + _BATCH]]))
     write_atomically(artifact.file(_FILE), save({"embeddings": np.concatenate(rows).astype(np.float32)}))
-    artifact.seal(facts={"pictures": len(pictures), "judge": embed.name})
+    artifact.seal(facts={"pictures": len(stats.pictured), "judge": embed.name})
 
 
 def top_pictures(stats: FeatureStats, n: int) -> dict[int, Int[np.ndarray, "top"]]:
-    """Alive feature → its n top images by maximum, no two of the same prompt, as places in `stats.pictured`."""
-    strengths = stats.image_activations("max")[stats.pictured]  # (picture, latent)
-    texts = [stats.prompts.texts[image] for image in stats.pictured]
+    """Alive feature → its top images by maximum, at most n, each of another prompt, as places in `stats.pictured`."""
     found = {}
     for feature in stats.alive.tolist():
-        order = np.argsort(-strengths[:, feature], kind="stable")
         best: dict[str, int] = {}
-        for place in order[: (strengths[:, feature] > FIRES).sum()].tolist():
-            best.setdefault(texts[place], place)
-            if len(best) == n:
-                break
-        found[feature] = np.array(list(best.values()), dtype=np.int64)
+        for example in stats.examples(feature, "max"):
+            best.setdefault(example.prompt, example.image)
+        found[feature] = np.searchsorted(stats.pictured, list(best.values())[:n])
     return found
 
 
@@ -299,7 +305,7 @@ def specificity(
     Args:
         stats: feature statistics of a cache with images.
         embed: the judge; by default that of the tiny world, where the pictures are of it.
-        n: at most so many top images (by maximum) of each feature.
+        n: at most so many top images of each feature, of its `examples` by maximum.
         store: folder of artifacts in which the embeddings are kept; by default that of `stats`.
 
     Raises:
@@ -340,19 +346,29 @@ def _alike(
     value = (similar.sum((1, 2)) - own.sum(1)) / (n * n - n)
     pairs = np.einsum("fdi,di->fd", draws @ similar, draws) - own @ (draws**2).T  # (feature, draw)
     drawn = pairs / (n * n - (draws**2).sum(1))
-    return value, *np.quantile(drawn, [0.025, 0.975], axis=1)
+    low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
+    return value, low, high
 
 
 def _random_sets(
     stats: FeatureStats, rows: Unit, n: int, rng: np.random.Generator
 ) -> tuple[float, tuple[float, float]]:
-    """Mean similarity within random sets of pictures of different prompts, and what the middle 95 % of sets have."""
-    _, different = np.unique([stats.prompts.texts[image] for image in stats.pictured], return_index=True)
+    """Mean similarity within random sets of pictures of different prompts, and what the middle 95 % of sets have.
+
+    Where only some pictures are kept, those of held-out images, because most others are kept as some latent's example.
+    """
+    texts = np.array([stats.prompts.texts[image] for image in stats.pictured])
+    eligible = np.arange(len(texts))
+    if len(texts) < stats.n_images:
+        eligible = np.flatnonzero(stats.prompts.held_out[stats.pictured])
+    different = eligible[np.unique(texts[eligible], return_index=True)[1]]
     if len(different) < MIN_IMAGES:
         return float("nan"), (float("nan"), float("nan"))
     size = min(n, len(different))
-    sets = np.stack([rng.choice(different, size, replace=False) for _ in range(_RESAMPLES)])
-    sums = rows[sets].sum(axis=1, dtype=np.float64)  # Σ over pairs is ‖Σ‖² − Σ‖·‖²
-    drawn = ((sums**2).sum(axis=1) - (rows[sets] ** 2).sum((1, 2))) / (size * size - size)
+    drawn = []
+    for _ in range(_RESAMPLES):
+        chosen = rows[rng.choice(different, size, replace=False)].astype(np.float64)
+        pairs = (chosen.sum(axis=0) ** 2).sum() - (chosen**2).sum()  # Σ over pairs is ‖Σ‖² − Σ‖·‖²
+        drawn.append(pairs / (size * size - size))
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(drawn.mean()), (float(low), float(high))
+    return float(np.mean(drawn)), (float(low), float(high))

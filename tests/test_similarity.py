@@ -34,17 +34,22 @@ def webp(level, size=(16, 16)):
     return file.getvalue()
 
 
-def made_up(strengths, folder, texts=None, size=(16, 16)):
+def made_up(strengths, folder, texts=None, size=(16, 16), cache="a cache"):
     """Just what similarity reads of FeatureStats: image i has grey level 2 i."""
     strengths = np.asarray(strengths, dtype=np.float32)
     n, d_sae = strengths.shape
     texts = texts or [f"prompt {i}" for i in range(n)]
+
+    def examples(feature, by):
+        assert by == "max"
+        order = [i for i in np.argsort(-strengths[:, feature])[:12].tolist() if strengths[i, feature] > 1e-3]
+        return [SimpleNamespace(image=i, prompt=texts[i]) for i in order]
+
     return SimpleNamespace(
-        sae="made up", hookpoint="mid.0", d_sae=d_sae, n_images=n, pictured=np.arange(n),
-        artifact=Artifact(folder / "features" / "made-up-00000000"),
+        sae="made up", hookpoint="mid.0", d_sae=d_sae, n_images=n, pictured=np.arange(n), examples=examples,
+        artifact=Artifact(folder / "features" / "made-up-00000000", {"cache": cache}),
         prompts=Prompts(tuple(texts), tuple(range(n)), ({},) * n),
-        alive=np.flatnonzero(strengths.max(axis=0) > 1e-3),
-        image_activations=lambda by: strengths, thumbnail=lambda i: webp(i, size),
+        alive=np.flatnonzero(strengths.max(axis=0) > 1e-3), thumbnail=lambda i: webp(i, size),
     )  # fmt: skip
 
 
@@ -111,8 +116,8 @@ def test_random_sets_are_the_baseline_and_a_planted_feature_lies_above_it(tmp_pa
     rng = np.random.default_rng(3)
     rows = unit(rng.normal(size=(100, 8)) + 0.5)
     strengths = rng.random((100, 41))
-    along = rows[:, 0]
-    strengths[:, 40] = along - along.min() + 0.01  # fires most on images that lie in one direction
+    rows[:15] = unit(rng.normal(size=(15, 8)) + 4 * np.eye(8)[0])
+    strengths[:15, 40] += 1  # fires most on images that lie in one direction
     found = specificity(made_up(strengths, tmp_path), Given(rows))
     assert found.baseline == pytest.approx(pairwise(rows), abs=0.02)
     assert found.measured[0] == 40 and found.low[40] > found.baseline_interval[1]
@@ -123,18 +128,29 @@ def test_random_sets_are_the_baseline_and_a_planted_feature_lies_above_it(tmp_pa
     assert "Judge: given." in found._repr_html_()
 
 
-def test_embeddings_are_kept_by_pictures_and_judge(tmp_path, unchecked_types):
+def test_embeddings_are_kept_by_cache_pictures_and_judge(tmp_path, unchecked_types):
     rows = unit(np.random.default_rng(4).normal(size=(70, 3)))
     stats, judge = made_up(np.ones((70, 2)), tmp_path), Given(rows)
     assert embed_pictures(stats, judge) == pytest.approx(rows) and judge.shown == 70
-    embed_pictures(stats, judge)
-    assert judge.shown == 70  # loaded
+    embed_pictures(made_up(np.eye(70), tmp_path), judge)
+    assert judge.shown == 70  # loaded: another SAE on the same images
+    for changed in (made_up(np.ones((70, 2)), tmp_path, cache="another"), made_up(np.ones((69, 2)), tmp_path)):
+        before = judge.shown
+        embed_pictures(changed, judge)
+        assert judge.shown == before + len(changed.pictured)
     embed_pictures(stats, other := Given(rows, "another"))
     assert other.shown == 70  # another judge is another matter
-    fewer = made_up(np.ones((69, 2)), tmp_path)
-    embed_pictures(fewer, judge)
-    assert judge.shown == 139
-    assert len(list((tmp_path / "studies").glob("embeddings-*/stamp.json"))) == 3
+    assert len(list((tmp_path / "studies").glob("embeddings_*/stamp.json"))) == 4
+
+
+def test_where_only_some_pictures_are_kept_the_baseline_is_of_held_out_ones(tmp_path, unchecked_types):
+    stats = made_up(np.ones((100, 2)), tmp_path)
+    held_out = stats.prompts.held_out
+    assert 5 < held_out.sum() < 50
+    rows = np.where(held_out[:, None], [[1, 0]], unit(np.random.default_rng(0).normal(size=(100, 2))))
+    assert similarity._random_sets(stats, rows.astype(np.float32), 5, np.random.default_rng(0))[0] < 0.9
+    stats.n_images = 5000
+    assert similarity._random_sets(stats, rows.astype(np.float32), 5, np.random.default_rng(0))[0] == pytest.approx(1)
 
 
 def test_a_judge_must_be_named_where_the_world_judge_cannot_see(tmp_path, unchecked_types):
@@ -191,9 +207,10 @@ def test_specificity_on_the_embedded_model(small_stats, small_cache):
     rows = WorldEmbed()([Image.open(io.BytesIO(small_cache.thumbnail(i))).convert("RGB") for i in range(120)])
     for feature in found.measured[:5].tolist():
         top = {e.prompt: e.image for e in reversed(small_stats.examples(feature))}
-        if len(top) == found.n[feature]:
-            assert found.value[feature] == pytest.approx(pairwise(rows[list(top.values())]), abs=1e-3)
-    assert found.baseline_interval[0] < found.baseline < found.baseline_interval[1] < found.mean[0]
+        assert found.n[feature] == len(top)
+        assert found.value[feature] == pytest.approx(pairwise(rows[list(top.values())]), abs=1e-3)
+    assert found.baseline_interval[0] < found.baseline < found.baseline_interval[1]
+    assert found.mean[1] > found.baseline  # even after a moment of training
 
 
 # CLIP -----------------------------------------------------------------------------------------------------------------
