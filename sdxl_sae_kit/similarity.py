@@ -334,7 +334,7 @@ def specificity(
 def _draws(rng: np.random.Generator, n: int) -> Float[np.ndarray, "draw n"]:
     """How often each of n images is in each bootstrap sample; samples of one image alone have no pairs and are left."""
     draws = rng.multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)
-    return draws[(draws > 0).sum(axis=1) > 1].astype(np.float32)
+    return np.asarray(draws[(draws > 0).sum(axis=1) > 1], dtype=np.float32)
 
 
 def _alike(
@@ -343,7 +343,7 @@ def _alike(
     """Mean similarity of all pairs of different images, and its bootstrap interval."""
     n, similar = rows.shape[1], rows @ rows.swapaxes(1, 2)  # (feature, n, n)
     own = np.einsum("fii->fi", similar)
-    value = (similar.sum((1, 2)) - own.sum(1)) / (n * n - n)
+    value = np.asarray((similar.sum((1, 2)) - own.sum(1)) / (n * n - n))
     pairs = np.einsum("fdi,di->fd", draws @ similar, draws) - own @ (draws**2).T  # (feature, draw)
     drawn = pairs / (n * n - (draws**2).sum(1))
     low, high = np.quantile(drawn, [0.025, 0.975], axis=1)

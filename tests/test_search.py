@@ -12,6 +12,7 @@ from sdxl_sae_kit import search
 from sdxl_sae_kit.errors import ArtifactError, KitError, PromptError
 from sdxl_sae_kit.findings import Found, Results
 from sdxl_sae_kit.hooks import record
+from sdxl_sae_kit.labels import LabelStore
 from sdxl_sae_kit.pipelines import generate
 from sdxl_sae_kit.search import (
     by_contrast,
@@ -240,6 +241,16 @@ def test_labels_are_found_by_all_words_in_any_order_and_case(unchecked_types):
     assert by_label(labels, "round")[0].beside == {"label": "round", "tags": "Red, circles"}
     with pytest.raises(KitError, match="looks for words"):
         by_label(labels, "  ")
+
+
+def test_labels_are_found_as_they_stand_in_their_store(tmp_path):
+    labels = LabelStore.of(synthetic_stats(tmp_path))
+    labels.set(3, "blue circle")
+    labels.set(3, "red circle", tags=["Warm"])
+    labels.set(5, "red")
+    labels.withdraw(5)
+    assert [f.latent for f in by_label(labels, "red")] == [3] == [f.latent for f in by_label(labels, "warm")]
+    assert not by_label(labels, "blue")
 
 
 def test_neighbours_are_the_statistics_in_one_table():
