@@ -180,6 +180,8 @@ def _opened(webp: bytes) -> Image.Image:
 def embed_pictures(stats: FeatureStats, embed: Embed, store: Store | Path | str | None = None) -> Unit:
     """A row for each of `stats.pictured`, kept in the store: SAEs of one cache share them.
 
+    What the judge sees are the thumbnails, of at most 160 pixels.
+
     Args:
         stats: feature statistics.
         embed: the judge.
