@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from sdxl_sae_kit import html
 
-_SHOWN = 12
+_SHOWN = 16
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from sdxl_sae_kit.pipelines import describe, generate, scheduler
 from sdxl_sae_kit.sae import SAE
 
 _PART, _PLAIN = "part-{:05d}.h5", "plain.webp"
-_SHOWN = 12
+_SHOWN, _TILE, _GAP = 12, 88, 4
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,16 @@ class Icons:
             f"Added alone at every token of the empty prompt's image, at strengths {self._listed} × mean × k. "
             f"The first {min(_SHOWN, len(self.features))} of {len(self.features):,}, after the image without any."
         )
-        cards = (self._card(feature) for feature in self.features[:_SHOWN].tolist())
-        plain = html.figures([(html.picture(self.plain, "the empty prompt's image"), "", "nothing added")])
+        plain = html.card(
+            "nothing added", "", "", html.picture(_side_by_side([self.plain]), "the empty prompt's image")
+        )
+        cards = [self._card(feature) for feature in self.features[:_SHOWN].tolist()]
         title = html.heading(f"What features of {self.hookpoint} write", html.escape(facts))
-        return html.fragment(title, plain, html.grid(cards))
+        return html.fragment(title, html.grid([plain, *cards]))
 
     def _card(self, feature: int) -> str:
-        pictures = [
-            (html.picture(webp, f"feature {feature} at strength {strength:g}"), f"{strength:g}", "")
-            for webp, strength in zip(self.get(feature) or (), self.strengths, strict=True)
-        ]
-        return html.card(f"feature {feature}", "", "", html.figures(pictures))
+        sheet = html.picture(_side_by_side(self.get(feature) or ()), f"feature {feature} at strengths {self._listed}")
+        return html.card(f"feature {feature}", "", "", sheet)
 
     @property
     def _listed(self) -> str:
@@ -244,6 +243,15 @@ def _packed(pictures: Sequence[Image.Image], n_strengths: int) -> memoryview:
         file.create_dataset("ends", data=ends)
         file.create_dataset("bytes", data=np.frombuffer(b"".join(encoded), np.uint8), fletcher32=True)
     return buffer.getbuffer()
+
+
+def _side_by_side(pictures: Sequence[bytes]) -> bytes:
+    """WebP pictures in a row, each made as wide and high as a tile."""
+    sheet = Image.new("RGBA", (len(pictures) * (_TILE + _GAP) - _GAP, _TILE))
+    for place, webp in enumerate(pictures):
+        tile = Image.open(io.BytesIO(webp), formats=("WEBP",)).convert("RGB").resize((_TILE, _TILE))
+        sheet.paste(tile, (place * (_TILE + _GAP), 0))
+    return html.to_webp(sheet)
 
 
 def _as_thumbnail(picture: Image.Image) -> bytes:

@@ -101,8 +101,10 @@ def test_all_alive_features_by_default_and_the_cost_is_told(pipe, sae, small_sta
 
 def test_the_page_shows_every_strength(drawn):
     page = drawn._repr_html_()
-    assert page.count("<img") == 1 + 3 * 5 and "0.5, 1, 1.5 × mean × k" in page
-    assert f'alt="feature {drawn.features[0]} at strength 1.5"' in page
+    assert page.count("<img") == 1 + 5 and "0.5, 1, 1.5 × mean × k" in page
+    assert f'alt="feature {drawn.features[0]} at strengths 0.5, 1, 1.5"' in page
+    row = icons._side_by_side(drawn.get(int(drawn.features[0])))
+    assert Image.open(io.BytesIO(row)).size == (3 * 88 + 2 * 4, 88)
 
 
 KILLED = """

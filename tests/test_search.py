@@ -299,12 +299,12 @@ def test_a_judge_without_texts_is_refused(unchecked_types):
 
 
 def test_results_show_both_ends_escaped_with_formula_and_chance():
-    found = [Found("mid.0", i, 20.0 - i, 9, 19.0 - i, 21.0 - i, 5.0) for i in range(41)]
+    found = [Found("mid.0", i, 20.0 - i, 9, 19.0 - i, 21.0 - i, 5.0) for i in range(61)]
     page = Results(tuple(found), "difference", "pairs", "a − b & c")._repr_html_()
-    assert "24 of 41 features found, ranked by difference: a − b &amp; c" in page
-    for latent, there in ((0, True), (11, True), (12, False), (28, False), (29, True), (40, True)):
+    assert "32 of 61 features found, ranked by difference: a − b &amp; c" in page
+    for latent, there in ((0, True), (15, True), (16, False), (44, False), (45, True), (60, True)):
         assert (f"><bdi>{latent}</bdi><" in page) == there, latent
-    assert page.count("<bdi>yes</bdi>") == 12 + 12 and "[19.0, 21.0]" in page.replace("<br>", " ")
+    assert page.count("<bdi>yes</bdi>") == 15 + 16 and "[19.0, 21.0]" in page.replace("<br>", " ")
     label = Results((Found("", 3, 1.0, 1, beside={"label": "<b>"}),), "share", "words", "f")
     assert "<b>" not in label._repr_html_() and "&lt;b&gt;" in label._repr_html_()
     assert "hookpoint" not in label.rows()[0]
