@@ -91,8 +91,10 @@ class Icons:
         return html.fragment(title, html.grid([plain, *cards]))
 
     def _card(self, feature: int) -> str:
-        sheet = html.picture(_side_by_side(self.get(feature) or ()), f"feature {feature} at strengths {self._listed}")
-        return html.card(f"feature {feature}", "", "", sheet)
+        row = _side_by_side(self.get(feature) or (), len(self.strengths))
+        return html.card(
+            f"feature {feature}", "", "", html.picture(row, f"feature {feature} at strengths {self._listed}")
+        )
 
     @property
     def _listed(self) -> str:
@@ -245,9 +247,9 @@ def _packed(pictures: Sequence[Image.Image], n_strengths: int) -> memoryview:
     return buffer.getbuffer()
 
 
-def _side_by_side(pictures: Sequence[bytes]) -> bytes:
-    """WebP pictures in a row, each made as wide and high as a tile."""
-    sheet = Image.new("RGBA", (len(pictures) * (_TILE + _GAP) - _GAP, _TILE))
+def _side_by_side(pictures: Sequence[bytes], places: int) -> bytes:
+    """WebP pictures in a row that has room for so many, each made as wide and high as a tile."""
+    sheet = Image.new("RGBA", (places * (_TILE + _GAP) - _GAP, _TILE))
     for place, webp in enumerate(pictures):
         tile = Image.open(io.BytesIO(webp), formats=("WEBP",)).convert("RGB").resize((_TILE, _TILE))
         sheet.paste(tile, (place * (_TILE + _GAP), 0))

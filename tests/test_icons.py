@@ -103,7 +103,7 @@ def test_the_page_shows_every_strength(drawn):
     page = drawn._repr_html_()
     assert page.count("<img") == 1 + 5 and "0.5, 1, 1.5 × mean × k" in page
     assert f'alt="feature {drawn.features[0]} at strengths 0.5, 1, 1.5"' in page
-    row = icons._side_by_side(drawn.get(int(drawn.features[0])))
+    row = icons._side_by_side([drawn.plain], 3)
     assert Image.open(io.BytesIO(row)).size == (3 * 88 + 2 * 4, 88)
 
 
