@@ -245,7 +245,8 @@ def _coactive(
             for start in range(0, len(images), _AT_ONCE):
                 on = _fires(_firing(part, images[start : start + _AT_ONCE], grid, n))
                 fires += on.sum(axis=0)
-                both += (on[:, latents.start : latents.stop].T @ on).toarray()
+                pairs = (on[:, latents.start : latents.stop].T @ on).tocoo()
+                both[pairs.coords] += pairs.data
     either = fires[latents.start : latents.stop, None] + fires - both
     index = np.divide(both, either, out=np.zeros(both.shape, np.float32), where=either > 0)
     index[np.arange(len(latents)), np.arange(latents.start, latents.stop)] = 0  # itself
