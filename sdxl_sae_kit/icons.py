@@ -83,18 +83,15 @@ class Icons:
             f"Added alone at every token of the empty prompt's image, at strengths {self._listed} × mean × k. "
             f"The first {min(_SHOWN, len(self.features))} of {len(self.features):,}, after the image without any."
         )
-        plain = html.card(
-            "nothing added", "", "", html.picture(_side_by_side([self.plain]), "the empty prompt's image")
-        )
+        empty = html.picture(_side_by_side([self.plain], len(self.strengths)), "the empty prompt's image")
+        plain = html.card("nothing added", "", "", empty)
         cards = [self._card(feature) for feature in self.features[:_SHOWN].tolist()]
         title = html.heading(f"What features of {self.hookpoint} write", html.escape(facts))
         return html.fragment(title, html.grid([plain, *cards]))
 
     def _card(self, feature: int) -> str:
-        row = _side_by_side(self.get(feature) or (), len(self.strengths))
-        return html.card(
-            f"feature {feature}", "", "", html.picture(row, f"feature {feature} at strengths {self._listed}")
-        )
+        name, row = f"feature {feature}", _side_by_side(self.get(feature) or (), len(self.strengths))
+        return html.card(name, "", "", html.picture(row, f"{name} at strengths {self._listed}"))
 
     @property
     def _listed(self) -> str:
