@@ -45,7 +45,6 @@ def main() -> None:
         measurement.summarise = lambda *given: summing.append(timed(lambda: summarise(*given)))
         whole = timed(lambda: FeatureStats.measure(sae, cache, store=folder))
         of_pass = whole - summing[0]
-        per_image = of_pass / chosen.images
         hours = BLOCKS * IMAGES * of_pass / chosen.images / 3600
         print(
             f"encoding alone {alone:.1f} s; the pass {of_pass:.1f} s, {of_pass / alone:.2f} ×; then {summing[0]:.1f} s"
