@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from synthetic import synthetic_stats
 
 from sdxl_sae_kit import search
 from sdxl_sae_kit.errors import ArtifactError, KitError, PromptError
@@ -23,7 +24,6 @@ from sdxl_sae_kit.search import (
     by_text,
     most_energetic,
 )
-from tests.synthetic import synthetic_stats
 
 RED, BLUE = ("a large red circle on a black background", "a large blue circle on a black background")
 
