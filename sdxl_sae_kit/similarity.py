@@ -210,7 +210,7 @@ def _embed(stats: FeatureStats, embed: Embed, artifact: Artifact) -> None:
     tqdm.write(f"Looking at {len(stats.pictured):,} pictures with {embed.name}, as {artifact.name}.")
     rows = []
     for start in tqdm(range(0, len(stats.pictured), _BATCH), desc="embed", unit="batch"):
-        rows.append(embed([_opened(stats.thumbnail(int(i))) for i in stats.pictured[start : start + _BATCH]]))
+        rows.append(embed([_opened(webp) for webp in stats.thumbnails(stats.pictured[start : start + _BATCH])]))
     write_atomically(artifact.file(_FILE), save({"embeddings": np.concatenate(rows).astype(np.float32)}))
     artifact.seal(facts={"pictures": len(stats.pictured), "judge": embed.name})
 
