@@ -272,14 +272,13 @@ class SAE(nn.Module):
             return self
         mean, scale = self._statistics(None)
         sae = SAE(replace(self.config, normalize="none"), self.d_in, self.site, self.name).to(self.W_enc.device)
-        sae.load_state_dict(self.state_dict())
+        sae.load_state_dict(self.state_dict() | {"input_scale": torch.ones_like(self.b_dec)})
         sae.W_enc.copy_(divided(self.W_enc.T, scale).T)  # the scale is symmetric where it is a matrix
         sae.W_dec.copy_(times(self.W_dec, scale))
         sae.b_dec.copy_(times(self.b_dec, scale) + mean)
         if not self.config.subtract_b_dec:
             sae.b_enc.copy_(self.b_enc - mean @ sae.W_enc)
         sae.input_mean.zero_()
-        sae.input_scale.fill_(1)
         sae.data, sae.metrics, sae.origin = self.data, dict(self.metrics), self.origin
         return sae.eval().requires_grad_(False)
 

@@ -30,7 +30,8 @@ def divided(x: Float[Tensor, "*token d_in"], scale: Tensor) -> Float[Tensor, "*t
     """What `times` the scale is x."""
     if not _is_matrix(scale):
         return x / scale
-    return torch.linalg.solve(scale, x.reshape(-1, x.shape[-1]), left=False).view_as(x)
+    solved: Tensor = torch.linalg.solve(scale, x.reshape(-1, x.shape[-1]), left=False)
+    return solved.view_as(x)
 
 
 def _is_matrix(scale: Tensor) -> bool:
