@@ -238,6 +238,6 @@ def _most_confused(names: Sequence[str], factors: Sequence[str], shares: Float[n
     kin = np.equal.outer(np.array(factors), np.array(factors)) & ~np.eye(len(names), dtype=bool)
     if not kin.any():
         return "No factor has two values."
-    row, column = np.unravel_index(np.where(kin, shares, -1).argmax(), shares.shape)
+    row, column = divmod(int(np.where(kin, shares, -1).argmax()), len(names))
     most = f"most often that for {names[row]} of {names[column]} ({shares[row, column]:.0%})"
     return f"They tell it of {shares[kin].mean():.0%} of those of their factor's other values, {most}."
