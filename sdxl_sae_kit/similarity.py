@@ -273,6 +273,12 @@ class Specificity:
             for feature in self.measured.tolist()
         ]
 
+    def summary(self) -> dict[str, Any]:
+        """One row of a table that sets SAEs beside each other."""
+        mean, low, high = self.mean
+        of_random = {"random images": self.baseline, "95 % of random sets": self.baseline_interval}
+        return {"of": self.sae, "specificity": mean, "interval": (low, high), "latents": len(self.measured)} | of_random
+
     def sentence(self) -> str:
         """What the numbers say."""
         if not len(self.measured):
