@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.hooks import rewrite as rewrite
     from sdxl_sae_kit.html import show_images as show_images
     from sdxl_sae_kit.html import show_table as show_table
+    from sdxl_sae_kit.icons import draw_icons as draw_icons
     from sdxl_sae_kit.interventions import steer as steer
+    from sdxl_sae_kit.label_tests import auto_label as auto_label
+    from sdxl_sae_kit.label_tests import score_label as score_label
+    from sdxl_sae_kit.label_tests import test_label as test_label
+    from sdxl_sae_kit.labellers import EndpointLabeller as EndpointLabeller
+    from sdxl_sae_kit.labellers import TransformersLabeller as TransformersLabeller
+    from sdxl_sae_kit.labellers import WorldLabeller as WorldLabeller
     from sdxl_sae_kit.labels import LabelStore as LabelStore
     from sdxl_sae_kit.pipelines import generate as generate
     from sdxl_sae_kit.pipelines import load_pipeline as load_pipeline
@@ -32,7 +39,16 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.reports import report as report
     from sdxl_sae_kit.sae import SAE as SAE
     from sdxl_sae_kit.scales import load_scale as load_scale
+    from sdxl_sae_kit.search import by_contrast as by_contrast
+    from sdxl_sae_kit.search import by_image as by_image
+    from sdxl_sae_kit.search import by_label as by_label
+    from sdxl_sae_kit.search import by_region as by_region
+    from sdxl_sae_kit.search import by_similarity as by_similarity
+    from sdxl_sae_kit.search import by_text as by_text
     from sdxl_sae_kit.search import most_energetic as most_energetic
+    from sdxl_sae_kit.similarity import ClipEmbed as ClipEmbed
+    from sdxl_sae_kit.similarity import WorldEmbed as WorldEmbed
+    from sdxl_sae_kit.similarity import specificity as specificity
     from sdxl_sae_kit.streaming import stream as stream
     from sdxl_sae_kit.studies.ablation import ablate as ablate
     from sdxl_sae_kit.studies.specialization import specialize as specialize
@@ -51,7 +67,10 @@ _NAMES = {
     "hookpoints": ["DEFAULT_HOOKPOINTS", "list_hookpoints"],
     "hooks": ["record", "rewrite"],
     "html": ["show_images", "show_table"],
+    "icons": ["draw_icons"],
     "interventions": ["steer"],
+    "label_tests": ["auto_label", "score_label", "test_label"],
+    "labellers": ["EndpointLabeller", "TransformersLabeller", "WorldLabeller"],
     "labels": ["LabelStore"],
     "pipelines": ["generate", "load_pipeline"],
     "plans": ["plan"],
@@ -59,7 +78,8 @@ _NAMES = {
     "reports": ["report"],
     "sae": ["SAE"],
     "scales": ["load_scale"],
-    "search": ["most_energetic"],
+    "search": ["by_contrast", "by_image", "by_label", "by_region", "by_similarity", "by_text", "most_energetic"],
+    "similarity": ["ClipEmbed", "WorldEmbed", "specificity"],
     "streaming": ["stream"],
     "studies.ablation": ["ablate"],
     "studies.specialization": ["specialize"],

@@ -12,7 +12,7 @@ from sdxl_sae_kit.errors import KitError, did_you_mean
 
 Kind = Literal["topk", "batchtopk", "jumprelu"]
 Split = Literal["train", "held_out", "all"]
-Normalize = Literal["none", "scale", "channels", "layer_norm", "constant_norm"]
+Normalize = Literal["none", "scale", "channels", "whiten", "layer_norm", "constant_norm"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,10 @@ class SAEConfig:
     """Matryoshka: shares of d_sae, ascending and below 1; the latents up to each must reconstruct on their own too."""
     normalize: Normalize = "none"
     """What is done to tokens first. scale: divided by one number so that ‖x′‖² is d_in on average; channels: mean 0 and
-    standard deviation 1 in each; layer_norm: so within each token; constant_norm: every token's norm √d_in. Latents of
-    the last two have no direction that is the same for all tokens, so `steer` and `ablate` refuse them."""
+    standard deviation 1 in each; whiten: about so in every direction, so that the loss minds those in which updates
+    vary little as much as the others; layer_norm: mean 0 and standard deviation 1 within each token; constant_norm:
+    every token's norm √d_in. Latents of the last two have no direction that is the same for all tokens, so `steer` and
+    `ablate` refuse them."""
     subtract_b_dec: bool = True
     """Whether b_pre is b_dec, or 0."""
     auxk: int = 256

@@ -17,6 +17,7 @@ from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
 from sdxl_sae_kit.measurement import MEMORY, measure
+from sdxl_sae_kit.metrics import bootstrap_interval
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.summary import FILE, open_part, part_name
@@ -25,6 +26,7 @@ Ranking = Literal["max", "mean", "area"]
 """Images are ranked by a latent's maximum, its mean, or the share of tokens on which it fires."""
 
 _LEAST_MEMORY = 2**24
+_OFTEN = 5
 _PER_LATENT = ("density", "image_density", "mean", "std", "max")
 
 
@@ -293,19 +295,13 @@ class FeatureStats:
 
     def image_activations(self, by: Ranking = "max") -> Float[np.ndarray, "image latent"]:
         """Every latent's maximum (or mean, or share of tokens) over every image: n_images × d_sae × 4 bytes."""
-        return {"max": self._image_max, "mean": self._image_mean, "area": self._image_area}[by]
+        if by not in self._pooled:
+            self._pooled[by] = self._by_image(by) / np.float32(1 if by != "area" else self.grid[0] * self.grid[1])
+        return self._pooled[by]
 
     @cached_property
-    def _image_max(self) -> Float[np.ndarray, "image latent"]:
-        return self._by_image("max")
-
-    @cached_property
-    def _image_mean(self) -> Float[np.ndarray, "image latent"]:
-        return self._by_image("mean")
-
-    @property
-    def _image_area(self) -> Float[np.ndarray, "image latent"]:
-        return self._by_image("area") / np.float32(self.grid[0] * self.grid[1])
+    def _pooled(self) -> dict[Ranking, Float[np.ndarray, "image latent"]]:
+        return {}
 
     def _by_image(self, name: str) -> Float[np.ndarray, "image latent"]:
         dense = np.zeros((self.n_images, self.d_sae), np.float32)
@@ -341,6 +337,21 @@ class FeatureStats:
             found = zip(group["latent"][feature].tolist(), group["value"][feature].tolist(), strict=True)
             n_tokens = None if counted is None else int(counted)
             return [Neighbour(latent, value, n_tokens) for latent, value in found if latent >= 0][:n]
+
+    def summary(self) -> dict[str, Any]:
+        """One row of a table that sets SAEs beside each other: how many latents fire, and where."""
+        often = np.round(self.image_density * self.n_images) >= _OFTEN
+        moran = self.moran[np.isfinite(self.moran)]
+        return {
+            "of": self.sae,
+            "latents": self.d_sae,
+            "fire at all": len(self.alive),
+            f"on ≥ {_OFTEN} images": int(often.sum()),
+            "median density": float(np.median(self.density[self.alive])) if len(self.alive) else float("nan"),
+            "mean Moran's I": float(moran.mean()) if len(moran) else float("nan"),
+            "interval": bootstrap_interval(moran),
+            "tokens": self.n_tokens,
+        }
 
     def _check(self, feature: int) -> None:
         if not isinstance(feature, Integral) or not 0 <= feature < self.d_sae:

@@ -199,3 +199,45 @@ def cluster_shares(
         made.add_bar(x=list(groups), y=shares[:, at], name=cluster)
     made.update_layout(barmode="stack")
     return made
+
+
+def confusion_map(
+    values: Sequence[tuple[str, str]], latents: Sequence[str], shares: Float[np.ndarray, "value value"]
+) -> go.Figure:
+    """A heat map of shares of images: in each row the latent for a value, in each column the images that show one.
+
+    `values` are pairs of factor and value, for rows and columns alike; white lines set factors apart.
+    """
+    names, factors = [f"{factor}: {value}" for factor, value in values], [factor for factor, _ in values]
+    right = np.diagonal(shares)
+    told = f"{right.mean():.0%} of its images on average, the worst {names[right.argmin()]} ({right.min():.0%})"
+    made = figure(
+        f"Heat map of {len(values)} latents, each the best for a value of a factor, on the images that show each "
+        f"value. They tell their own value of {told}. {_most_confused(names, factors, shares)}",
+        title="Share of held-out images on which a value's latent tells it", x="images that show",
+        y="latent for", height=240 + 20 * len(values),
+    )  # fmt: skip
+    made.add_heatmap(
+        z=shares, x=names, y=names, zmin=0, zmax=1, colorscale="Viridis", hoverinfo="text", xgap=1, ygap=1,
+        hovertext=[
+            [f"{latent}, for {one}: {share:.0%} of {other}" for other, share in zip(names, line, strict=True)]
+            for one, latent, line in zip(names, latents, shares, strict=True)
+        ],
+    )  # fmt: skip
+    for at in (at for at in range(1, len(factors)) if factors[at] != factors[at - 1]):
+        made.add_hline(at - 0.5, line={"color": "white", "width": 3}).add_vline(
+            at - 0.5, line={"color": "white", "width": 3}
+        )
+    made.update_yaxes(autorange="reversed", automargin=True, tickfont={"size": 10}, dtick=1)
+    made.update_xaxes(automargin=True, tickfont={"size": 10}, dtick=1, tickangle=-60)
+    return made
+
+
+def _most_confused(names: Sequence[str], factors: Sequence[str], shares: Float[np.ndarray, "value value"]) -> str:
+    """Which latent most often tells another value of its factor, and how often all do."""
+    kin = np.equal.outer(np.array(factors), np.array(factors)) & ~np.eye(len(names), dtype=bool)
+    if not kin.any():
+        return "No factor has two values."
+    row, column = divmod(int(np.where(kin, shares, -1).argmax()), len(names))
+    most = f"most often that for {names[row]} of {names[column]} ({shares[row, column]:.0%})"
+    return f"They tell it of {shares[kin].mean():.0%} of those of their factor's other values, {most}."

@@ -1,11 +1,13 @@
-"""Recovery: how well single latents of an SAE tell what is known of the images, beside channels, PCA and chance."""
+"""Recovery: how well single latents of SAEs tell what is known of the images, beside channels, PCA and chance."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import plotly.graph_objects as go
 import torch
 from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
@@ -15,20 +17,20 @@ from torch import Tensor
 from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.metrics import areas_under_curve, resampled_areas
+from sdxl_sae_kit.plots import confusion_map
+from sdxl_sae_kit.questions import Question, ask_of
 from sdxl_sae_kit.sae import SAE
-from sdxl_sae_kit.tiny.judge import expected_answers
-from sdxl_sae_kit.tiny.world import FACTORS, ONE_OBJECT_FACTORS, TWO_OBJECT_FACTORS, Scene
 
 Row = dict[str, Any]
-
-MIN_IMAGES = 5
-"""A value is asked for if at least so many training and so many held-out images show it, and as many do not."""
+SAEs = SAE | Mapping[Any, SAE] | Iterable[SAE]
 
 MAX_IMAGES = 2048
 """At most so many images of a split are read, spread over all of it."""
 
+ALL = "all"
+"""Says hookpoint where candidates of all of them compete."""
+
 _SAE, _RESAMPLES, _SAMPLE = "AUC", 2000, 40_960
-_SCENES = [set(FACTORS) - set(absent) for absent in (ONE_OBJECT_FACTORS, TWO_OBJECT_FACTORS)]
 
 
 class _Estimate(NamedTuple):
@@ -38,66 +40,151 @@ class _Estimate(NamedTuple):
     samples: Float[NDArray[np.float64], "sample"]
 
 
-class _Question(NamedTuple):
-    """A factor, its values, the images that it is asked of, and which of them show each value."""
+class _Choice(NamedTuple):
+    """The candidate that tells a value best on training images."""
 
-    factor: str
-    values: list[str]
-    asked: Bool[NDArray[np.bool_], "image"]
-    shows: Bool[NDArray[np.bool_], "image value"]
+    area: float
+    """AUC there, of what it tells by."""
+    hookpoint: str
+    candidate: int
+    fires: bool
+    """Whether it tells by strength, or by its lack."""
+    strength: Float[NDArray[np.float32], "image"]
+    """Of every image; negative where it tells by its lack."""
+
+
+_Choices = dict[str, list[list[_Choice]]]
+"""By kind of candidate, of each question, for each value."""
 
 
 @torch.no_grad()
-def measure_recovery(sae: SAE, cache: Activations, step: int = 0) -> list[Row]:
+def measure_recovery(saes: SAEs, cache: Activations, step: int = 0) -> list[Row]:
     """How well the best single latent tells the images that show a value of a factor from those that do not.
 
-    An image's activation is the maximum over its tokens: objects cover few tokens, and a mean would mix whether
-    something is there with how large it is. (On the embedded model the mean leaves latents where they are and lifts PCA
-    axes by about 0.03.) For each value, the latent that is active where the value is shown, and a threshold (by F1),
-    are chosen on training images. Its `AUC`, and `precision` and `recall` from that threshold on, are measured on
+    An image's strength of a latent is the maximum of z over its tokens: objects cover few tokens, and a mean would mix
+    whether something is there with how large it is. For each value a latent is chosen on training images: the one of
+    greatest |AUC − ½|, as some values are told by silence (upright by that of a latent for tilted things); so is a
+    threshold, that of greatest F1. Its `AUC`, and `precision` and `recall` from that threshold on, are measured on
     held-out images, each with its 95 % bootstrap interval over those images. Chance is 0.5 for AUC and
-    `with it / images` for precision. Beside it, chosen and measured in the same way, the AUC of the best
+    `with it / images` for precision. Beside it, pooled, chosen and measured in the same way, the AUC of the best
 
-    - `untrained SAE`: latent of `sae.untrained()`, as many random directions;
-    - `channel`: channel of the update itself, up or down, whichever is better on training images;
-    - `PCA axis`: principal axis of training tokens, up or down.
+    - `untrained SAE`: latent of `sae.untrained()`, as many random directions, of whitened tokens where the SAE's are;
+    - `channel`: channel of the update itself, by its maximum or its minimum;
+    - `PCA axis`: principal axis of training tokens, by its maximum or its minimum.
 
-    One row per value, after a factor's values their `mean`, and last the mean over factors. Images show what their
-    prompts say as far as the model draws it, so 1 may be out of reach. What cannot be seen (the pose of a plain circle,
-    the material of a small sketch) is not asked. Size and position are asked of scenes of one object, the relation of
-    pairs, from the left or upper object on; a shape or colour is there when either object has it. Factors that are not
-    those of a whole scene of the world are taken as they are.
+    Of each hookpoint one row per value, after a factor's values their `mean`, and last the mean over all values of all
+    factors. Of several hookpoints there are rows of "all" too, last: there the candidates of all of them compete, and
+    `from` says whose latent won. `tells by` is firing or silence. What images are asked, `questions.ask_of` says; as
+    they show what their prompts say only as far as the model draws it, 1 may be out of reach.
 
     Args:
-        sae: a trained SAE.
+        saes: one trained SAE, or several, each of another hookpoint; of a mapping its values.
         cache: images whose prompts tell their factors, such as those of `load_prompts("world", 600)`; up to 2,048 of
             each split are read, with guidance their cond half.
         step: which denoising step.
 
     Raises:
-        HookpointError: the cache does not have the SAE's hookpoint.
-        KitError: the prompts tell no factors, or none often enough: 5 images of each split with a value and 5 without;
-            or the cache does not have this step.
+        HookpointError: the cache does not have an SAE's hookpoint.
+        KitError: no SAE, or two of one hookpoint; the prompts tell no factors, or none often enough: 5 images of each
+            split with a value and 5 without; or the cache does not have this step.
 
-    >>> rows = measure_recovery(saes["up.0.1", "k10"], cache)                                      # doctest: +SKIP
+    >>> rows = measure_recovery({h: saes[h, "k10"] for h in cache.hookpoints}, cache)              # doctest: +SKIP
     >>> show_table([row for row in rows if row["value"] == "mean"], "Recovery of known factors")   # doctest: +SKIP
     """
-    cache.grid(sae.hookpoint)  # refuses a hookpoint that the cache does not have
+    questions, training, found = _search(saes, cache, step, controls=True)
+    n = int((~training).sum())
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)
+    rows = list[Row]()
+    for hookpoint, choices in found.items():
+        told = list[dict[str, _Estimate]]()
+        for at, question in enumerate(questions):
+            of_values = {kind: chosen[at] for kind, chosen in choices.items()}
+            estimates = list(_estimates(question, of_values, training, draws))
+            told += estimates
+            rows += _rows(hookpoint, question, of_values[_SAE], estimates, ~training)
+        rows.append(_mean_row(hookpoint, "mean", told) | {"images": n, "with it": "–"})
+    return rows
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """For what else the latents fire that tell the values best: shares of held-out images."""
+
+    values: tuple[tuple[str, str], ...]
+    """Factor and value of every row, and of every column."""
+    latents: tuple[str, ...]
+    """Whose row it is: hookpoint and latent, with "not" where it tells by silence."""
+    shares: Float[NDArray[np.float64], "value value"]
+    """Of the images that show the column's value, those on which the row's latent tells its own: 0 to 1."""
+    images: Int[NDArray[np.int_], "value"]
+    """Held-out images that show each value."""
+
+    def plot(self) -> go.Figure:
+        """A heat map, its factors set apart."""
+        return confusion_map(self.values, self.latents, self.shares)
+
+
+@torch.no_grad()
+def measure_confusion(saes: SAEs, cache: Activations, step: int = 0) -> Confusion:
+    """What else the latents that `measure_recovery` chooses, of all hookpoints together, tell their values of.
+
+    A latent tells its value of an image if its maximum there reaches the threshold of greatest F1 on training images,
+    or does not exceed it where it tells by silence. A perfect latent has 1 on the diagonal, 0 at the other values of
+    its factor (two objects may have two shapes and two colours), and everywhere else how often its value comes with the
+    column's. Arguments and errors are those of `measure_recovery`.
+
+    >>> measure_confusion(saes_by_hookpoint, cache).plot()                                         # doctest: +SKIP
+    """
+    questions, training, found = _search(saes, cache, step, controls=False)
+    by_question = list(found.values())[-1][_SAE]
+    chosen = [choice for choices in by_question for choice in choices]
+    told = [
+        choice.strength >= _threshold(choice.strength[question.asked & training], shows[question.asked & training])
+        for question, choices in zip(questions, by_question, strict=True)
+        for choice, shows in zip(choices, question.shows.T, strict=True)
+    ]
+    shows = np.concatenate([question.shows for question in questions], axis=1)
+    images = shows[~training].sum(axis=0)
+    return Confusion(
+        tuple((question.factor, value) for question in questions for value in question.values),
+        tuple(f"{'' if each.fires else 'not '}{each.hookpoint} {each.candidate}" for each in chosen),
+        np.stack(told)[:, ~training].astype(np.float64) @ shows[~training] / images,
+        images,
+    )
+
+
+def _search(
+    saes: SAEs, cache: Activations, step: int, *, controls: bool
+) -> tuple[list[Question], Bool[NDArray[np.bool_], " image"], dict[str, _Choices]]:
+    """The questions, which images are for training, and by hookpoint, all of them last, the candidates chosen there."""
+    by_hookpoint = _by_hookpoint(saes)
+    for hookpoint in by_hookpoint:
+        cache.grid(hookpoint)  # refuses a hookpoint that the cache does not have
     row = cache.row(step)
     train, held_out = (_spread(cache.images(split)) for split in ("train", "held_out"))
     training = np.arange(len(train) + len(held_out)) < len(train)
     images = np.concatenate([train, held_out])
-    questions = _questions(cache, images, training)
-    strengths = _strengths(sae, cache, images, row)
-    n = len(held_out)
-    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)
-    rows, means = list[Row](), list[dict[str, _Estimate]]()
-    for question in questions:
-        found = _recover(question, strengths, training, draws)
-        means.append(_mean([estimates for _, estimates in found]))
-        rows += _rows(question, found, means[-1], ~training)
-    overall = {"factor": "mean", "value": "mean", "latent": "–"} | _cells(_mean(means))
-    return [*rows, overall | {"images": n, "with it": "–"}]
+    questions = ask_of(cache, images, training)
+    found = dict[str, _Choices]()
+    for hookpoint, sae in by_hookpoint.items():  # of each, only what was chosen is kept
+        strengths = _strengths(sae, cache, images, row, controls=controls)
+        found[hookpoint] = {
+            kind: _choose(questions, strength, training, hookpoint) for kind, strength in strengths.items()
+        }
+    if len(found) > 1:
+        found[ALL] = {kind: _best([each[kind] for each in found.values()]) for kind in next(iter(found.values()))}
+    return questions, training, found
+
+
+def _by_hookpoint(saes: SAEs) -> dict[str, SAE]:
+    given = [saes] if isinstance(saes, SAE) else list(saes.values() if isinstance(saes, Mapping) else saes)
+    hookpoints = [sae.hookpoint for sae in given]
+    if not given or len(set(hookpoints)) < len(given):
+        raise KitError(
+            f"Recovery is measured for SAEs of different hookpoints, not for {', '.join(hookpoints) or 'none at all'}. "
+            'Give one of each, such as {h: saes[h, "k10"] for h in cache.hookpoints}.'
+        )
+    return dict(zip(hookpoints, given, strict=True))
 
 
 def _spread(images: Int[np.ndarray, " image"]) -> NDArray[np.integer]:
@@ -105,65 +192,21 @@ def _spread(images: Int[np.ndarray, " image"]) -> NDArray[np.integer]:
     return chosen
 
 
-def _shown(factors: Mapping[str, str]) -> dict[str, set[str]]:
-    """The values of every factor that an image shows, if it shows what its prompt says."""
-    if set(factors) not in _SCENES:
-        return {factor: {value} for factor, value in factors.items()}
-    scene = Scene(**{factor: value for factor, value in factors.items() if factor != "count"})  # type: ignore[arg-type]
-    answers = {factor: value for factor, value in expected_answers(scene).items() if value is not None}
-    seconds = {factor: answers.pop(f"{factor}2", answers[factor]) for factor in ("shape", "colour")}
-    return {factor: {value, seconds.get(factor, value)} for factor, value in answers.items()}
-
-
-def _questions(
-    cache: Activations, images: Int[np.ndarray, " image"], training: Bool[np.ndarray, " image"]
-) -> list[_Question]:
-    """What can be asked; refused where there is nothing."""
-    known = [_shown(cache.prompts.factors[image]) for image in images]
-    if not any(known):
-        raise KitError(
-            f"{cache.name}: its prompts tell no factors, so there is nothing to recover. Collect prompts of 'world', "
-            "or JSON lines with a field factors."
-        )
-    if questions := list(_often_shown(known, training)):
-        return questions
-    raise KitError(
-        f"{cache.name}: no factor has a value that {MIN_IMAGES} training and {MIN_IMAGES} held-out images show and as "
-        "many do not. Collect more prompts."
-    )
-
-
-def _often_shown(known: Sequence[Mapping[str, set[str]]], training: Bool[np.ndarray, " image"]) -> Iterator[_Question]:
-    names = dict.fromkeys([*FACTORS, *(factor for each in known for factor in each)])
-    for factor in names:
-        values = sorted({value for each in known for value in each.get(factor, ())})
-        asked = np.array([factor in each for each in known])
-        shows = np.array([[value in each.get(factor, ()) for each in known] for value in values], dtype=bool).T
-        often = [
-            value
-            for value in range(len(values))
-            if min(
-                (asked & part & (shows[:, value] == kind)).sum() for part in (training, ~training) for kind in (0, 1)
-            )
-            >= MIN_IMAGES
-        ]
-        if often:
-            yield _Question(factor, [values[value] for value in often], asked, shows[:, often])
-
-
 def _strengths(
-    sae: SAE, cache: Activations, images: Int[np.ndarray, " image"], row: int
+    sae: SAE, cache: Activations, images: Int[np.ndarray, " image"], row: int, *, controls: bool
 ) -> dict[str, Float[NDArray[np.float32], "image candidate"]]:
-    """By kind of detector, every candidate's maximum over every image."""
+    """By kind, every candidate's maximum over every image."""
     tokens = cache.sample(sae.hookpoint, _SAMPLE).to(sae.W_enc.device)
     axes = torch.linalg.eigh((tokens - tokens.mean(dim=0)).T @ (tokens - tokens.mean(dim=0)))[1]  # (d_in, axis)
     untrained, parts = sae.untrained(), list[dict[str, Tensor]]()
     for part in cache.parts(sae.hookpoint, images):
         x = cache.read(sae.hookpoint, part)[:, row].to(axes)  # (image, token, d_in)
-        latents = {_SAE: _strongest(sae, x), "untrained SAE": _strongest(untrained, x)}
-        others = {"channel": _either_way(x), "PCA axis": _either_way(x @ axes)}
-        parts.append({name: found.cpu() for name, found in (latents | others).items()})
-    return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+        found = {_SAE: _strongest(sae, x)}
+        if controls:
+            found |= {"untrained SAE": _strongest(untrained, x)}
+            found |= {"channel": _either_end(x), "PCA axis": _either_end(x @ axes)}
+        parts.append({kind: strength.cpu() for kind, strength in found.items()})
+    return {kind: torch.cat([part[kind] for part in parts]).numpy() for kind in parts[0]}
 
 
 def _strongest(sae: SAE, x: Float[Tensor, "image token d_in"]) -> Float[Tensor, "image d_sae"]:
@@ -171,37 +214,62 @@ def _strongest(sae: SAE, x: Float[Tensor, "image token d_in"]) -> Float[Tensor, 
     return values.new_zeros(len(x), sae.d_sae).scatter_reduce(1, indices, values, "amax")
 
 
-def _either_way(x: Float[Tensor, "image token axis"]) -> Float[Tensor, "image two_axes"]:
+def _either_end(x: Float[Tensor, "image token axis"]) -> Float[Tensor, "image two_axes"]:
     """The maximum of every axis, then of its opposite."""
     return torch.cat([x.amax(dim=1), -x.amin(dim=1)], dim=1)
 
 
-def _recover(
-    question: _Question,
-    strengths: Mapping[str, Float[np.ndarray, "image _"]],
+def _choose(
+    questions: Sequence[Question],
+    strength: Float[np.ndarray, "image candidate"],
+    training: Bool[np.ndarray, " image"],
+    hookpoint: str,
+) -> list[list[_Choice]]:
+    """For each value of each question the best of these candidates; where it tells by its lack, the AUC is 1 − AUC."""
+    areas = dict[int, Float[np.ndarray, "value candidate"]]()
+    by_asked = dict[bytes, list[int]]()  # ranking is the dear part, and most factors are asked of the same images
+    for at, question in enumerate(questions):
+        by_asked.setdefault(question.asked.tobytes(), []).append(at)
+    for group in by_asked.values():
+        seen = questions[group[0]].asked & training
+        shows = np.concatenate([questions[at].shows[seen] for at in group], axis=1)
+        ends = np.cumsum([len(questions[at].values) for at in group])[:-1]
+        areas |= zip(group, np.split(areas_under_curve(strength[seen], shows), ends), strict=True)
+    return [[_choice(area, strength, hookpoint) for area in areas[at]] for at in range(len(questions))]
+
+
+def _choice(
+    areas: Float[np.ndarray, " candidate"], strength: Float[np.ndarray, "image candidate"], hookpoint: str
+) -> _Choice:
+    best = int(np.abs(areas - 0.5).argmax())
+    area, fires = float(areas[best]), bool(areas[best] >= 0.5)
+    return _Choice(max(area, 1 - area), hookpoint, best, fires, strength[:, best] * (1 if fires else -1))
+
+
+def _best(found: Sequence[list[list[_Choice]]]) -> list[list[_Choice]]:
+    """Of the choices at several hookpoints those that tell best on training images."""
+    return [
+        [max(rivals, key=lambda choice: choice.area) for rivals in zip(*of_values, strict=True)]
+        for of_values in zip(*found, strict=True)
+    ]
+
+
+def _estimates(
+    question: Question,
+    choices: Mapping[str, Sequence[_Choice]],
     training: Bool[np.ndarray, " image"],
     draws: Int[np.ndarray, "sample held_out"],
-) -> list[tuple[int, dict[str, _Estimate]]]:
-    """For each value the latent chosen on training images, and what held-out images say of it and of the controls."""
+) -> Iterator[dict[str, _Estimate]]:
+    """For each value, what held-out images say of the candidates chosen for it."""
     seen, tested = question.asked & training, question.asked & ~training
     drawn = draws[:, question.asked[~training]]
-    best = {
-        kind: areas_under_curve(strength[seen], question.shows[seen]).argmax(axis=1)
-        for kind, strength in strengths.items()
-    }
-    found = []
     for value, shows in enumerate(question.shows.T):
-        estimates = {
-            kind: _area(strength[tested, best[kind][value]], shows[tested], drawn)
-            for kind, strength in strengths.items()
-        }
-        latent = int(best[_SAE][value])
-        strength = strengths[_SAE][:, latent]
-        told = strength[tested] >= _threshold(strength[seen], shows[seen])
+        strengths = {kind: chosen[value].strength for kind, chosen in choices.items()}
+        estimates = {kind: _area(strength[tested], shows[tested], drawn) for kind, strength in strengths.items()}
+        told = strengths[_SAE][tested] >= _threshold(strengths[_SAE][seen], shows[seen])
         estimates["precision"] = _rate(told & shows[tested], told, drawn)
         estimates["recall"] = _rate(told & shows[tested], shows[tested], drawn)
-        found.append((latent, estimates))
-    return found
+        yield estimates
 
 
 def _area(
@@ -237,22 +305,28 @@ def _mean(estimates: Sequence[Mapping[str, _Estimate]]) -> dict[str, _Estimate]:
 
 
 def _rows(
-    question: _Question,
-    found: Sequence[tuple[int, Mapping[str, _Estimate]]],
-    mean: Mapping[str, _Estimate],
+    hookpoint: str,
+    question: Question,
+    choices: Sequence[_Choice],
+    estimates: Sequence[Mapping[str, _Estimate]],
     held_out: Bool[np.ndarray, " image"],
 ) -> list[Row]:
     """A row for each value of a factor, and their mean."""
     tested = question.asked & held_out
     n, with_it = int(tested.sum()), question.shows[tested].sum(axis=0).tolist()
     rows: list[Row] = [
-        {"factor": question.factor, "value": value, "latent": latent}
-        | _cells(estimates)
+        {"hookpoint": hookpoint, "factor": question.factor, "value": value, "latent": choice.candidate}
+        | {"from": choice.hookpoint, "tells by": "firing" if choice.fires else "silence"}
+        | _cells(told)
         | {"images": n, "with it": shown}
-        for value, (latent, estimates), shown in zip(question.values, found, with_it, strict=True)
+        for value, choice, told, shown in zip(question.values, choices, estimates, with_it, strict=True)
     ]
-    last = {"factor": question.factor, "value": "mean", "latent": "–"} | _cells(mean)
-    return [*rows, last | {"images": n, "with it": "–"}]
+    return [*rows, _mean_row(hookpoint, question.factor, estimates) | {"images": n, "with it": "–"}]
+
+
+def _mean_row(hookpoint: str, factor: str, estimates: Sequence[Mapping[str, _Estimate]]) -> Row:
+    blank = dict.fromkeys(("latent", "from", "tells by"), "–")
+    return {"hookpoint": hookpoint, "factor": factor, "value": "mean"} | blank | _cells(_mean(estimates))
 
 
 def _cells(estimates: Mapping[str, _Estimate]) -> Row:

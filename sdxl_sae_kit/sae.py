@@ -3,7 +3,7 @@
 x′ = (x − mean) / scale                  only where the input is normalised
 h  = (x′ − b_pre) W_enc + b_enc          pre-activations, signed; b_pre is b_dec (paper §3), or 0
 z  = act(h)
-x̂ = (z W_dec + b_dec) · scale + mean     rows of W_dec have unit norm
+x̂ = (z W_dec + b_dec) · scale + mean     rows of W_dec have unit norm; scale may be a matrix (whiten)
 
 topk        z = relu(h) where h is among the k largest of its token, else 0
 batchtopk   trained with z = relu(h) where h is among the k · n largest of a batch of n tokens; afterwards
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from sdxl_sae_kit import formats, weights
 from sdxl_sae_kit.configs import SAEConfig, Site
 from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.scaling import divided, times
 from sdxl_sae_kit.sparse import Active, above, active, combine, top_k
 
 FIRES = 1e-3
@@ -42,7 +43,7 @@ class SAE(nn.Module):
         W_enc (d_in, d_sae), b_enc (d_sae,), W_dec (d_sae, d_in), b_dec (d_in,): weights.
         threshold (d_sae,): θ of the equations; zeros for topk.
         input_mean (d_in,), input_scale (d_in,): mean and scale of the equations, where they are the same for all
-            tokens (normalize is "scale" or "channels"); else zeros and ones.
+            tokens (normalize is "scale" or "channels"); else zeros and ones. For "whiten" the scale is (d_in, d_in).
         prefix_ends: number of latents in each Matryoshka prefix.
         mean_activation (d_sae,): mean of z over the training tokens on which the latent fires; 0 for one that never
             fired. The unit of strengths in `steer`.
@@ -88,7 +89,7 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.threshold = nn.Parameter(torch.zeros(d_sae), requires_grad=config.kind == "jumprelu")
         self.register_buffer("input_mean", torch.zeros(d_in))
-        self.register_buffer("input_scale", torch.ones(d_in))
+        self.register_buffer("input_scale", torch.eye(d_in) if config.normalize == "whiten" else torch.ones(d_in))
         self.register_buffer("mean_activation", torch.zeros(d_sae))
 
     @property
@@ -143,7 +144,7 @@ class SAE(nn.Module):
         if self.config.normalize == "none":
             return x
         mean, scale = self._statistics(x)
-        return (x - mean) / scale
+        return divided(x - mean, scale)
 
     def _statistics(self, x: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mean and scale: the SAE's own, or each token's."""
@@ -160,7 +161,7 @@ class SAE(nn.Module):
         if self.config.normalize == "none":
             return x_hat
         mean, scale = self._statistics(x)
-        return x_hat * scale + mean
+        return times(x_hat, scale) + mean
 
     def pre_activations(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_sae"]:
         """h of the module's equations.
@@ -231,8 +232,7 @@ class SAE(nn.Module):
                 f"{self.name} normalises each token by itself, so its latents have no direction that is the same "
                 "for all tokens. Take an SAE that does not."
             )
-        scaled: Tensor = self.W_dec * self._statistics(None)[1]
-        return scaled
+        return times(self.W_dec, self._statistics(None)[1])
 
     def decode_sparse(
         self,
@@ -272,14 +272,13 @@ class SAE(nn.Module):
             return self
         mean, scale = self._statistics(None)
         sae = SAE(replace(self.config, normalize="none"), self.d_in, self.site, self.name).to(self.W_enc.device)
-        sae.load_state_dict(self.state_dict())
-        sae.W_enc.copy_(self.W_enc / scale[:, None])
-        sae.W_dec.copy_(self.W_dec * scale)
-        sae.b_dec.copy_(self.b_dec * scale + mean)
+        sae.load_state_dict(self.state_dict() | {"input_scale": torch.ones_like(self.b_dec)})
+        sae.W_enc.copy_(divided(self.W_enc.T, scale).T)  # the scale is symmetric where it is a matrix
+        sae.W_dec.copy_(times(self.W_dec, scale))
+        sae.b_dec.copy_(times(self.b_dec, scale) + mean)
         if not self.config.subtract_b_dec:
             sae.b_enc.copy_(self.b_enc - mean @ sae.W_enc)
         sae.input_mean.zero_()
-        sae.input_scale.fill_(1)
         sae.data, sae.metrics, sae.origin = self.data, dict(self.metrics), self.origin
         return sae.eval().requires_grad_(False)
 

@@ -36,6 +36,8 @@ class Scale:
 def _tiny(n_images: int, epochs: int, sweep_epochs: int, n_features: int) -> Scale:
     # Steps are few and tokens narrow here, so the learning rate is higher and death comes sooner than in the paper.
     configs = {f"k{k}": SAEConfig(k=k, lr=3e-3, dead_after=50_000) for k in (5, 10)}
+    # Colours and shapes are told in directions in which updates vary little: see what recovery says of its latents.
+    configs["k20-white"] = SAEConfig(k=20, normalize="whiten", lr=3e-3, dead_after=50_000)
     return Scale("world", n_images, configs, 1024, epochs, sweep_epochs, n_features)
 
 

@@ -1,22 +1,345 @@
-"""Find features: the ones with the most energy, and the ones that tell best whether an image shows something."""
+"""Find features: by what two prompts differ in, by region, by image, by label, by likeness to another, by text.
+
+Every search gives `Results`: features ranked by a score whose formula stands beside it, with an interval where the
+score is an estimate, and what chance gives where that can be told.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from math import nan
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
-from numpy.typing import NDArray
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import ArrayLike
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
 
-from sdxl_sae_kit.artifacts import whole_number
-from sdxl_sae_kit.errors import KitError
-from sdxl_sae_kit.features import FeatureStats
-from sdxl_sae_kit.metrics import areas_under_curve
-from sdxl_sae_kit.sae import FIRES
+from sdxl_sae_kit import html
+from sdxl_sae_kit.artifacts import Store, whole_number
+from sdxl_sae_kit.errors import ArtifactError, KitError, PromptError
+from sdxl_sae_kit.features import FeatureStats, Ranking
+from sdxl_sae_kit.findings import Found, Results
+from sdxl_sae_kit.hooks import record
+from sdxl_sae_kit.labels import LabelStore
+from sdxl_sae_kit.pipelines import describe, generate
+from sdxl_sae_kit.sae import FIRES, SAE
+from sdxl_sae_kit.similarity import MIN_IMAGES as FEWEST_PICTURES
+from sdxl_sae_kit.similarity import Embed, embed_pictures, top_pictures
 
 MIN_IMAGES = 4
-"""What can be said of a feature or a value that at least so many images of a split show (and as many do not)."""
+"""What can be said of a feature that at least so many images show."""
+MIN_PAIRS = 6
+"""Fewer image pairs cannot differ from chance at 95 %: their signs can be flipped in too few ways."""
+_RESAMPLES, _BATCH = 2000, 16
+
+
+# By what two prompts differ in ----------------------------------------------------------------------------------------
+
+
+def by_contrast(
+    pipe: Any,
+    saes: SAE | Iterable[SAE] | Mapping[Any, SAE],
+    positive: str | Sequence[str],
+    negative: str | Sequence[str],
+    *,
+    n: int = 16,
+    seed: int = 0,
+) -> Results:
+    """Features that are more active on images of one prompt (or list) than on those of another, at any hookpoints.
+
+    Both images of a pair start from the same noise. The score is the mean over pairs of the difference positive −
+    negative of a latent's mean activation over all tokens (and steps; with guidance, the cond half); its interval is a
+    95 % bootstrap over pairs. `chance` is what the largest |score| of all latents of the hookpoint stays below in 95 %
+    of 2,000 random flips of the pairs' signs: a score beyond it is not due to having looked at many latents. Ranked by
+    score / chance, which compares hookpoints; the last are those that the negative prompt has more of.
+
+    Args:
+        pipe: the pipeline whose updates the SAEs were trained on.
+        saes: one SAE, or several of different hookpoints, such as what `train` gives.
+        positive: prompt or prompts to have more of.
+        negative: as many, the i-th paired with the i-th; a single one is paired with all.
+        n: image pairs for each pair of prompts, all with seeds of their own.
+        seed: the first of them.
+
+    Raises:
+        ArtifactError: an SAE of another model.
+        PromptError: no prompts, or lists of different length.
+        KitError: two SAEs of one hookpoint, of different steps or guidance, or fewer than 6 image pairs in all.
+
+    >>> by_contrast(pipe, saes, "a red circle", "a blue circle")[0]                                # doctest: +SKIP
+    """
+    used = _read_saes(pipe, saes)
+    pairs = _read_pairs(positive, negative)
+    n = whole_number("by_contrast: n", n)
+    seed = whole_number("by_contrast: seed", seed, least=0)
+    if n * len(pairs) < MIN_PAIRS:
+        raise KitError(
+            f"by_contrast: {n * len(pairs)} image pairs cannot differ from chance at 95 %; {MIN_PAIRS} can. "
+            "Ask for a larger n."
+        )
+    more, less = ([pair[side] for pair in pairs for _ in range(n)] for side in (0, 1))
+    seeds = list(range(seed, seed + len(more)))
+    tqdm.write(f"Making {2 * len(more)} images to contrast them at {', '.join(used)}.")
+    with tqdm(total=2 * len(more), desc="contrast", unit="image") as bar:
+        high, low = (_mean_codes(pipe, used, texts, seeds, bar) for texts in (more, less))
+    found = [each for hookpoint in used for each in _contrasted(hookpoint, high[hookpoint] - low[hookpoint])]
+    found.sort(key=lambda each: -each.score / max(each.chance, 1e-30))
+    formula = (
+        "mean over image pairs of the difference positive − negative of the mean activation over tokens; interval: "
+        "bootstrap over pairs; chance: 95 % quantile of the largest |score| under random flips of the pairs' signs."
+    )
+    return Results(tuple(found), "mean difference", "image pairs", formula)
+
+
+def _read_saes(pipe: Any, saes: Any) -> dict[str, SAE]:
+    """SAEs by hookpoint; refused where they do not belong together or to the pipeline."""
+    given = [saes] if isinstance(saes, SAE) else list(saes.values() if isinstance(saes, Mapping) else saes)
+    if not given or not all(isinstance(sae, SAE) for sae in given):
+        raise KitError(f"by_contrast takes one or more SAEs, such as saes['up.0.1', 'k10'], not {saes!r}.")
+    used, model = {sae.hookpoint: sae for sae in given}, describe(pipe)
+    if len(used) < len(given):
+        raise KitError(f"by_contrast takes one SAE of each hookpoint; it got {', '.join(s.name for s in given)}.")
+    for sae in given:
+        assert sae.site is not None  # or it would have no hookpoint
+        if (model.name, model.revision) != (sae.site.model, sae.site.revision):
+            raise ArtifactError(
+                f"by_contrast: {sae.name} was trained on {sae.site.model} (revision {sae.site.revision}), but the "
+                f"pipeline is {model.name} (revision {model.revision}). Load {sae.site.model}."
+            )
+    if len(_settings(used)) > 1:
+        raise KitError("by_contrast: these SAEs were trained at different steps or guidance. Contrast them one by one.")
+    return used
+
+
+def _settings(saes: Mapping[str, SAE]) -> set[tuple[int, float]]:
+    return {(s.site.num_inference_steps, s.site.guidance_scale) for s in saes.values() if s.site}
+
+
+def _read_pairs(positive: str | Sequence[str], negative: str | Sequence[str]) -> list[tuple[str, str]]:
+    sides = [[side] if isinstance(side, str) else list(side) for side in (positive, negative)]
+    longest = max(map(len, sides))
+    if not longest or any(len(side) not in (1, longest) for side in sides):
+        raise PromptError(
+            f"by_contrast pairs prompts one by one; it got {len(sides[0])} and {len(sides[1])}. "
+            "Give as many of each, or a single one."
+        )
+    more, less = (side * longest if len(side) == 1 else side for side in sides)
+    return list(zip(more, less, strict=True))
+
+
+@torch.no_grad()
+def _mean_codes(
+    pipe: Any, saes: Mapping[str, SAE], texts: Sequence[str], seeds: Sequence[int], bar: Any
+) -> dict[str, Float[np.ndarray, "image latent"]]:
+    """By hookpoint, every latent's mean activation over the tokens and steps of every image."""
+    ((steps, guidance),) = _settings(saes)
+    means: dict[str, list[Tensor]] = {hookpoint: [] for hookpoint in saes}
+    for start in range(0, len(texts), _BATCH):
+        batch = slice(start, start + _BATCH)
+        with record(pipe, saes, stop_early=True) as recording:
+            generate(pipe, texts[batch], seeds[batch], num_inference_steps=steps, guidance_scale=guidance)
+        for hookpoint, sae in saes.items():
+            x = torch.cat([recording.update(hookpoint, step).flatten(1, 2) for step in recording.steps], dim=1)
+            indices, values = (code.flatten(1) for code in sae.encode_sparse(x.to(sae.W_enc.device, torch.float32)))
+            summed = values.new_zeros(len(x), sae.d_sae).scatter_add(1, indices, values)
+            means[hookpoint].append(summed.cpu() / x.shape[1])
+        bar.update(len(texts[batch]))
+    return {hookpoint: torch.cat(parts).numpy() for hookpoint, parts in means.items()}
+
+
+def _contrasted(hookpoint: str, differences: Float[np.ndarray, "pair latent"]) -> list[Found]:
+    """The latents that differ in some pair."""
+    rng, n = np.random.default_rng(0), len(differences)
+    latents = np.flatnonzero(differences.any(axis=0))
+    if not len(latents):
+        return []
+    score = differences[:, latents].mean(axis=0)
+    draws = rng.multinomial(n, np.full(n, 1 / n), size=_RESAMPLES).astype(np.float32) / n
+    low, high = np.quantile(draws @ differences[:, latents], [0.025, 0.975], axis=0)
+    signs = rng.choice(np.array([-1, 1], dtype=np.float32), (_RESAMPLES, n)) / n
+    chance = float(np.quantile(np.abs(signs @ differences[:, latents]).max(axis=1), 0.95))
+    columns = (each.tolist() for each in (latents, score, low, high))
+    return [Found(hookpoint, latent, s, n, a, b, chance) for latent, s, a, b in zip(*columns, strict=True)]
+
+
+# By region and by image -----------------------------------------------------------------------------------------------
+
+
+def by_region(stats: FeatureStats, image: int, mask: ArrayLike) -> Results:
+    """Features most active under a mask of one image: mean activation inside, beside that outside.
+
+    Args:
+        stats: feature statistics.
+        image: index in the cache they were measured on.
+        mask: (height, width) at the hookpoint's grid, the picture's size or any other; nonzero is inside. A token that
+            the mask covers in part counts in part.
+
+    Raises:
+        KitError: the mask is no map of finite numbers from 0 on, or is zero everywhere; or there is no such image.
+    """
+    inside = _token_shares(mask, stats.grid)
+    maps = stats.heat_maps(image)
+    within = np.einsum("lyx,yx->l", maps, inside) / inside.sum()
+    outside = 1 - inside
+    without = np.einsum("lyx,yx->l", maps, outside) / outside.sum() if outside.any() else np.full(len(maps), nan)
+    order = np.argsort(-within, kind="stable")
+    n = int((inside > 0).sum())
+    found = (
+        Found(stats.hookpoint, latent, float(within[latent]), n, beside=_contrast(within[latent], without[latent]))
+        for latent in order[within[order] > 0].tolist()
+    )
+    formula = (
+        "mean activation over the tokens under the mask; outside: over the others; contrast: inside − outside. "
+        f"Image {image}: {stats.prompts.texts[image]}"
+    )
+    return Results(tuple(found), "mean inside", "tokens", formula)
+
+
+def _contrast(inside: float, outside: float) -> dict[str, float]:
+    return {"mean outside": float(outside), "contrast": float(inside - outside)}
+
+
+def _token_shares(mask: ArrayLike, grid: tuple[int, int]) -> Float[np.ndarray, "height width"]:
+    """Share of each token that the mask covers."""
+    array = np.asarray(mask)
+    if array.ndim != 2 or array.dtype.kind not in "biuf" or not np.isfinite(array).all() or not (array != 0).any():
+        raise KitError(
+            f"by_region: mask must be a map of finite numbers, nonzero inside, such as ({grid[0]}, {grid[1]}) or as "
+            f"large as the picture; this has shape {array.shape} and marks nothing, or is no such map."
+        )
+    covered = Image.fromarray((array != 0).astype(np.float32))
+    shares = np.asarray(covered.resize((grid[1], grid[0]), Image.Resampling.BOX), dtype=np.float64)
+    return shares.clip(0, 1)
+
+
+def by_image(stats: FeatureStats, image: int, by: Ranking = "max") -> Results:
+    """Features strongest on one image of the cache: by maximum or mean over its tokens, or by how many it fires on.
+
+    Raises:
+        KitError: there is no such image, or no such ranking.
+    """
+    tokens = stats.heat_maps(image).reshape(stats.d_sae, -1)
+    kinds = {"max": tokens.max(axis=1), "mean": tokens.mean(axis=1), "area": (tokens > FIRES).mean(axis=1)}
+    if by not in kinds:
+        raise KitError(f"by_image: by is one of {', '.join(map(repr, kinds))}, not {by!r}.")
+    order = np.argsort(-kinds[by], kind="stable")
+    found = (
+        Found(
+            stats.hookpoint,
+            latent,
+            float(kinds[by][latent]),
+            tokens.shape[1],
+            beside={kind: float(values[latent]) for kind, values in kinds.items() if kind != by},
+        )
+        for latent in order[kinds["max"][order] > FIRES].tolist()
+    )
+    formula = f"{by} of the activation over the tokens of image {image}: {stats.prompts.texts[image]}"
+    return Results(tuple(found), by, "tokens", formula)
+
+
+# By label, likeness and text ------------------------------------------------------------------------------------------
+
+
+def by_label(labels: LabelStore, text: str) -> Results:
+    """Features whose label or tags hold every word of the text, or a word that it begins, in any order and case.
+
+    The score is the share of the label's words (tags included) that were asked for.
+
+    Raises:
+        KitError: the text has no words.
+    """
+    asked = text.casefold().split()
+    if not asked:
+        raise KitError("by_label looks for words, such as 'red circle'; it got none. Say what to look for.")
+    found = []
+    for feature, named in labels.all().items():
+        label = labels.latest(feature)
+        tags = label.tags if label else ()
+        told = " ".join([named, *tags]).casefold().split()
+        if all(any(word.startswith(a) for word in told) for a in asked):
+            share = sum(any(word.startswith(a) for a in asked) for word in told) / len(told)
+            found.append(Found("", feature, share, len(told), beside={"label": named, "tags": ", ".join(tags)}))
+    found.sort(key=lambda each: (-each.score, each.latent))
+    return Results(tuple(found), "share", "words", f"share of the label's words that {text!r} asks for.")
+
+
+def by_similarity(stats: FeatureStats, feature: int) -> Results:
+    """The features nearest to one: the 8 of the most similar decoder rows, and the 8 that fire most on its tokens.
+
+    The score is the cosine of decoder rows; beside it the Jaccard index of firing tokens, both / either, and what that
+    would be if the two fired independently, each as often as it does. NaN where it is not among the 8 of that kind.
+
+    Raises:
+        KitError: there is no such latent.
+    """
+    cosines = {each.latent: each.value for each in stats.similar(feature)}
+    together = {each.latent: each for each in stats.coactive(feature)}
+    p, q = float(stats.density[feature]), stats.density.astype(np.float64)
+    independent = p * q / np.maximum(p + q - p * q, 1e-30)
+    found = []
+    for latent in dict.fromkeys([*cosines, *together]):  # most similar first, then those that only fire together
+        joint = together.get(latent)
+        beside = {"co-activation": joint.value if joint else nan, "if independent": float(independent[latent])}
+        counted = (joint.n if joint else None) or stats.n_tokens
+        found.append(Found(stats.hookpoint, latent, cosines.get(latent, nan), counted, beside=beside))
+    formula = (
+        f"cosine of decoder rows with feature {feature}; co-activation: tokens on which both fire / on which either "
+        "does; if independent: the same, were they independent; –: not among the 8 nearest of that kind."
+    )
+    return Results(tuple(found), "cosine", "tokens", formula)
+
+
+def by_text(
+    stats: FeatureStats, text: str, embed: Embed, *, n: int = 12, store: Store | Path | str | None = None
+) -> Results:
+    """Features whose top images are like a text, by a judge that knows texts, such as `ClipEmbed`.
+
+    The score is the mean cosine similarity of the text to a feature's top images, with a 95 % bootstrap interval over
+    them; z says how many standard deviations that is above the mean of all features (with 3 images or more).
+
+    Args:
+        stats: feature statistics of a cache with images.
+        text: what to look for.
+        embed: the judge.
+        n: at most so many top images (by maximum) of each feature.
+        store: folder of artifacts in which the embeddings of the images are kept; by default that of `stats`.
+
+    Raises:
+        KitError: the judge knows no texts.
+    """
+    if not callable(getattr(embed, "texts", None)):
+        raise KitError(f"by_text needs a judge that knows texts, such as ClipEmbed('folder'), not {embed!r}.")
+    n = whole_number("by_text: n", n, least=FEWEST_PICTURES)
+    alike = embed_pictures(stats, embed, store) @ embed.texts([text])[0]  # type: ignore[attr-defined]
+    top = {latent: alike[at] for latent, at in top_pictures(stats, n).items() if len(at) >= FEWEST_PICTURES}
+    scores = np.array([values.mean() for values in top.values()])
+    spread = scores.std() if len(scores) else nan
+    found = []
+    for (latent, values), score in zip(top.items(), scores.tolist(), strict=True):
+        low, high = _interval(values)
+        z = (score - scores.mean()) / spread if spread else nan
+        found.append(Found(stats.hookpoint, latent, score, len(values), low, high, beside={"z": float(z)}))
+    found.sort(key=lambda each: -each.score)
+    formula = (
+        f"mean cosine similarity of {text!r} to the top images; all {len(alike):,} pictures have "
+        f"{html.short(float(alike.mean()))}. Judge: {embed.name}."
+    )
+    return Results(tuple(found), "similarity", "images", formula)
+
+
+def _interval(values: Float[np.ndarray, " image"]) -> tuple[float, float]:
+    n = len(values)
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES) / n
+    low, high = np.quantile(draws @ values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+# By energy ------------------------------------------------------------------------------------------------------------
 
 
 def held_out_firing(stats: FeatureStats) -> Bool[np.ndarray, "image latent"]:
@@ -39,60 +362,3 @@ def most_energetic(stats: FeatureStats, n: int = 12) -> list[int]:
     energy = np.where(local, stats.density * (stats.mean**2 + stats.std**2), -1)
     chosen: list[int] = np.argsort(-energy, kind="stable")[: min(n, int(local.sum()))].tolist()
     return chosen
-
-
-def best_latents(stats: Mapping[str, FeatureStats]) -> list[dict[str, Any]]:
-    """For every value of every known factor, the latent whose maximum over the image tells it best, at any hookpoint.
-
-    The latent is chosen by AUC on every second image and measured on the others, so that choosing among many flatters
-    nobody. AUC is the probability that an image with the value has the higher activation than one without
-    (Mann–Whitney U), 0.5 is chance; `interval` is DeLong's 95 % interval (1988) over the images measured.
-
-    Args:
-        stats: by hookpoint, all measured on the same images.
-
-    Raises:
-        KitError: nothing given, different images, or prompts without known factors.
-    """
-    if not stats or len({s.prompts.digest for s in stats.values()}) > 1:
-        raise KitError("best_latents needs statistics of one or more hookpoints, all measured on the same images.")
-    strengths = np.concatenate([s.image_activations("max") for s in stats.values()], axis=1)
-    owners = [(hookpoint, latent) for hookpoint, s in stats.items() for latent in range(s.d_sae)]
-    prompts = next(iter(stats.values())).prompts
-    choosing = np.arange(len(prompts)) % 2 == 0
-    rows = []
-    for factor, value, known, shows in _values(prompts.factors):
-        halves = [known & half for half in (choosing, ~choosing)]
-        if min(_rarer(shows[half]) for half in halves) < MIN_IMAGES:
-            continue
-        best = int(areas_under_curve(strengths[halves[0]], shows[halves[0]]).argmax())
-        rows.append(
-            {"factor": factor, "value": value, **_measured(strengths[halves[1], best], shows[halves[1]], *owners[best])}
-        )
-    if not rows:
-        raise KitError(
-            "No factor of these prompts is known often enough. Use prompts of 'world' or 'scenes', or more of them."
-        )
-    return rows
-
-
-def _measured(
-    strength: NDArray[np.floating], shows: Bool[np.ndarray, " image"], hookpoint: str, latent: int
-) -> dict[str, Any]:
-    auc = float(areas_under_curve(strength[:, None], shows)[0])
-    wins = (strength[shows][:, None] > strength[~shows]) + (strength[shows][:, None] == strength[~shows]) / 2
-    error = np.sqrt(sum(part.var(ddof=1) / len(part) for part in (wins.mean(axis=1), wins.mean(axis=0))))
-    low, high = np.clip([auc - 1.96 * error, auc + 1.96 * error], 0, 1).tolist()
-    return {"hookpoint": hookpoint, "latent": latent, "AUC": auc, "interval": (low, high), "images": len(strength)}
-
-
-def _values(factors: tuple[dict[str, str], ...]) -> Iterator[tuple[str, str, NDArray[np.bool_], NDArray[np.bool_]]]:
-    """Factor, value, the images of which the factor is known, and those that show the value."""
-    for factor in sorted({name for known in factors for name in known}):
-        values = np.array([known.get(factor, "") for known in factors])
-        for value in sorted(set(values) - {""}):
-            yield factor, value, values != "", values == value
-
-
-def _rarer(shows: NDArray[np.bool_]) -> int:
-    return int(min(shows.sum(), (~shows).sum()))

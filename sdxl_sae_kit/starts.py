@@ -10,6 +10,7 @@ from sdxl_sae_kit.buffers import thinned
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.metrics import geometric_median
 from sdxl_sae_kit.sae import SAE
+from sdxl_sae_kit.scaling import whitening_scale
 from sdxl_sae_kit.sparse import largest
 
 SAMPLE_TOKENS = 8192
@@ -28,8 +29,11 @@ def start(sae: SAE, x: Float[Tensor, "token d_in"]) -> None:
     """
     if not x.isfinite().all():
         raise KitError(f"The first tokens that {sae.name} is to start from are not finite. Look for their cause.")
-    if sae.config.normalize == "channels":
+    if sae.config.normalize in ("channels", "whiten"):
         sae.input_mean.copy_(x.mean(dim=0))
+    if sae.config.normalize == "whiten":
+        sae.input_scale.copy_(whitening_scale(x))
+    if sae.config.normalize == "channels":
         sae.input_scale.copy_(x.std(dim=0, correction=0).clamp_min(1e-6))
     if sae.config.normalize == "scale":
         sae.input_scale.fill_(x.square().mean().sqrt().clamp_min(1e-6).item())

@@ -23,6 +23,7 @@ from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
 from sdxl_sae_kit.hooks import record
 from sdxl_sae_kit.metrics import bootstrap_interval, constant_share, participation_ratio
 from sdxl_sae_kit.pipelines import generate
+from sdxl_sae_kit.recovery import measure_confusion as measure_confusion
 from sdxl_sae_kit.recovery import measure_recovery as measure_recovery
 from sdxl_sae_kit.tiny.judge import Judge, expected_answers, load_judge
 from sdxl_sae_kit.tiny.judge_training import ask

@@ -24,11 +24,13 @@ def random_sae(seed=0, d_in=6, config=CONFIG):
             sae.threshold.zero_()
         if config.kind == "batchtopk":
             sae.threshold.fill_(sae.threshold[0].item())
-        sae.input_mean.mul_(config.normalize == "channels")
+        sae.input_mean.mul_(config.normalize in ("channels", "whiten"))
         sae.input_scale.abs_().add_(0.5)
+        if config.normalize == "whiten":  # symmetric, and far from singular
+            sae.input_scale.copy_((sae.input_scale + sae.input_scale.T) / 8 + 2 * torch.eye(d_in))
         if config.normalize == "scale":
             sae.input_scale.fill_(sae.input_scale[0].item())
-        if config.normalize not in ("scale", "channels"):
+        if config.normalize not in ("scale", "channels", "whiten"):
             sae.input_scale.fill_(1)
         sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
     return sae

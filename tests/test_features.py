@@ -367,3 +367,10 @@ def test_codes_of_any_length_are_kept_whole(small_cache, tmp_path, kind):
     assert np.allclose(stats.density, (z > 1e-3).double().mean((0, 1)).numpy(), atol=1e-6)
     latent = int(z.amax((0, 1)).argmax())
     assert np.allclose(stats.heat_map(latent, 7).ravel(), z[7, :, latent].numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_a_summary_counts_latents(small_stats, codes):
+    row = small_stats.summary()
+    on = (codes > FIRES).any(1).sum(0)
+    assert row["fire at all"] == len(small_stats.alive) and abs(row["on ≥ 5 images"] - (on >= 5).sum()) <= 2
+    assert row["interval"][0] < row["mean Moran's I"] < row["interval"][1]

@@ -263,14 +263,17 @@ def test_after_every_step_rows_are_unit_and_the_loss_of_a_repeated_batch_falls(s
     assert [log.tokens for log in logs] == list(range(256, 256 * 61, 256))
 
 
-@pytest.mark.parametrize("normalize", ["scale", "channels", "layer_norm", "constant_norm"])
+@pytest.mark.parametrize("normalize", ["scale", "channels", "whiten", "layer_norm", "constant_norm"])
 def test_training_sees_normalised_tokens(normalize):
     x = tokens(512) * 100 + torch.arange(6) * 50
+    x[:, 1] += x[:, 0]  # channels are no axes
     one = learner(replace(CONFIG, normalize=normalize), x)
     x_normal = one.sae.normalised(x)
-    if normalize == "channels":
+    if normalize == "whiten":
+        assert torch.allclose(torch.cov(x_normal.T, correction=0), torch.eye(6), atol=1e-3)
+    if normalize in ("channels", "whiten"):
         assert torch.allclose(x_normal.mean(0), torch.zeros(6), atol=1e-4)
-        assert torch.allclose(x_normal.std(0, correction=0), torch.ones(6), atol=1e-4)
+        assert torch.allclose(x_normal.std(0, correction=0), torch.ones(6), atol=1e-3)
     else:
         assert x_normal.square().mean().item() == pytest.approx(1, rel=0.2)
     logs = [one.step(x) for _ in range(100)]

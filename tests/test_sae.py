@@ -18,7 +18,7 @@ from sdxl_sae_kit.sae import SAE
 
 seeds = st.integers(0, 2**31)
 KINDS = ["topk", "batchtopk", "jumprelu"]
-NORMALIZE = ["none", "scale", "channels", "layer_norm", "constant_norm"]
+NORMALIZE = ["none", "scale", "channels", "whiten", "layer_norm", "constant_norm"]
 
 
 def oracle(sae, x):
@@ -33,10 +33,12 @@ def oracle(sae, x):
             "none": (0, 1),
             "scale": (mean, scale),
             "channels": (mean, scale),
+            "whiten": (mean, scale),
             "layer_norm": (token.mean(), token.std(ddof=1) + 1e-5),
             "constant_norm": (0, np.sqrt((token**2).sum() / len(token))),
         }[sae.config.normalize]
-        h = ((token - m) / s - (b_dec if sae.config.subtract_b_dec else 0)) @ W_enc + b_enc
+        matrix = s if sae.config.normalize == "whiten" else np.eye(len(token)) * s
+        h = ((token - m) @ np.linalg.inv(matrix) - (b_dec if sae.config.subtract_b_dec else 0)) @ W_enc + b_enc
         if sae.config.kind == "topk":
             z = np.zeros_like(h)
             best = np.argsort(-h)[: sae.config.k]
@@ -44,7 +46,7 @@ def oracle(sae, x):
         else:
             z = np.where(h > threshold, h, 0)
         codes.append(z)
-        x_hats.append((z @ W_dec + b_dec) * s + m)
+        x_hats.append((z @ W_dec + b_dec) @ matrix + m)
     return np.stack(codes), np.stack(x_hats)
 
 
@@ -80,7 +82,7 @@ def test_shapes_of_any_number_of_axes_go_through(kind):
 
 
 @pytest.mark.parametrize("subtract", [True, False])
-@pytest.mark.parametrize("normalize", ["scale", "channels"])
+@pytest.mark.parametrize("normalize", ["scale", "channels", "whiten"])
 @pytest.mark.parametrize("kind", KINDS)
 @given(seed=seeds)
 def test_folded_is_unfolded(kind, normalize, subtract, seed):
@@ -91,6 +93,10 @@ def test_folded_is_unfolded(kind, normalize, subtract, seed):
     assert torch.allclose(folded.pre_activations(x), sae.pre_activations(x), rtol=1e-4, atol=1e-4)
     assert torch.allclose(folded.decode(sae.encode(x)), sae(x), rtol=1e-4, atol=1e-4)
     assert torch.allclose(folded.directions, sae.directions)
+    one = torch.zeros(1, 24)
+    one[0, seed % 24] = 1.0  # a direction is what one unit of a latent adds
+    added = sae.decode(one) - sae.decode(torch.zeros(1, 24))
+    assert torch.allclose(added[0], sae.directions[seed % 24], rtol=1e-4, atol=1e-4)
 
 
 def test_what_each_token_normalises_by_cannot_be_folded_or_decoded_without_it():
@@ -244,7 +250,7 @@ def test_settings_that_contradict_each_other_are_refused(wrong, complaint, unche
 
 
 @pytest.mark.parametrize("format", ["sdxl-unbox", "saelens", "dictionary_learning", "sparsify"])
-@pytest.mark.parametrize("normalize", ["none", "channels"])
+@pytest.mark.parametrize("normalize", ["none", "channels", "whiten"])
 def test_an_exported_sae_loads_as_the_same_function(tmp_path, format, normalize):
     sae, x = random_sae(config=replace(CONFIG, normalize=normalize)), tokens()
     sae.export(tmp_path / "out", format)

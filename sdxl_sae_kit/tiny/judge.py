@@ -88,12 +88,30 @@ class Judge(nn.Module):
         at_32 = self.at_32(pictures)
         at_16 = self.at_16(at_32)
         at_8 = self.at_8(at_16)
-        pooled = [at_8.mean((2, 3)), at_8.amax((2, 3)), self.places(at_8).flatten(1)]
-        logits = self.heads(self.neck(torch.cat(pooled, 1))).split(answers(), 1)
+        logits = self._logits(at_8)
         mask = self.up_16(torch.cat([F.interpolate(at_8, scale_factor=2.0), at_16], 1))
         mask = self.up_32(torch.cat([F.interpolate(mask, scale_factor=2.0), at_32], 1))
         mask = F.interpolate(mask, size=(SIZE, SIZE), mode="bilinear", align_corners=False)
-        return list(logits), mask[:, 0]
+        return logits, mask[:, 0]
+
+    def _logits(self, at_8: Float[Tensor, "picture wide 8 8"]) -> list[Float[Tensor, "picture _"]]:
+        pooled = [at_8.mean((2, 3)), at_8.amax((2, 3)), self.places(at_8).flatten(1)]
+        return list(self.heads(self.neck(torch.cat(pooled, 1))).split(answers(), 1))
+
+    @torch.no_grad()
+    def probabilities(
+        self, pictures: Sequence[Image.Image] | UInt8[np.ndarray, "picture 64 64 3"]
+    ) -> dict[str, Float[np.ndarray, "picture _"]]:
+        """Factor → the calibrated probability of each of its values and, last, of none; for pictures of 64 × 64 pixels.
+
+        Raises:
+            KitError: there are none, or they have another size.
+        """
+        batches = [batch.to(self.temperature.device) for batch in _as_tensor(pictures).split(_BATCH)]
+        seen = [self._logits(self.at_8(self.at_16(self.at_32(batch)))) for batch in batches]
+        logits = [torch.cat(parts) for parts in zip(*seen, strict=True)]
+        told = ((each / t).softmax(1).cpu().numpy() for each, t in zip(logits, self.temperature, strict=True))
+        return dict(zip(FACTORS, told, strict=True))
 
     @torch.no_grad()
     def read(self, pictures: Sequence[Image.Image] | UInt8[np.ndarray, "picture 64 64 3"]) -> Verdicts:
