@@ -36,9 +36,11 @@ STATIC = "Static copy: draw other images and select parts of them in JupyterLab.
 HOW = "Drag a rectangle or lasso on the picture, or move the sliders, to see what is active there."
 
 STYLE = f"""<style>
-.sae-kit .sae-tiles {{ display: grid; gap: 10px 8px; grid-template-columns: repeat(auto-fill, {TILE}px); }}
-.sae-tiles figure {{ break-inside: avoid; border-radius: 3px; }}
+.sae-tiles {{ display: grid; gap: 10px 8px; grid-template-columns: repeat(auto-fill, minmax(92px, 1fr)); }}
+.sae-kit .sae-tiles figure {{ max-width: {TILE}px; padding: 3px; break-inside: avoid; }}
+.sae-tiles img {{ width: 100%; }}
 .sae-tiles figcaption {{ font-size: 12px; line-height: 1.35; margin-top: 2px; overflow-wrap: anywhere; }}
+.sae-pictures {{ display: flex; gap: 8px; }}
 </style>"""
 
 Kind = TypeVar("Kind", SAE, FeatureStats)
@@ -154,9 +156,7 @@ class Explorer(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self._galleries: dict[str, Gallery] = {}
         self.drawn: Drawn | None = None
         n_steps = describe(pipe).num_inference_steps
-        self.prompt = widget(
-            widgets.Text, "prompt", 520, value=prompt, description="prompt", continuous_update=False
-        )
+        self.prompt = widget(widgets.Text, "prompt", 520, value=prompt, description="prompt", continuous_update=False)
         self.seed = widget(widgets.BoundedIntText, "seed", 150, value=seed, max=2**53 - 1, description="seed")
         self.go = widget(widgets.Button, "draw", 80, description="Draw", button_style="primary")
         self.step = widget(widgets.Dropdown, "step", 100, options=range(n_steps), description="step")
@@ -164,7 +164,7 @@ class Explorer(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self.notice = widget(widgets.HTML, "notice")
         self.picture = SelectablePicture(_finest(pipe, saes), self.refresh)
         self.caption = widget(widgets.HTML, "caption")
-        self.panels = {hookpoint: Panel("found", on_open=partial(self.show, hookpoint)) for hookpoint in saes}
+        self.panels = {hookpoint: Panel("found", on_open=partial(self._pressed, hookpoint)) for hookpoint in saes}
         self.opened = widgets.VBox()
         found = widgets.VBox([self.caption, *self.panels.values()], layout={"flex": "1 1 420px", "min_width": "0"})
         both = widgets.HBox([self.picture, found], layout={"flex_flow": "row wrap", "align_items": "flex-start"})
@@ -200,17 +200,16 @@ class Explorer(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
             return
         self.caption.value = html.fragment(self._caption(), html.quiet(HOW))
         for hookpoint, panel in self.panels.items():
-            shown = self.block.value in ("all", hookpoint)
+            shown = self._is_shown(hookpoint)
             panel.layout.display = None if shown else "none"
             panel.value = html.fragment(STYLE, self._found(hookpoint)) if shown else ""
 
     def show(self, hookpoint: str, latent: int) -> None:
-        """Open a latent's gallery below."""
+        """Open a latent's gallery below. Raises KitError where there is none, or no statistics of its block."""
         if hookpoint not in self._stats:
-            self.notice.value = f"There are no statistics of {hookpoint} here: explore(…, stats=…) takes them."
-            return
+            raise KitError(f"There are no statistics of {hookpoint} here. Pass them to explore(…, stats=…).")
         if hookpoint not in self._galleries:
-            self._galleries[hookpoint] = gallery(self._stats[hookpoint], latent)
+            self._galleries[hookpoint] = gallery(self._stats[hookpoint])
         self._galleries[hookpoint].show(latent)
         self.opened.children = (self._galleries[hookpoint],)
 
@@ -218,14 +217,33 @@ class Explorer(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         """What is shown now, without controls."""
         if self.drawn is None:
             return html.fragment(html.quiet(STATIC), f"<p>{self.notice.value}</p>")
-        image = html.picture(html.to_webp(self.drawn.image), f"The image drawn of: {self.drawn.prompt}")
-        blocks = [self._found(h) for h in self._saes if self.block.value in ("all", h)]
-        shown = html.fragment(html.quiet(STATIC), STYLE, image, self._told(), self._caption(), *blocks)
-        return shown + "".join(each.static_html() for each in self.opened.children)
+        image, selected = _scaled(self.drawn.image, 2 * TILE), self.picture.selected
+        pictures = html.picture(html.to_webp(image), f"The image drawn of: {self.drawn.prompt}")
+        if not selected.all():
+            lit = html.overlay(image, selected.astype(np.float32), 1)
+            pictures += html.picture(html.to_webp(lit), "Which part of it is selected")
+        blocks = [self._found(hookpoint) for hookpoint in self._saes if self._is_shown(hookpoint)]
+        parts = [
+            html.quiet(STATIC),
+            STYLE,
+            f'<div class="sae-pictures">{pictures}</div>',
+            self._told(),
+            self._caption(),
+        ]
+        return html.fragment(*parts, *blocks) + "".join(each.static_html() for each in self.opened.children)
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         bundle: dict[str, Any] = super()._repr_mimebundle_(**options)
         return {**bundle, "text/html": self.static_html()}
+
+    def _is_shown(self, hookpoint: str) -> bool:
+        return self.block.value in ("all", hookpoint)
+
+    def _pressed(self, hookpoint: str, latent: int) -> None:
+        try:
+            self.show(hookpoint, latent)
+        except KitError as error:
+            self.notice.value = html.escape(error)
 
     def _told(self) -> str:
         assert self.drawn is not None
@@ -245,7 +263,8 @@ class Explorer(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
                 "z over these, ranks them; out is the mean over the others"
             )
         unit = "in multiples (×) of a latent's mean z over the training tokens on which it fires"
-        return html.quiet(f"{what}; {unit}. Pale yellow is the latent's largest z in this image.")
+        step = f"Step {self.step.value} of 0 to {self.step.options[-1]}. " if len(self.step.options) > 1 else ""
+        return html.quiet(f"{step}{what}; {unit}. Pale yellow is the latent's largest z in this image.")
 
     def _found(self, hookpoint: str) -> str:
         """One block's features, with their heat maps."""
@@ -257,8 +276,8 @@ class Explorer(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         listed = strongest(code, usual, selected, self._n)
         tiles = [self._tile(hookpoint, code[..., each.latent], each, named.get(each.latent)) for each in listed]
         active = (code[selected] > FIRES).any(axis=0)
-        facts = [f"{len(listed)} of {int(active.sum())} active latents"]
-        facts += [] if selected.all() else [f"{int(selected.sum())} of {selected.size} tokens"]
+        tokens = f"{selected.size} tokens" if selected.all() else f"{int(selected.sum())} of {selected.size} tokens"
+        facts = [f"{len(listed)} of {int(active.sum())} latents active on {tokens}"]
         if unknown := int((active & (usual == 0)).sum()):
             facts.append(f"{unknown} never fired in training and have no unit")
         body = f'<div class="sae-tiles">{"".join(tiles)}</div>' if tiles else html.quiet("No latent fires here.")
@@ -268,25 +287,31 @@ class Explorer(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self, hookpoint: str, heat: Float[np.ndarray, "height width"], strength: Strength, label: str | None
     ) -> str:
         assert self.drawn is not None
-        values = ("max", strength.peak), ("mean", strength.inside)
+        values = {"max": strength.peak, "mean": strength.inside}
         if not np.isnan(strength.outside):
-            values = ("in", strength.inside), ("out", strength.outside)
-        told = " · ".join(f"{name} {html.short(value)}×" for name, value in values)
-        alt = f"Where latent {strength.latent} of {hookpoint} fires in the image of: {self.drawn.prompt}. {told}"
-        small = self.drawn.image.convert("RGB")
-        small = small.resize([round(side * TILE / max(small.size)) for side in small.size], Image.Resampling.BICUBIC)
-        picture = html.picture(html.to_webp(html.overlay(small, heat, float(heat.max()))), alt)
-        name = f"<br>{html.words(label)}" if label else ""
-        caption = f'<b>{strength.latent}</b> <span class="sae-quiet">{told}</span>{name}'
-        return f'<figure data-latent="{strength.latent}">{picture}<figcaption>{caption}</figcaption></figure>'
+            values = {"in": strength.inside, "out": strength.outside}
+        parts = [f"{name} {html.short(value)}×" for name, value in values.items()]
+        where = f"Where latent {strength.latent} of {hookpoint} fires in the image of: {self.drawn.prompt}"
+        alt = f"{where}; {', '.join(parts)}"
+        overlaid = html.overlay(_scaled(self.drawn.image, TILE), heat, float(heat.max()))
+        numbers = "".join(f'<br><span class="sae-quiet sae-fact">{html.escape(part)}</span>' for part in parts)
+        pressed = ' class="sae-card"', f' data-latent="{strength.latent}"'
+        card, opens = pressed if hookpoint in self._stats else ("", "")
+        caption = f"<b{opens}>{strength.latent}</b> {html.words(label) if label else ''}{numbers}"
+        return f"<figure{card}>{html.picture(html.to_webp(overlaid), alt)}<figcaption>{caption}</figcaption></figure>"
+
+
+def _scaled(image: Image.Image, side: int) -> Image.Image:
+    """The picture with a longer side of so many pixels."""
+    factor = side / max(image.size)
+    return image.convert("RGB").resize([max(1, round(n * factor)) for n in image.size], Image.Resampling.BICUBIC)
 
 
 def _by_hookpoint(name: str, kind: type[Kind], given: Any) -> dict[str, Kind]:
     """One for each hookpoint, from one alone, a list or a mapping."""
-    single = isinstance(given, kind)
-    items = [given] if single else list(given.values() if isinstance(given, Mapping) else given)
+    several = given.values() if isinstance(given, Mapping) else given
     found: dict[str, Kind] = {}
-    for item in items:
+    for item in several if isinstance(several, Iterable) else [several]:
         if not isinstance(item, kind):
             raise KitError(f"explore: {name} are each a {kind.__name__}, not {item!r}. Leave out what is none.")
         if (other := found.setdefault(item.hookpoint, item)) is not item:

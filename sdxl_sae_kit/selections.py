@@ -8,7 +8,7 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 import plotly.graph_objects as go
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from PIL import Image
 
 from sdxl_sae_kit import html
@@ -52,7 +52,7 @@ class SelectablePicture(widgets.VBox):  # type: ignore[misc]  # ipywidgets has n
 
     def _dragged(self, trace: Any, points: Any, selector: Any) -> None:
         """A rectangle or lasso was drawn. One around no token's centre selects the whole picture."""
-        if selector is None:  # the page answers to `_outline`
+        if selector is None:  # the page answers to what `_set` drew
             return
         chosen = np.zeros(self.selected.size, dtype=bool)
         chosen[points.point_inds] = True
@@ -76,9 +76,9 @@ class SelectablePicture(widgets.VBox):  # type: ignore[misc]  # ipywidgets has n
     def _choose(self, chosen: Bool[np.ndarray, "height width"]) -> None:
         """Take over what was selected, and let the sliders tell the smallest rectangle around it."""
         self.selected = chosen
-        for slider, along in ((self.rows, chosen.any(axis=1)), (self.columns, chosen.any(axis=0))):
+        for slider, places in zip((self.rows, self.columns), np.nonzero(chosen), strict=True):
             slider.unobserve(self._slid, "value")
-            slider.value = (int(np.argmax(along)) + 1, len(along) - int(np.argmax(along[::-1])))
+            slider.value = (int(places.min()) + 1, int(places.max()) + 1)
             slider.observe(self._slid, "value")
         self._on_select()
 
@@ -89,10 +89,15 @@ def at_grid(selected: Bool[np.ndarray, "height width"], grid: tuple[int, int]) -
     >>> at_grid(np.array([[True, False], [True, False]]), (1, 1))
     array([[ True]])
     """
-    height, width = grid
-    share = Image.fromarray(selected.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
-    shares: Bool[np.ndarray, "rows columns"] = np.asarray(share) >= min(0.5, np.max(share)) - 1e-6
-    return shares
+    rows, columns = (_overlap(coarse, fine) for coarse, fine in zip(grid, selected.shape, strict=True))
+    shares = rows @ selected @ columns.T
+    return np.asarray(shares >= min(0.5, shares.max()) - 1e-6)
+
+
+def _overlap(n: int, of: int) -> Float[np.ndarray, "n of"]:
+    """How much of each of n parts of a line lies in each of `of` parts of it; rows sum to 1."""
+    start, other = np.arange(n)[:, None] / n, np.arange(of) / of
+    return np.clip(np.minimum(start + 1 / n, other + 1 / of) - np.maximum(start, other), 0, None) * n
 
 
 def _slider(name: str, last: int) -> Any:
@@ -110,7 +115,7 @@ def _figure(grid: tuple[int, int]) -> go.FigureWidget:
     square = {"symbol": "square", "size": 0.84 * cell, "opacity": 0, "color": "white"}
     made.add_scatter(
         x=x, y=y, mode="markers", hoverinfo="skip", marker={**square, "line": {"width": 1, "color": "black"}},
-        selected={"marker": {"opacity": 0.4}}, unselected={"marker": {"opacity": 0}},
+        selected={"marker": {"opacity": 0.3}}, unselected={"marker": {"opacity": 0}},
     )  # fmt: skip
     made.add_layout_image(
         x=0, y=0, sizex=width, sizey=height, xref="x", yref="y", sizing="stretch", layer="below"

@@ -27,7 +27,7 @@ TAGS = {
 }
 ATTRIBUTES = {
     *("lang", "charset", "http-equiv", "content", "name", "class", "title", "src", "alt", "width", "height", "scope"),
-    *("role", "aria-label", "tabindex"),
+    *("role", "aria-label", "tabindex", "data-latent"),
 }
 
 
