@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +158,7 @@ def _check_same(pipe: Any, recipe: Mapping[str, Any], artifact: Artifact) -> Non
 
 def _complete(pipe: Any, folder: Path, processes: Processes, prepare: Callable[[], None]) -> None:
     """Write the shards that are missing once the first process has prepared the folder, each process its share."""
-    with _held(Artifact(folder), processes, prepare):
+    with processes.hold(Artifact(folder), prepare):
         if Artifact(folder).finished:  # by others, while this one waited; or nothing was wrong with it
             return
         artifact = Artifact(folder, read_recipe(Artifact(folder)))
@@ -179,20 +178,6 @@ def _complete(pipe: Any, folder: Path, processes: Processes, prepare: Callable[[
         if processes.first:
             writer.finish(facts)
         processes.wait()
-
-
-@contextmanager
-def _held(artifact: Artifact, processes: Processes, prepare: Callable[[], None]) -> Iterator[None]:
-    """Hold the cache's lock, which the first process takes for all, once it has prepared the folder."""
-    if not processes.first:
-        processes.wait()
-    with artifact.lock(shared=not processes.first) as admit_others:
-        if processes.first:
-            prepare()
-            if processes.count > 1:
-                admit_others()
-            processes.wait()
-        yield
 
 
 def _write(pipe: Any, writer: ShardWriter, shards: Sequence[Shard], processes: Processes, n_done: int) -> None:

@@ -1,33 +1,30 @@
-"""Feature statistics: what each latent of an SAE does over a whole cache, and the images on which it does it most."""
+"""Feature statistics: what each latent of an SAE does over a whole cache, and the images on which it does it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import h5py
 import numpy as np
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from numpy.typing import NDArray
-from torch import Tensor
-from tqdm.auto import tqdm
 
-from sdxl_sae_kit.artifacts import Artifact, Store
+from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
 from sdxl_sae_kit.cache import ActivationCache
-from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
+from sdxl_sae_kit.measurement import MEMORY, PART_IMAGES, measure
 from sdxl_sae_kit.prompts import Prompts
-from sdxl_sae_kit.sae import FIRES, SAE
+from sdxl_sae_kit.sae import SAE
+from sdxl_sae_kit.summary import FILE, open_part, part_name
 
-Ranking = Literal["max", "mean"]
-"""Images are ranked by a latent's maximum over the image, or by its mean over the image."""
+Ranking = Literal["max", "mean", "area"]
+"""Images are ranked by a latent's maximum, its mean, or the share of tokens on which it fires."""
 
-_FILE = "features.h5"
-_CHUNK = 32  # images at once
+_LEAST_MEMORY = 2**24
 _PER_LATENT = ("density", "image_density", "mean", "std", "max")
 
 
@@ -40,11 +37,37 @@ class Example:
     prompt: str
     seed: int
     value: float
-    """What it was ranked by: the maximum over the image, or the mean."""
-    heat_map: Float[np.ndarray, "height width"]
+    """What it was ranked by: the maximum over the image, the mean, or the share of tokens."""
+    heat_map: Float[np.ndarray, "height width"] = field(repr=False)
     """The latent's value at every token."""
-    thumbnail: bytes
-    """The image, small, as WebP."""
+    thumbnail: bytes = field(repr=False)
+    """The image, small, as WebP; empty where pictures were not kept."""
+
+
+class Curve(NamedTuple):
+    """What every latent does at one denoising step in one guidance half."""
+
+    step: int
+    half: str
+    density: Float[np.ndarray, " latent"]
+    """Share of tokens on which it fires."""
+    mean: Float[np.ndarray, " latent"]
+    """Mean value over those."""
+
+
+class Histogram(NamedTuple):
+    """How many firing tokens have a value between two edges, for every latent."""
+
+    edges: Float[np.ndarray, " bins_and_1"]
+    counts: Int[np.ndarray, "latent bin"]
+
+
+class Neighbour(NamedTuple):
+    """Another latent, how near it is, and, where that is an estimate, over how many tokens."""
+
+    latent: int
+    value: float
+    n: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +78,9 @@ class FeatureStats:
         density (d_sae,): share of tokens on which the latent fires (value > 0.001).
         image_density (d_sae,): share of images on which it fires somewhere.
         mean, std, max (d_sae,): over the tokens on which it fires; 0 for a latent that never fired.
+        moran, moran_low, moran_high (d_sae,): mean over the images on which it fires of Moran's I of its heat map (see
+            `Tally`) with Student's 95 % interval: near 1 where it fires in one patch, near 0 where it is scattered.
+            NaN for a latent that fires on no image, or everywhere alike.
     """
 
     artifact: Artifact = field(repr=False)
@@ -70,52 +96,48 @@ class FeatureStats:
     mean: Float[np.ndarray, "latent"] = field(repr=False)
     std: Float[np.ndarray, "latent"] = field(repr=False)
     max: Float[np.ndarray, "latent"] = field(repr=False)
+    moran: Float[np.ndarray, "latent"] = field(repr=False)
+    moran_low: Float[np.ndarray, "latent"] = field(repr=False)
+    moran_high: Float[np.ndarray, "latent"] = field(repr=False)
 
     @classmethod
     def measure(
-        cls, sae: SAE, cache: ActivationCache, *, step: int = 0, top: int = 12, store: Store | Path | str | None = None
+        cls,
+        sae: SAE,
+        cache: ActivationCache,
+        *,
+        step: int = 0,
+        top: int = 12,
+        memory: int = MEMORY,
+        store: Store | Path | str | None = None,
     ) -> FeatureStats:
-        """Encode the whole cache once and keep statistics, codes and the top images; loaded instead if done before.
+        """Encode the whole cache once and keep statistics, codes and examples; loaded instead if done before.
+
+        It says what it takes before it starts (`plan_measurement` forecasts it without a cache). Killed at any moment,
+        it goes on after the last 512 images when called again. Under `accelerate launch` or `torchrun` the processes,
+        each of which must call it, share the images; what comes out does not depend on how many there are.
 
         Args:
-            sae: a trained SAE.
-            cache: updates of the hookpoint it was trained at; with guidance, the cond half is taken.
+            sae: a trained SAE, or one of its `controls`.
+            cache: updates of the hookpoint it was trained at; with guidance, the cond half is taken, and `curves` tell
+                of all steps and halves.
             step: which denoising step.
             top: examples kept for each latent and ranking.
+            memory: bytes it may take, beside the SAE: at least 16 MB. The result does not depend on it.
             store: folder of artifacts.
 
         Raises:
             ArtifactError: the SAE was trained at a hookpoint that the cache does not have, or the cache keeps only some
-                tokens of each image.
-            KitError: the cache does not have this step.
+                tokens of each image; or another process is measuring the same, or the disk is too small.
+            KitError: the cache does not have this step, or an impossible setting.
         """
-        if not isinstance(sae, SAE):
-            raise KitError(f"measure takes one SAE, such as saes['up.0.1', 'k10'], not a {type(sae).__name__}.")
-        if not isinstance(cache, ActivationCache):
-            raise KitError(f"measure reads a cache from collect, not {cache!r}. Collect some images for it.")
-        hookpoint = sae.hookpoint
-        if hookpoint not in cache.hookpoints:
-            raise ArtifactError(
-                f"{sae.name} was trained on updates of {hookpoint}; {cache.name} has {', '.join(cache.hookpoints)}. "
-                f"Collect {hookpoint} too."
-            )
-        row = cache.row(step)
-        if cache.layout.tokens_per_image is not None:
-            raise ArtifactError(
-                f"{cache.name} keeps {cache.layout.tokens_per_image} tokens of each image; heat maps need whole grids. "
-                "Collect some images again without tokens_per_image."
-            )
-        made, trained = ((r["model"], r["revision"]) for r in (cache.recipe, vars(sae.site)))
-        if made != trained:
-            raise ArtifactError(
-                f"{sae.name} was trained on {trained}, but {cache.name} was made by {made}. Use its own cache."
-            )
+        _check_fit(sae, cache)
+        cache.row(step)
+        top = whole_number("measure: top", top)
+        memory = whole_number("measure: memory", memory, least=_LEAST_MEMORY)
         recipe = {"sae": sae.digest, "name": sae.name, "cache": cache.artifact.digest, "step": step, "top": top}
         artifact = Store.at(store).artifact("features", sae.name.rsplit("-", 1)[0], recipe)
-        if not artifact.finished:
-            with artifact.lock():
-                if not artifact.finished:
-                    _measure(sae, cache, hookpoint, step, row, top, artifact)
+        measure(sae, cache, step, top, memory, artifact)
         return cls.open(artifact.folder)
 
     @classmethod
@@ -126,15 +148,15 @@ class FeatureStats:
             ArtifactError: no finished feature statistics there.
         """
         artifact = Artifact.open(folder, "features")
-        with h5py.File(artifact.check(_FILE), "r") as file:
+        with open_part(artifact.check(FILE)) as file:
             arrays = {name: file[name][()] for name in _PER_LATENT}
+            arrays |= {f"moran{end}": file[f"moran/{end[1:] or 'mean'}"][()] for end in ("", "_low", "_high")}
             a = file.attrs
-            grid = (int(a["height"]), int(a["width"]))
             return cls(
                 artifact,
                 str(a["sae"]),
                 str(a["hookpoint"]),
-                grid,
+                (int(a["height"]), int(a["width"])),
                 int(a["step"]),
                 int(a["n_images"]),
                 int(a["n_tokens"]),
@@ -154,8 +176,23 @@ class FeatureStats:
     @cached_property
     def prompts(self) -> Prompts:
         """The prompt of every image."""
-        with h5py.File(self.artifact.file(_FILE), "r") as file:
+        with self._file() as file:
             return Prompts.from_jsonl(bytes(file["prompts"][()].tobytes()).decode())
+
+    @cached_property
+    def curves(self) -> tuple[Curve, ...]:
+        """What every latent does at each step and in each guidance half that the cache holds."""
+        with self._file() as file:
+            halves = [half.decode() for half in file.attrs["halves"]]
+            rows = [(step, half) for step in file.attrs["steps"].tolist() for half in halves]
+            arrays = (file["curves/density"][()], file["curves/mean"][()])
+            return tuple(Curve(*row, density, mean) for row, density, mean in zip(rows, *arrays, strict=True))
+
+    @cached_property
+    def histogram(self) -> Histogram:
+        """How often each latent has which value where it fires, in bins of half a doubling."""
+        with self._file() as file:
+            return Histogram(file["histogram/edges"][()], file["histogram/counts"][()])
 
     def examples(self, feature: int, by: Ranking = "max", n: int | None = None) -> list[Example]:
         """The images on which a latent fires most, strongest first; fewer than asked for when it fires on fewer.
@@ -163,73 +200,154 @@ class FeatureStats:
         Raises:
             KitError: there is no such latent, or no such ranking.
         """
-        self._check(feature)
-        if by not in ("max", "mean"):
-            raise KitError(f"examples: by is 'max' or 'mean', not {by!r}.")
-        images, values, maps = (array[feature][:n] for array in self._top[by])
-        fires = values > FIRES
-        thumbnails = self._thumbnails(images[fires])
-        return [
-            Example(
-                image,
-                self.prompts.texts[image],
-                self.prompts.seeds[image],
-                value,
-                heat_map.astype(np.float32),
-                thumbnail,
+        if by not in get_args(Ranking):
+            raise KitError(
+                f"examples: by is {', '.join(map(repr, get_args(Ranking)))}, not {by!r}."
+                f"{did_you_mean(str(by), get_args(Ranking))}"
             )
+        examples = self._examples(feature, by)[:n]
+        if by == "area":
+            tokens = self.grid[0] * self.grid[1]
+            return [Example(**{**vars(example), "value": example.value / tokens}) for example in examples]
+        return examples
+
+    def sample(self, feature: int) -> list[Example]:
+        """Images from all over those on which a latent fires, by maximum, weakest first: up to 12, 3 of each quarter.
+
+        The highest of each twelfth of the ranks is taken; a latent that fires on fewer images shows them all.
+
+        Raises:
+            KitError: there is no such latent.
+        """
+        return self._examples(feature, "sample")
+
+    def _examples(self, feature: int, by: str) -> list[Example]:
+        self._check(feature)
+        with self._file() as file:
+            images, values, maps = (file[f"examples/{by}/{name}"][feature] for name in ("image", "value", "heat_map"))
+        there = images >= 0
+        thumbnails = self._thumbnails(images[there])
+        texts, seeds = self.prompts.texts, self.prompts.seeds
+        return [
+            Example(image, texts[image], seeds[image], value, heat_map.astype(np.float32), thumbnail)
             for image, value, heat_map, thumbnail in zip(
-                images[fires].tolist(), values[fires].tolist(), maps[fires], thumbnails, strict=True
+                images[there].tolist(), values[there].tolist(), maps[there], thumbnails, strict=True
             )
         ]
 
     @cached_property
-    def _top(self) -> dict[str, tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
-        with h5py.File(self.artifact.file(_FILE), "r") as file:
-            return {
-                by: tuple(file[f"top/{by}/{name}"][()] for name in ("image", "value", "heat_map"))
-                for by in ("max", "mean")
-            }
+    def pictured(self) -> Int[np.ndarray, "image"]:
+        """Images whose pictures are kept: all of up to 4,096, else those of examples and 1,024 held-out ones."""
+        with self._file() as file:
+            return np.asarray(file["thumbnails/image"][()])
+
+    def thumbnail(self, image: int) -> bytes:
+        """The picture, small, as WebP; empty where it is not kept (see `pictured`)."""
+        return self._thumbnails(np.array([image]))[0]
 
     def _thumbnails(self, images: Int[np.ndarray, " image"]) -> list[bytes]:
-        """Pictures of images in some latent's top; they are stored one after the other, in the order of their index."""
-        with h5py.File(self.artifact.file(_FILE), "r") as file:
-            stored, ends, data = (file[f"thumbnails/{name}"] for name in ("image", "ends", "bytes"))
-            place = np.searchsorted(stored[()], images)
-            bounds = np.concatenate([[0], ends[()]])
-            return [data[bounds[at] : bounds[at + 1]].tobytes() for at in place]
+        """Pictures of images; they are stored one after the other, in the order of their index."""
+        place = np.searchsorted(self.pictured, images)
+        with self._file() as file:
+            data = file["thumbnails/bytes"]
+            return [
+                data[self._ends[at] : self._ends[at + 1]].tobytes()
+                if at < len(self.pictured) and self.pictured[at] == image
+                else b""
+                for at, image in zip(place, images, strict=True)
+            ]
+
+    @cached_property
+    def _ends(self) -> Int[np.ndarray, " picture"]:
+        with self._file() as file:
+            return np.concatenate([[0], file["thumbnails/ends"][()]])
 
     def heat_map(self, feature: int, image: int) -> Float[np.ndarray, "height width"]:
-        """A latent's value at every token of any image of the cache."""
+        """A latent's value at every token of any image of the cache.
+
+        Raises:
+            KitError: there is no such latent or image.
+        """
         self._check(feature)
-        with h5py.File(self.artifact.file(_FILE), "r") as file:
-            indices, values = file["codes/indices"][image], file["codes/values"][image]
+        indices, values = self._codes(image)
         at_tokens: NDArray[Any] = np.where(indices == feature, values, 0).sum(axis=1, dtype=np.float32)
         return at_tokens.reshape(self.grid)
 
+    def heat_maps(self, image: int) -> Float[np.ndarray, "latent height width"]:
+        """Every latent's value at every token of an image of the cache.
+
+        Raises:
+            KitError: there is no such image.
+        """
+        indices, values = self._codes(image)
+        dense = np.zeros((self.d_sae, len(indices)), np.float32)
+        np.add.at(dense, (indices, np.arange(len(indices))[:, None]), values)  # what pads short codes adds 0
+        return dense.reshape(self.d_sae, *self.grid)
+
+    def _codes(self, image: int) -> tuple[Integer[np.ndarray, "token width"], Float[np.ndarray, "token width"]]:
+        if not isinstance(image, Integral) or not 0 <= image < self.n_images:
+            raise KitError(f"{self.artifact.name} has images 0 to {self.n_images - 1}; there is no {image!r}.")
+        part, row = divmod(int(image), PART_IMAGES)
+        with open_part(self.artifact.file(part_name(part))) as file:
+            return file["codes/indices"][row], file["codes/values"][row].astype(np.float32)
+
     def image_activations(self, by: Ranking = "max") -> Float[np.ndarray, "image latent"]:
-        """Every latent's maximum (or mean) over every image."""
-        return self._image_max if by == "max" else self._image_mean
+        """Every latent's maximum (or mean, or share of tokens) over every image: n_images × d_sae × 4 bytes."""
+        return {"max": self._image_max, "mean": self._image_mean, "area": self._image_area}[by]
 
     @cached_property
     def _image_max(self) -> Float[np.ndarray, "image latent"]:
-        return np.concatenate([codes.max(axis=1) for codes in self._dense_codes()])
+        return self._by_image("max")
 
     @cached_property
     def _image_mean(self) -> Float[np.ndarray, "image latent"]:
-        return np.concatenate([codes.mean(axis=1) for codes in self._dense_codes()])
+        return self._by_image("mean")
 
-    def _dense_codes(self) -> Iterator[Float[np.ndarray, "image token latent"]]:
-        with h5py.File(self.artifact.file(_FILE), "r") as file:
-            for start in range(0, self.n_images, _CHUNK):
-                indices, values = (file[f"codes/{name}"][start : start + _CHUNK] for name in ("indices", "values"))
-                dense = np.zeros((*indices.shape[:2], self.d_sae + 1), np.float32)  # one more for what pads short codes
-                np.put_along_axis(dense, np.where(values > 0, indices.astype(np.int64), self.d_sae), values, axis=2)
-                yield dense[..., :-1]
+    @property
+    def _image_area(self) -> Float[np.ndarray, "image latent"]:
+        return self._by_image("area") / np.float32(self.grid[0] * self.grid[1])
+
+    def _by_image(self, name: str) -> Float[np.ndarray, "image latent"]:
+        dense = np.zeros((self.n_images, self.d_sae), np.float32)
+        for part in range(-(-self.n_images // PART_IMAGES)):
+            with open_part(self.artifact.file(part_name(part))) as file:
+                tallies = file["tallies"]
+                dense[tallies["image"][()], tallies["latent"][()]] = tallies[name][()]
+        return dense
+
+    def coactive(self, feature: int, n: int = 8) -> list[Neighbour]:
+        """The latents that fire most on the same tokens, by Jaccard index: tokens on which both fire / either does.
+
+        Up to 8; `n` of each is the number of tokens counted.
+
+        Raises:
+            KitError: there is no such latent.
+        """
+        return self._neighbours(feature, "coactive", n)
+
+    def similar(self, feature: int, n: int = 8) -> list[Neighbour]:
+        """The latents, among those that fire, whose decoder rows have the highest cosine with this one's; up to 8.
+
+        Raises:
+            KitError: there is no such latent.
+        """
+        return self._neighbours(feature, "similar", n)
+
+    def _neighbours(self, feature: int, kind: str, n: int) -> list[Neighbour]:
+        self._check(feature)
+        with self._file() as file:
+            group = file[kind]
+            counted = group.attrs.get("n_tokens")
+            found = zip(group["latent"][feature].tolist(), group["value"][feature].tolist(), strict=True)
+            n_tokens = None if counted is None else int(counted)
+            return [Neighbour(latent, value, n_tokens) for latent, value in found if latent >= 0][:n]
 
     def _check(self, feature: int) -> None:
         if not isinstance(feature, Integral) or not 0 <= feature < self.d_sae:
             raise KitError(f"{self.sae} has latents 0 to {self.d_sae - 1}; there is no {feature!r}.")
+
+    def _file(self) -> h5py.File:
+        return open_part(self.artifact.file(FILE))
 
     def __repr__(self) -> str:
         return (
@@ -238,117 +356,24 @@ class FeatureStats:
         )
 
 
-@torch.no_grad()
-def _measure(
-    sae: SAE, cache: ActivationCache, hookpoint: str, step: int, row: int, top: int, artifact: Artifact
-) -> None:
-    tokens = int(np.prod(cache.grid(hookpoint)))
-    moments, leaders = (
-        _Moments(sae.d_sae),
-        {by: _Leaders(sae.d_sae, min(top, cache.n_images), tokens) for by in ("max", "mean")},
-    )
-    temporary = artifact.file(_FILE + ".tmp")
-    tqdm.write(f"Measuring the {sae.d_sae} latents of {sae.name} over {cache.n_images * tokens:,} tokens.")
-    with h5py.File(temporary, "w", libver=("v108", "v110")) as file:
-        k = sae.k or 1  # codes without a limit widen the file as they come
-        shape, chunk = (cache.n_images, tokens, k), (min(_CHUNK, cache.n_images), tokens, k)
-        limit = (cache.n_images, tokens, sae.d_sae)
-        compact: dict[str, Any] = {
-            "chunks": chunk, "maxshape": limit, "compression": "gzip", "compression_opts": 1, "shuffle": True
-        }  # fmt: skip
-        stored_indices = file.create_dataset(
-            "codes/indices", shape, "uint16" if sae.d_sae < 2**16 else "uint32", **compact
+def _check_fit(sae: SAE, cache: ActivationCache) -> None:
+    """Refuse an SAE and a cache that do not belong together."""
+    if not isinstance(sae, SAE):
+        raise KitError(f"measure takes one SAE, such as saes['up.0.1', 'k10'], not a {type(sae).__name__}.")
+    if not isinstance(cache, ActivationCache):
+        raise KitError(f"measure reads a cache from collect, not {cache!r}. Collect some images for it.")
+    if sae.hookpoint not in cache.hookpoints:
+        raise ArtifactError(
+            f"{sae.name} was trained on updates of {sae.hookpoint}; {cache.name} has {', '.join(cache.hookpoints)}. "
+            f"Collect {sae.hookpoint} too."
         )
-        stored_values = file.create_dataset("codes/values", shape, "float16", **compact)
-        for start in tqdm(range(0, cache.n_images, _CHUNK), desc="measure", unit="batch"):
-            images = range(start, min(start + _CHUNK, cache.n_images))
-            x = cache.read(hookpoint, np.array(images))[:, row].to(sae.W_enc.device, torch.float32)
-            indices, values = sae.encode_sparse(x)
-            for stored, part in ((stored_indices, indices.cpu()), (stored_values, values.cpu().half())):
-                if part.shape[2] > stored.shape[2]:
-                    stored.resize(part.shape[2], axis=2)
-                stored[start : images.stop, :, : part.shape[2]] = part
-            z = torch.zeros(*x.shape[:2], sae.d_sae).scatter_add(2, indices.cpu(), values.cpu())  # padding adds 0
-            moments.add(z)
-            leaders["max"].add(start, z.amax(dim=1), z)
-            leaders["mean"].add(start, z.mean(dim=1), z)
-        file.attrs.update(
-            sae=sae.name, hookpoint=hookpoint, step=step, n_images=cache.n_images, n_tokens=cache.n_images * tokens
+    if cache.layout.tokens_per_image is not None:
+        raise ArtifactError(
+            f"{cache.name} keeps {cache.layout.tokens_per_image} tokens of each image; heat maps need whole grids. "
+            "Collect some images again without tokens_per_image."
         )
-        file.attrs.update(height=cache.grid(hookpoint)[0], width=cache.grid(hookpoint)[1])
-        for name, array in moments.statistics().items():
-            file.create_dataset(name, data=array.astype(np.float32))
-        for by, best in leaders.items():
-            file.create_dataset(f"top/{by}/image", data=best.images.numpy())
-            file.create_dataset(f"top/{by}/value", data=best.values.numpy())
-            file.create_dataset(
-                f"top/{by}/heat_map",
-                data=best.maps.numpy().reshape(sae.d_sae, -1, *cache.grid(hookpoint)),
-                compression="gzip",
-                compression_opts=1,
-            )
-        file.create_dataset("prompts", data=np.frombuffer(cache.prompts.to_jsonl().encode(), np.uint8))
-        shown = {int(image) for best in leaders.values() for image in best.images[best.values > FIRES].unique()}
-        _store_thumbnails(file, cache, sorted(shown))
-    temporary.replace(artifact.file(_FILE))
-    artifact.seal(facts={"alive": int((moments.count > 0).sum()), "latents": sae.d_sae})
-
-
-class _Moments:
-    """Sums over firing tokens, in float64."""
-
-    def __init__(self, d_sae: int) -> None:
-        self.count, self.total, self.squares, self.images, self.peak = (
-            torch.zeros(d_sae, dtype=torch.float64) for _ in range(5)
+    made, trained = ((r["model"], r["revision"]) for r in (cache.recipe, vars(sae.site)))
+    if made != trained:
+        raise ArtifactError(
+            f"{sae.name} was trained on {trained}, but {cache.name} was made by {made}. Use its own cache."
         )
-        self.n_tokens = self.n_images = 0
-
-    def add(self, z: Float[Tensor, "image token latent"]) -> None:
-        fires = z > FIRES
-        firing = torch.where(fires, z, 0).double()
-        self.count += fires.sum((0, 1))
-        self.images += fires.any(dim=1).sum(0)
-        self.total += firing.sum((0, 1))
-        self.squares += firing.square().sum((0, 1))
-        self.peak = self.peak.maximum(firing.amax((0, 1)))
-        self.n_images += z.shape[0]
-        self.n_tokens += z.shape[0] * z.shape[1]
-
-    def statistics(self) -> dict[str, NDArray[Any]]:
-        n = self.count.clamp_min(1)
-        mean = self.total / n
-        std = (self.squares / n - mean.square()).clamp_min(0).sqrt()
-        by_name = {
-            "density": self.count / self.n_tokens,
-            "image_density": self.images / self.n_images,
-            "mean": mean,
-            "std": std,
-            "max": self.peak,
-        }
-        return {name: tensor.numpy() for name, tensor in by_name.items()}
-
-
-class _Leaders:
-    """The images with the highest score of each latent so far, with their heat maps."""
-
-    def __init__(self, d_sae: int, top: int, tokens: int) -> None:
-        self.values = torch.zeros(d_sae, top)
-        self.images = torch.zeros(d_sae, top, dtype=torch.int32)
-        self.maps = torch.zeros(d_sae, top, tokens, dtype=torch.float16)
-
-    def add(
-        self, first_image: int, scores: Float[Tensor, "image latent"], z: Float[Tensor, "image token latent"]
-    ) -> None:
-        values = torch.cat([self.values, scores.T], dim=1)
-        self.values, best = values.topk(self.values.shape[1], dim=1)
-        new = torch.arange(first_image, first_image + len(scores), dtype=torch.int32).expand(values.shape[0], -1)
-        self.images = torch.cat([self.images, new], dim=1).gather(1, best)
-        maps = torch.cat([self.maps, z.permute(2, 0, 1).half()], dim=1)
-        self.maps = maps.gather(1, best[..., None].expand(-1, -1, maps.shape[2]))
-
-
-def _store_thumbnails(file: h5py.File, cache: ActivationCache, images: list[int]) -> None:
-    encoded = [cache.thumbnail(image) if cache.layout.images else b"" for image in images]
-    file.create_dataset("thumbnails/image", data=np.array(images, np.int64))
-    file.create_dataset("thumbnails/ends", data=np.cumsum([len(data) for data in encoded], dtype=np.int64))
-    file.create_dataset("thumbnails/bytes", data=np.frombuffer(b"".join(encoded), np.uint8))

@@ -13,10 +13,11 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image
 
 # The brighter six eighths of matplotlib's "inferno" (CC0): lightness only rises, so it reads with any colour blindness.
@@ -32,7 +33,7 @@ STYLE = """<style>
 .sae-kit { --sae-ink: var(--jp-content-font-color1, CanvasText);
   --sae-quiet: var(--jp-content-font-color2, color-mix(in srgb, CanvasText 66%, Canvas));
   --sae-line: var(--jp-border-color2, color-mix(in srgb, CanvasText 18%, Canvas));
-  color: var(--sae-ink); background: var(--jp-layout-color1, Canvas);
+  color: var(--sae-ink);
   font: 13px/1.45 var(--jp-ui-font-family, system-ui, sans-serif); }
 .sae-fact { white-space: nowrap; }
 .sae-kit p, .sae-kit h3, .sae-kit h4, .sae-kit figure { margin: 0; }
@@ -45,6 +46,7 @@ STYLE = """<style>
 .sae-quiet { color: var(--sae-quiet); }
 .sae-grid { display: grid; gap: 10px; grid-template-columns: repeat(auto-fill, minmax(274px, 1fr)); padding: 2px 0; }
 .sae-card { border: 1px solid var(--sae-line); border-radius: 5px; padding: 7px 8px 8px; min-width: 0;
+  background: var(--jp-layout-color1, Canvas);
   break-inside: avoid; }
 .sae-card img { width: 100%; }
 .sae-card header { display: flex; gap: 8px; align-items: baseline; margin-bottom: 5px; }
@@ -52,6 +54,27 @@ STYLE = """<style>
 .sae-card header b, .sae-kit td, .sae-fact { font-variant-numeric: tabular-nums; }
 .sae-card .sae-name { flex: 1; overflow: hidden; text-overflow: ellipsis; }
 .sae-card .sae-fact { color: var(--sae-quiet); font-size: 12px; }
+.sae-card:focus-within { outline: 2px solid var(--jp-brand-color1, Highlight); outline-offset: 1px; }
+.sae-card [data-latent]:focus { outline: none; }
+.sae-live .sae-card, .sae-live [data-latent] { cursor: pointer; }
+.sae-live .sae-card:hover, .sae-live .sae-near [data-latent]:hover { border-color: var(--sae-quiet); }
+.sae-pair { display: flex; gap: 3px; align-items: flex-start; }
+.sae-pair img:first-child { width: 20%; }
+.sae-pair img:last-child { flex: 1; min-width: 0; }
+.sae-near { display: flex; flex-wrap: wrap; gap: 4px 6px; }
+.sae-near > * { border: 1px solid var(--sae-line); border-radius: 5px; padding: 1px 7px; max-width: 22em; overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap; }
+.sae-sketches { display: flex; flex-wrap: wrap; gap: 14px 28px; margin-top: 12px; }
+.sae-sketches svg { display: block; overflow: visible; max-width: 100%; color: var(--sae-ink); }
+.sae-sketches figcaption { font-size: 12px; color: var(--sae-quiet); max-width: 260px; margin-top: 3px; }
+.sae-columns { display: grid; gap: 12px 24px; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); }
+.sae-columns > * { min-width: 0; }
+.sae-kit summary { cursor: pointer; font-weight: 600; margin-top: 10px; }
+.sae-bar { display: flex; flex-wrap: wrap; gap: 4px 14px; align-items: center; margin: 4px 0 8px; }
+.sae-bar :is(input, select) { font: inherit; color: inherit; background: var(--jp-layout-color1, Canvas);
+  border: 1px solid var(--sae-quiet); border-radius: 3px; padding: 3px 6px; margin-left: 6px; }
+.sae-bar input { width: min(17em, 100%); box-sizing: border-box; }
+.sae-kit [hidden] { display: none; }
 .sae-examples { display: grid; gap: 12px 10px; grid-template-columns: repeat(auto-fill, minmax(212px, 1fr)); }
 .sae-examples figure { max-width: 260px; min-width: 0; break-inside: avoid; }
 .sae-examples img { width: 100%; }
@@ -66,6 +89,7 @@ STYLE = """<style>
 .sae-kit table .sae-number { text-align: right; white-space: nowrap; }
 .sae-kit table th.sae-number { white-space: normal; vertical-align: bottom; }
 .sae-wide { overflow-x: auto; }
+.sae-columns + .sae-wide, .sae-wide + .sae-wide { margin-top: 16px; }
 .sae-kit table .sae-text { text-align: left; }
 .sae-kit table .sae-short { text-align: left; white-space: nowrap; }
 .sae-key { font-weight: 400; font-size: 12px; margin-left: 12px; }
@@ -73,6 +97,8 @@ STYLE = """<style>
   background: linear-gradient(to right, HEAT); }
 </style>""".replace("HEAT", ", ".join(f"rgb({red:.0f} {green:.0f} {blue:.0f})" for red, green, blue in HEAT))
 
+TWIN = 'class="sae-twin"'
+"""Marks what stands in for widgets, for the report's script to find."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 FIGURE = r"[+−-]?[\d.,]+(e[+−-]?\d+)?"
 NUMBER = re.compile(rf"–|nan|{FIGURE}( %)?( \[{FIGURE}, {FIGURE}\])?")
@@ -112,6 +138,10 @@ def heat_colours(heat: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape
     return np.stack([np.interp(heat, steps, HEAT[:, channel]) for channel in range(3)], axis=-1).astype(np.float32)
 
 
+_PALETTE = heat_colours(np.linspace(0, 1, 256, dtype=np.float32)).round().astype(np.uint8).tobytes()
+_DARK = tuple(round(20 + 0.38 * light) for light in range(256))
+
+
 def overlay(
     thumbnail: Image.Image, heat_map: Float[np.ndarray, "height width"], peak: float, opacity: float = 0.8
 ) -> Image.Image:
@@ -122,14 +152,17 @@ def overlay(
     be seen too. Values that are not finite count as 0.
     """
     heat = np.clip(np.nan_to_num(heat_map, posinf=0, neginf=0) / peak, 0, 1) if peak > 0 else np.zeros_like(heat_map)
-    scaled = Image.fromarray(heat.astype(np.float32)).resize(thumbnail.size, Image.Resampling.BILINEAR)
-    heat = np.asarray(scaled)  # (height, width)
-    dark_grey = 20 + 0.38 * np.asarray(thumbnail.convert("L"), dtype=np.float32)[..., None]
-    cover = opacity * np.sqrt(heat)[..., None]
-    mixed: UInt8[np.ndarray, "height width 3"] = (
-        ((1 - cover) * dark_grey + cover * heat_colours(heat)).round().astype(np.uint8)
-    )
-    return Image.fromarray(mixed)
+    shade = Image.fromarray((255 * heat).round().astype(np.uint8)).resize(thumbnail.size, Image.Resampling.BILINEAR)
+    cover = shade.point(_cover(opacity))
+    shade.putpalette(_PALETTE)
+    dark_grey = thumbnail.convert("L").point(_DARK)
+    return Image.composite(shade.convert("RGB"), dark_grey.convert("RGB"), cover)
+
+
+@lru_cache(8)
+def _cover(opacity: float) -> tuple[int, ...]:
+    """How far, 0..255, each of 256 heats covers the picture."""
+    return tuple(round(255 * opacity * (heat / 255) ** 0.5) for heat in range(256))
 
 
 def strip(
@@ -138,10 +171,11 @@ def strip(
     tile: int,
     below: bool = True,
     places: int = 1,
+    opacity: float = 0.8,
 ) -> bytes:
     """One WebP picture of several examples (WebP thumbnail, heat map), each thumbnail with its overlay below or beside.
 
-    A tile is `tile` pixels wide and high; an empty thumbnail is drawn black, and room is left for `places` examples.
+    A tile is `tile` pixels wide and high, `opacity` (0..1) that of the heat maps; an empty thumbnail is drawn black, and room is left for `places` examples.
     One picture for a whole card takes far fewer bytes than one per example, and a browser shows it at once.
     """
     step, across = tile + GAP, max(len(examples), places)
@@ -151,7 +185,7 @@ def strip(
         plain = _opened(thumbnail).resize((tile, tile), Image.Resampling.BICUBIC)
         left = place * step if below else 2 * place * step
         sheet.paste(plain, (left, 0))
-        sheet.paste(overlay(plain, heat_map, peak), (left, step) if below else (left + step, 0))
+        sheet.paste(overlay(plain, heat_map, peak, opacity), (left, step) if below else (left + step, 0))
     return to_webp(sheet)
 
 
@@ -178,12 +212,19 @@ def heading(title: str, body: str) -> str:
     return f'<h3>{words(title)}</h3><p class="sae-quiet">{body}</p>'
 
 
-def card(title: str, name: str | None, fact: str, body: str) -> str:
-    """A gallery card: title, name (None shows "no label"), one short fact, and `body`, which is HTML already."""
+def card(
+    title: str, name: str | None, fact: str, body: str, latent: int | None = None, data: Mapping[str, float] | None = None
+) -> str:
+    """A gallery card: title, name (None shows "no label"), one short fact, and `body`, which is HTML already.
+
+    In a `Panel` the title opens `latent`; `data`, by names of letters only, is what a static twin can be sorted by.
+    """
     named = words(name) if name is not None else '<span class="sae-quiet">no label</span>'
     middle = f'<span class="sae-name" title="{escape(name or "")}">{named}</span>'
-    header = f'<header><b>{escape(title)}</b>{middle}<span class="sae-fact">{escape(fact)}</span></header>'
-    return f'<article class="sae-card">{header}{body}</article>'
+    opens = f' data-latent="{latent}"' if latent is not None else ""
+    header = f'<header><b{opens}>{escape(title)}</b>{middle}<span class="sae-fact">{escape(fact)}</span></header>'
+    known = "".join(f' data-{key}="{value:.6g}"' for key, value in (data or {}).items())
+    return f'<article class="sae-card"{known}>{header}{body}</article>'
 
 
 def grid(cards: Iterable[str]) -> str:
@@ -263,6 +304,11 @@ def folded(title: str, content: str) -> str:
 def fragment(*parts: str) -> str:
     """Pieces of HTML with the style they need: what a notebook's output or another page takes in."""
     return f'<div class="sae-kit">{STYLE}{"".join(parts)}</div>'
+
+
+def twin(*parts: str) -> str:
+    """What stands in for widgets where no kernel runs: a fragment whose pictures the report's script lets one filter."""
+    return f"<div {TWIN}>{fragment(*parts)}</div>"
 
 
 def page(title: str, *parts: str) -> str:

@@ -1,7 +1,8 @@
 """Labels: what people call the features of one SAE, kept as an append-only file of JSON lines that git can merge.
 
-A line, once written, is never changed; a new line for the same latent replaces what was said before, and a line without
-text withdraws it. The format is the section "labels" of artifacts/README.md.
+A line, once written, is never changed; a new line for the same latent replaces what was said before, a line without
+text withdraws it, and an undo names the line that no longer counts. The format is the section "labels" of
+artifacts/README.md.
 """
 
 from __future__ import annotations
@@ -9,24 +10,39 @@ from __future__ import annotations
 import errno
 import fcntl
 import getpass
-import json
-import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Protocol, SupportsIndex, runtime_checkable
+from typing import Any, Literal, Protocol, SupportsIndex, runtime_checkable
 
 from sdxl_sae_kit.artifacts import Artifact, Store, explain_unwritable, slug
 from sdxl_sae_kit.errors import ArtifactError, KitError
-from sdxl_sae_kit.files import sync_folder
+from sdxl_sae_kit.files import sync_folder, write_atomically
+from sdxl_sae_kit.label_agreement import Agreement, agreement
+from sdxl_sae_kit.label_lines import (
+    LONGEST,
+    NOT_A_LINE,
+    Label,
+    LabelTest,
+    Undo,
+    check_counts,
+    csv_text,
+    latent,
+    parse,
+    read_rows,
+    tidy,
+    tidy_confidence,
+    tidy_evidence,
+    tidy_tags,
+    whole_characters,
+)
 
-VERSION = 1
-LONGEST = 500  # characters
-NOT_A_LABEL = (KitError, ValueError, KeyError, TypeError)
-"""What `Label.parse` raises, whatever a line holds."""
+__all__ = ["LONGEST", "Label", "LabelStore", "LabelTest", "Undo"]
+
+_INSTANT = timedelta(microseconds=1)
 
 
 @runtime_checkable
@@ -46,52 +62,14 @@ class OfAnSAE(Protocol):
         """Where it is kept."""
 
 
-@dataclass(frozen=True)
-class Label:
-    """What one person said of one latent at one time; `text` None withdraws what was said before."""
-
-    feature: int
-    text: str | None
-    author: str
-    time: datetime
-
-    def line(self) -> bytes:
-        """The label as it stands in the file, newline included."""
-        record = {
-            "version": VERSION,
-            "feature": self.feature,
-            "text": self.text,
-            "author": self.author,
-            "time": self.time.isoformat(timespec="microseconds"),
-        }
-        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
-
-    @classmethod
-    def parse(cls, line: bytes) -> Label:
-        """The label on a line; what it raises where there is none is listed in `NOT_A_LABEL`."""
-        record = json.loads(line)
-        if record["version"] != VERSION:
-            raise ValueError(f"it has version {record['version']}, and this kit reads version {VERSION}")
-        time = datetime.fromisoformat(record["time"])
-        if time.tzinfo is None:
-            raise ValueError("its time has no time zone")
-        text = record["text"]
-        return cls(
-            _latent(record["feature"]),
-            None if text is None else _tidy(text),
-            str(record["author"]),
-            time.astimezone(UTC),
-        )
-
-
 class LabelStore:
     """The labels of one SAE, in `<store>/labels/<sae name>.jsonl`; several people and processes may write at once.
 
     The newest time wins and, of equal times, the later line: so git may merge two people's lines in any order.
 
-    >>> labels = LabelStore.of(stats)                 # doctest: +SKIP
-    >>> labels.set(17, "red, round")                  # doctest: +SKIP
-    >>> labels.get(17)                                # doctest: +SKIP
+    >>> labels = LabelStore.of(stats)                                       # doctest: +SKIP
+    >>> labels.set(17, "red, round", tags=("colour",), confidence=0.8)      # doctest: +SKIP
+    >>> labels.get(17)                                                      # doctest: +SKIP
     'red, round'
     """
 
@@ -114,17 +92,36 @@ class LabelStore:
         d_sae = None if isinstance(stats, str) else stats.d_sae
         return cls(Store.at(store or beside).root / "labels" / f"{name}.jsonl", d_sae)
 
-    def set(self, feature: SupportsIndex, text: str, *, author: str | None = None) -> Label:
+    # Saying --------------------------------------------------------------------------------------------------------
+
+    def set(
+        self,
+        feature: SupportsIndex,
+        text: str,
+        *,
+        tags: Iterable[str] = (),
+        confidence: float | None = None,
+        evidence: Mapping[str, Any] | None = None,
+        author: str | None = None,
+    ) -> Label:
         """Name a latent, as `author` (by default the user logged in).
 
+        Args:
+            feature: the latent.
+            text: 1 to 500 characters.
+            tags: each 1 to 50 characters on one line, without a semicolon.
+            confidence: how sure the author is, 0 to 1.
+            evidence: what the author was shown, as a small dictionary that JSON can hold, such as
+                {"shown": "top by max", "images": [3, 17]}.
+            author: who says so.
+
         Raises:
-            KitError: the text is empty or longer than 500 characters, or the SAE has no such latent (how many it has is
-                known where the labels were opened for its statistics).
+            KitError: one of these is not as described, or the SAE has no such latent (how many it has is known where
+                the labels were opened for its statistics).
         """
-        latent = _latent(feature)
-        if self.d_sae is not None and latent >= self.d_sae:
-            raise KitError(f"No latent {latent} in {self.file.stem}; it has 0 to {self.d_sae - 1:,}.")
-        return self._append(latent, _tidy(text), author)
+        said = Label(self._latent(feature), tidy(text), _author(author), datetime.now(UTC),
+                     tidy_tags(tags), tidy_confidence(confidence), tidy_evidence(evidence))  # fmt: skip
+        return self._say(said)
 
     def withdraw(self, feature: SupportsIndex, *, author: str | None = None) -> Label:
         """Take a latent's label back; its history stays.
@@ -133,60 +130,188 @@ class LabelStore:
             KitError: it has none.
         """
         if self.get(feature) is None:
-            raise KitError(f"Latent {_latent(feature)} has no label that could be withdrawn.")
-        return self._append(_latent(feature), None, author)
+            raise KitError(f"Latent {latent(feature)} has no label that could be withdrawn.")
+        return self._say(Label(latent(feature), None, _author(author), datetime.now(UTC)))
+
+    def undo(self, author: str | None = None) -> Label:
+        """Take back this author's last change of any label, a withdrawal too; once more takes back the one before it.
+
+        Returns what the latent is called now; its `text` is None where nothing is left. What others said in the
+        meantime stays.
+
+        Raises:
+            KitError: the author has changed nothing that could be undone.
+        """
+        author = _author(author)
+        with self._locked() as descriptor:
+            mine = [label for label in self._standing() if label.author == author]
+            if not mine:
+                raise KitError(f"{author} has changed no label in {self.file.name} that could be undone.")
+            undone = Undo(mine[-1].feature, mine[-1].time, author, datetime.now(UTC))
+            self._append(descriptor, undone.line())
+        stands = [label for label in self._standing() if label.feature == undone.feature]
+        return stands[-1] if stands else Label(undone.feature, None, author, undone.time)
+
+    def add_test(
+        self,
+        feature: SupportsIndex,
+        text: str,
+        *,
+        right_active: int,
+        n_active: int,
+        right_inactive: int,
+        n_inactive: int,
+        evidence: Mapping[str, Any] | None = None,
+        author: str | None = None,
+    ) -> LabelTest:
+        """Save what a test of the label `text` gave: how many of the active and inactive images were told rightly.
+
+        Raises:
+            KitError: more are right than were shown, or a kind was not shown at all.
+        """
+        check_counts(right_active, n_active, right_inactive, n_inactive)
+        counts = (right_active, n_active, right_inactive, n_inactive)
+        test = LabelTest(self._latent(feature), tidy(text), *counts, _author(author), datetime.now(UTC),
+                         tidy_evidence(evidence))  # fmt: skip
+        with self._locked() as descriptor:
+            self._append(descriptor, test.line())
+        return test
+
+    # Reading -------------------------------------------------------------------------------------------------------
 
     def get(self, feature: SupportsIndex) -> str | None:
         """The latent's label, or None."""
-        return self.all().get(_latent(feature))
+        newest = self.latest(feature)
+        return newest.text if newest else None
+
+    def latest(self, feature: SupportsIndex) -> Label | None:
+        """The latent's label with its tags, author and all; None where it has none."""
+        return self._newest().get(latent(feature))
 
     def all(self) -> dict[int, str]:
         """Every labelled latent and its label, by latent."""
-        newest = {label.feature: label for label in self.history()}
-        return {feature: label.text for feature, label in sorted(newest.items()) if label.text is not None}
+        return {feature: label.text for feature, label in self._newest().items() if label.text is not None}
 
     def history(self, feature: SupportsIndex | None = None) -> list[Label]:
-        """All that was ever said of one latent, or of all, oldest first.
+        """All that was ever said of one latent, or of all, oldest first, also what was undone since.
 
         Raises:
-            ArtifactError: a line of the file is not a label.
+            ArtifactError: a line of the file is none of a label file.
         """
-        lines = self._read().split(b"\n")
-        labels = [self._parse(line, number) for number, line in enumerate(lines[:-1], start=1) if line.strip()]
-        labels += _unless_torn(lines[-1])
-        chosen = [label for label in labels if feature is None or label.feature == _latent(feature)]
-        return sorted(chosen, key=lambda label: label.time)  # a stable sort: equal times keep the order of the file
+        chosen = None if feature is None else latent(feature)
+        return [line for line in self._lines() if isinstance(line, Label) and chosen in (None, line.feature)]
+
+    def tests(self, feature: SupportsIndex | None = None) -> list[LabelTest]:
+        """All tests of one latent's labels, or of all, oldest first; each says which text was tested."""
+        chosen = None if feature is None else latent(feature)
+        return [line for line in self._lines() if isinstance(line, LabelTest) and chosen in (None, line.feature)]
+
+    def agreement(self, by: Literal["text", "tags"] = "text") -> Agreement:
+        """Cohen's kappa of every two authors, over the features that both labelled.
+
+        Of each author what they said last counts. Texts are the same if they differ only in case; with `by="tags"` the
+        sets of tags are compared, which suits free texts better: those rarely coincide.
+
+        Raises:
+            KitError: `by` is neither.
+        """
+        if by not in ("text", "tags"):
+            raise KitError(f"agreement: by is 'text' or 'tags', not {by!r}.")
+        newest = {(label.author, label.feature): label for label in self._standing()}
+        said: dict[str, dict[int, str]] = {}
+        for (author, feature), label in newest.items():
+            word = (label.text or "") if by == "text" else "; ".join(sorted(label.tags))
+            if label.text and word:
+                said.setdefault(author, {})[feature] = word.casefold()
+        return agreement(said, by)
+
+    # CSV -----------------------------------------------------------------------------------------------------------
+
+    def to_csv(self, path: Path | str) -> None:
+        """Write the current labels as a CSV file in UTF-8 with the columns feature, text, tags (`a; b`), confidence,
+        author and time.
+
+        A cell that a spreadsheet would take for a formula gets an apostrophe before it, which `read_csv` takes off.
+        """
+        write_atomically(Path(path), csv_text(self._newest().values()).encode("utf-8-sig"))
+
+    def read_csv(self, path: Path | str) -> list[Label]:
+        """Add the labels of a CSV file that are not here yet, and return those added.
+
+        The columns feature and text are needed; tags, confidence, author and time may be missing or empty, and then
+        the user logged in says it now. A row changed in a spreadsheet with its old author and time left in counts as
+        said by that author just after that time; if somebody has said something newer, that stays.
+
+        Raises:
+            KitError: the file is not UTF-8 or not CSV, or a row is no label; it is named, and nothing is added.
+        """
+        rows = read_rows(Path(path), user())
+        for number, (label, _) in enumerate(rows, start=2):
+            if self.d_sae is not None and label.feature >= self.d_sae:
+                raise KitError(f"Row {number} of {path} names latent {label.feature}, and there are {self.d_sae:,}.")
+        with self._locked() as descriptor:
+            history, newest, added = self.history(), self._newest(), []
+            for label, timed in rows:
+                before = [known for known in history if known.feature == label.feature]
+                if _is_known(label, timed, before, newest.get(label.feature)):
+                    continue
+                added.append(replace(label, time=_free(label, before)) if timed else _after(label, before))
+                history.append(added[-1])
+            self._append(descriptor, b"".join(label.line() for label in added))
+        return added
+
+    # The file ------------------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
         return f"LabelStore({str(self.file)!r})"
 
+    def _latent(self, feature: SupportsIndex) -> int:
+        number = latent(feature)
+        if self.d_sae is not None and number >= self.d_sae:
+            raise KitError(f"No latent {number} in {self.file.stem}; it has 0 to {self.d_sae - 1:,}.")
+        return number
+
+    def _newest(self) -> dict[int, Label]:
+        newest = {label.feature: label for label in self._standing()}
+        return {feature: label for feature, label in sorted(newest.items()) if label.text is not None}
+
+    def _standing(self) -> list[Label]:
+        """What was said and not undone, oldest first."""
+        lines = self._lines()
+        undone = {(line.feature, line.author, line.undoes) for line in lines if isinstance(line, Undo)}
+        labels = [line for line in lines if isinstance(line, Label)]
+        return [label for label in labels if (label.feature, label.author, label.time) not in undone]
+
+    def _lines(self) -> list[Label | Undo | LabelTest]:
+        lines = self._read().split(b"\n")
+        read = [self._parse(line, number) for number, line in enumerate(lines[:-1], start=1) if line.strip()]
+        read += _unless_torn(lines[-1])
+        return sorted(read, key=lambda line: line.time)  # a stable sort: equal times keep the order of the file
+
     def _read(self) -> bytes:
         return self.file.read_bytes() if self.file.exists() else b""
 
-    def _parse(self, line: bytes, number: int) -> Label:
+    def _parse(self, line: bytes, number: int) -> Label | Undo | LabelTest:
         try:
-            return Label.parse(line)
-        except NOT_A_LABEL as cause:
+            return parse(line)
+        except NOT_A_LINE as cause:
             raise ArtifactError(
                 f"Line {number} of {self.file} is not a label ({cause}). "
                 "If git left a conflict there, keep the lines of both sides and delete its marks."
             ) from cause
 
-    def _append(self, feature: int, text: str | None, author: str | None) -> Label:
+    def _say(self, label: Label) -> Label:
         with self._locked() as descriptor:
-            said = self.history(feature)
-            # A clock that runs behind a colleague's must not make a new label lose against the old one its author saw.
-            earliest = said[-1].time + timedelta(microseconds=1) if said else datetime.min.replace(tzinfo=UTC)
-            label = Label(feature, text, author or _user(), max(datetime.now(UTC), earliest))
-            line = label.line()
-            self._mend_last_line(descriptor)
-            if os.write(descriptor, line) < len(line):
-                raise OSError(
-                    errno.ENOSPC, f"no room for the label of latent {feature}; it was not saved", str(self.file)
-                )
-            os.fsync(descriptor)
-            sync_folder(self.file.parent)
+            label = _after(label, self.history(label.feature))
+            self._append(descriptor, label.line())
         return label
+
+    def _append(self, descriptor: int, lines: bytes) -> None:
+        self._mend_last_line(descriptor)
+        if os.write(descriptor, lines) < len(lines):
+            raise OSError(errno.ENOSPC, "no room for what was said of the labels; it was not saved", str(self.file))
+        os.fsync(descriptor)
+        sync_folder(self.file.parent)
 
     def _mend_last_line(self, descriptor: int) -> None:
         """End a last line that lacks its newline, or cut what a killed writer left of one."""
@@ -208,37 +333,42 @@ class LabelStore:
             os.close(descriptor)
 
 
-def _unless_torn(line: bytes) -> list[Label]:
-    """The label on a line without newline: complete, or nothing, since no beginning of a JSON object is itself JSON."""
+def _unless_torn(line: bytes) -> list[Label | Undo | LabelTest]:
+    """What a line without newline holds: all of it, or nothing, as no beginning of a JSON object is itself JSON."""
     try:
-        return [Label.parse(line)]
-    except NOT_A_LABEL:
+        return [parse(line)]
+    except NOT_A_LINE:
         return []
 
 
-def _latent(feature: SupportsIndex) -> int:
-    number = operator.index(feature)
-    if isinstance(feature, bool) or number < 0:
-        raise KitError(f"A latent is an integer from 0 on, not {feature!r}.")
-    return number
+def _after(label: Label, before: Iterable[Label]) -> Label:
+    """The label, said after all of these: a clock that runs behind a colleague's must not make it lose against them."""
+    times = [known.time + _INSTANT for known in before]
+    return replace(label, time=max([datetime.now(UTC), *times]))
 
 
-def _tidy(text: str) -> str:
-    if not isinstance(text, str):
-        raise KitError(f"A label is a text, not {text!r}. To take a label back, withdraw it.")
-    tidy = text.replace("\r\n", "\n").replace("\r", "\n").strip()
-    if not tidy:
-        raise KitError("A label needs some text. To take a label back, withdraw it.")
-    if len(tidy) > LONGEST:
-        raise KitError(f"A label has at most {LONGEST} characters, and this one has {len(tidy)}. Shorten it.")
-    if any("\ud800" <= character <= "\udfff" for character in tidy):
-        raise KitError(
-            f"The label {tidy!r} holds half a character (a lone surrogate), which no file can keep. Type it anew."
-        )
-    return tidy
+def _free(label: Label, before: Iterable[Label]) -> datetime:
+    """The label's time or the next at which its author said nothing of the latent: author and time name one line."""
+    taken, time = {known.time for known in before if known.author == label.author}, label.time
+    while time in taken:
+        time += _INSTANT
+    return time
 
 
-def _user() -> str:
+def _is_known(label: Label, timed: bool, before: Iterable[Label], newest: Label | None) -> bool:
+    """Whether a row of a CSV file says what stands, or what its author said then or later."""
+    same = [known for known in before if known.content == label.content]
+    if newest is not None and newest in same:
+        return True
+    return timed and any(known.author == label.author and known.time >= label.time for known in same)
+
+
+def _author(name: str | None) -> str:
+    return whole_characters(name) if name else user()
+
+
+def user() -> str:
+    """Who is logged in: the author where none is named."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container may run as a user without a name

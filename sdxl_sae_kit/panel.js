@@ -22,11 +22,11 @@ function render({ model, el }) {
 
   // Where Python wants the focus, once: without this, who uses the keyboard would start from the top after each opening.
   function take_focus() {
-    const wanted = model.get("focus") && el.querySelector(model.get("focus"));
+    const wanted = model.get("takes_focus") && el.querySelector(model.get("takes_focus"));
     if (!wanted) return;
     if (!wanted.hasAttribute("tabindex")) wanted.tabIndex = -1;
     requestAnimationFrame(() => wanted.focus());
-    model.set("focus", "");
+    model.set("takes_focus", "");
     model.save_changes();
   }
 
@@ -47,11 +47,11 @@ function render({ model, el }) {
   el.addEventListener("click", (event) => open(event.target));
   el.addEventListener("keydown", key);
   model.on("change:value", draw);
-  model.on("change:focus", take_focus);
+  model.on("change:takes_focus", take_focus);
   draw();
   return () => {
     model.off("change:value", draw);
-    model.off("change:focus", take_focus);
+    model.off("change:takes_focus", take_focus);
   };
 }
 

@@ -10,8 +10,8 @@ import anywidget
 import traitlets
 
 
-class Panel(anywidget.AnyWidget):  # type: ignore[misc]  # its base, ipywidgets, has no types
-    """Shows `value`, HTML from `html`; whatever in it has `data-latent`, and a whole card, calls `on_open` when pressed.
+class Panel(anywidget.AnyWidget):
+    """Shows `value`, HTML made by `html`; a card in it, or what has `data-latent`, calls `on_open` when pressed.
 
     With the mouse, or with Tab or the arrow keys and Enter. Page Up and Page Down call `on_turn` with −1 and 1.
     """
@@ -19,7 +19,7 @@ class Panel(anywidget.AnyWidget):  # type: ignore[misc]  # its base, ipywidgets,
     _esm = Path(__file__).with_name("panel.js")
     value = traitlets.Unicode().tag(sync=True)
     turns = traitlets.Bool().tag(sync=True)
-    focus = traitlets.Unicode().tag(sync=True)
+    takes_focus = traitlets.Unicode().tag(sync=True)
     """CSS selector of what takes the keyboard's focus, once."""
 
     def __init__(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 from torch import Tensor
+
+from sdxl_sae_kit.artifacts import Artifact
 
 _PATIENCE = timedelta(days=1)  # shares of long work end far apart
 
@@ -30,6 +34,23 @@ class Processes:
             from accelerate import PartialState
 
             PartialState().wait_for_everyone()
+
+    @contextmanager
+    def hold(self, artifact: Artifact, prepare: Callable[[], None]) -> Iterator[None]:
+        """Hold the lock of an artifact that all write, which the first takes for them once it has prepared the folder.
+
+        Raises:
+            ArtifactError: somebody else is writing it.
+        """
+        if not self.first:
+            self.wait()
+        with artifact.lock(shared=not self.first) as admit_others:
+            if self.first:
+                prepare()
+                if self.count > 1:
+                    admit_others()
+                self.wait()
+            yield
 
     def sum(self, tensor: Tensor) -> Tensor:
         """This tensor summed over all processes, in place."""

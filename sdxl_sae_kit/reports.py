@@ -28,6 +28,7 @@ from plotly.offline import get_plotlyjs
 from sdxl_sae_kit.artifacts import Store, kit_version
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.files import hash_file, write_atomically
+from sdxl_sae_kit.html import TWIN
 from sdxl_sae_kit.notebooks import cell_place, execute, find_notebooks, slug, tagged
 from sdxl_sae_kit.pipelines import local_folder
 from sdxl_sae_kit.scales import load_scale
@@ -237,11 +238,12 @@ def _redirect(element: Tag, attribute: str, renamed: dict[str, str]) -> None:
 
 def _page(sections: Sequence[Section], model: str, scale: str, now: datetime) -> str:
     """The whole document."""
+    source, twins = (files("sdxl_sae_kit").joinpath(name).read_text("utf-8") for name in ("report.html.j2", "twin.js"))
     figures = [script for section in sections for script in section.scripts]
     library = get_plotlyjs() if figures else ""
+    scripts = figures + [twins] * any(TWIN in section.html for section in sections)
     # Only what was generated here is hashed: a script that came in with some output stays forbidden.
-    allowed = " ".join(map(_source_hash, [library, *figures])) if figures else "'none'"
-    source = files("sdxl_sae_kit").joinpath("report.html.j2").read_text("utf-8")
+    allowed = " ".join(_source_hash(script) for script in [library, *scripts] if script) or "'none'"
     return (
         Environment(autoescape=True)
         .from_string(source)
@@ -250,7 +252,7 @@ def _page(sections: Sequence[Section], model: str, scale: str, now: datetime) ->
             policy=POLICY + allowed,
             styles=_styles(),
             library=library,
-            figures=figures,
+            scripts=scripts,
             facts={
                 "Model": Path(model).name if Path(model).is_dir() else model,
                 "Scale": scale,

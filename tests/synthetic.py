@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from sdxl_sae_kit.artifacts import Artifact
-from sdxl_sae_kit.features import Example, FeatureStats, Ranking
+from sdxl_sae_kit.features import Curve, Example, FeatureStats, Histogram, Neighbour, Ranking
+from sdxl_sae_kit.firing import EDGES
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.sae import FIRES
 from sdxl_sae_kit.tiny.world import BACKGROUNDS, COLOURS
@@ -42,16 +43,70 @@ class SyntheticStats(FeatureStats):
         """One prompt an image."""
         return Prompts(self.texts, tuple(range(N_IMAGES)), ({},) * N_IMAGES)
 
+    @property
+    def curves(self) -> tuple[Curve, ...]:
+        """Two steps, the second of which fires half as much."""
+        return tuple(Curve(step, "cond", self.density / (step + 1), self.mean / (step + 1)) for step in range(2))
+
+    @property
+    def histogram(self) -> Histogram:
+        """Counts of every value."""
+        firing = [np.histogram(self.codes[:, latent], EDGES)[0] for latent in range(self.d_sae)]
+        return Histogram(EDGES, np.stack(firing))
+
+    @property
+    def pictured(self) -> np.ndarray:
+        """All images."""
+        return np.arange(N_IMAGES)
+
+    def thumbnail(self, image: int) -> bytes:
+        """The image's picture."""
+        return self.thumbnails[image]
+
     def image_activations(self, by: Ranking = "max") -> np.ndarray:
-        """Maximum or mean over each image, (image, latent)."""
-        return self.codes.max((2, 3)) if by == "max" else self.codes.mean((2, 3))
+        """Maximum, mean or share of firing tokens over each image, (image, latent)."""
+        by_name = {"max": self.codes.max((2, 3)), "mean": self.codes.mean((2, 3))}
+        return (by_name | {"area": (self.codes > FIRES).mean((2, 3)).astype(np.float32)})[by]
 
     def examples(self, feature: int, by: Ranking = "max", n: int | None = None) -> list[Example]:
-        """The images on which the latent is strongest at one token, or on average."""
+        """The images on which the latent is strongest at one token, on average, or by area."""
+        values = self.image_activations(by)[:, feature]
+        strongest = np.argsort(-values, kind="stable")[: n or 12]
+        return self._as_examples(feature, strongest[values[strongest] > 0], values)
+
+    def sample(self, feature: int) -> list[Example]:
+        """Twelve images from the weakest to the strongest."""
+        values = self.image_activations()[:, feature]
+        order = np.argsort(values, kind="stable")
+        firing = order[values[order] > FIRES]
+        if not firing.size:
+            return []
+        return self._as_examples(feature, firing[np.unique(np.linspace(0, len(firing) - 1, 12).astype(int))], values)
+
+    def _as_examples(self, feature: int, images: np.ndarray, values: np.ndarray) -> list[Example]:
         maps = self.codes[:, feature]
-        values = maps.max((1, 2)) if by == "max" else maps.mean((1, 2))
-        strongest = [image for image in np.argsort(-values, kind="stable")[: n or 12].tolist() if values[image] > FIRES]
-        return [Example(i, self.texts[i], i, float(values[i]), maps[i], self.thumbnails[i]) for i in strongest]
+        return [Example(i, self.texts[i], i, float(values[i]), maps[i], self.thumbnails[i]) for i in images.tolist()]
+
+    def heat_map(self, feature: int, image: int) -> np.ndarray:
+        """The latent on one image."""
+        return self.codes[image, feature]
+
+    def heat_maps(self, image: int) -> np.ndarray:
+        """Every latent on one image."""
+        return self.codes[image]
+
+    def coactive(self, feature: int, n: int = 8) -> list[Neighbour]:
+        """By Jaccard index of firing tokens."""
+        on = self.codes.swapaxes(0, 1).reshape(self.d_sae, -1) > FIRES
+        index = (on & on[feature]).sum(1) / np.maximum((on | on[feature]).sum(1), 1)
+        index[feature] = 0
+        best = np.argsort(-index, kind="stable")[:n]
+        return [Neighbour(int(i), float(index[i]), on.shape[1]) for i in best if index[i] > 0]
+
+    def similar(self, feature: int, n: int = 8) -> list[Neighbour]:
+        """Made-up cosines, falling with distance."""
+        nearest = sorted((i for i in self.alive.tolist() if i != feature), key=lambda i: abs(i - feature))
+        return [Neighbour(i, 1 / (1 + abs(i - feature))) for i in nearest[:n]]
 
 
 def synthetic_stats(
@@ -93,6 +148,9 @@ def synthetic_stats(
         mean=mean.astype(np.float32),
         std=np.sqrt(spread).astype(np.float32),
         max=codes.max((0, 2, 3)),
+        moran=(moran := np.where(firing.any((0, 2, 3)), np.linspace(0.1, 0.9, d_sae), np.nan).astype(np.float32)),
+        moran_low=moran - np.float32(0.05),
+        moran_high=moran + np.float32(0.05),
         codes=codes,
         texts=tuple(texts),
         thumbnails=tuple(_thumbnail(*scene) for scene in scenes),

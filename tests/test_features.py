@@ -82,7 +82,7 @@ def test_a_dead_latent_has_no_examples_and_unknown_ones_are_refused(small_stats,
     for wrong in (-1, small_stats.d_sae):
         with pytest.raises(KitError, match=f"latents 0 to {small_stats.d_sae - 1}; there is no {wrong}"):
             small_stats.examples(wrong)
-    with pytest.raises(KitError, match="by is 'max' or 'mean'"):
+    with pytest.raises(KitError, match="by is 'max', 'mean', 'area', not 'median'"):
         small_stats.examples(0, "median")
 
 

@@ -154,7 +154,7 @@ def specialize(
 
     A feature that fires on at least 5 images is described by how much of the variance of its maximum over each image
     every factor of the prompts explains (`omega_squared`), and by its looks: `active area` (share of tokens on which it
-    fires, in images where it does), and `Moran's I` and `centre-ness` of its five strongest heat maps. Where no factors
+    fires, in images where it does), its mean `Moran's I`, and the `centre-ness` of its five strongest heat maps. Where no factors
     are known, the colours under those heat maps are added. K-means clusters the standardised descriptors. The mutual
     information of hookpoint and cluster is compared with that of shuffled hookpoint labels, which takes features as
     independent; those of one SAE are only roughly so.
@@ -208,21 +208,6 @@ def omega_squared(responses: Float[np.ndarray, "image feature"], values: Sequenc
     varies = total > 0
     explained = (between - (g - 1) * within) / np.where(varies, total + within, 1)
     return np.where(varies, np.maximum(explained, 0), 0)
-
-
-def morans_i(heat_maps: Float[np.ndarray, "map height width"]) -> Float[np.ndarray, "map"]:
-    """Spatial autocorrelation: near 1 for one smooth patch, near 0 for noise, −1 for a checkerboard; NaN if constant.
-
-    I = (N / W) · Σ_ij w_ij (x_i − x̄)(x_j − x̄) / Σ_i (x_i − x̄)² over N tokens, where w_ij = 1 for tokens that share an
-    edge (rook neighbours) and W = Σ w_ij (Moran 1950).
-    """
-    centred = heat_maps.astype(np.float64) - heat_maps.mean(axis=(1, 2), keepdims=True, dtype=np.float64)
-    _, height, width = centred.shape
-    down = (centred[:, 1:] * centred[:, :-1]).sum(axis=(1, 2))
-    across = (centred[:, :, 1:] * centred[:, :, :-1]).sum(axis=(1, 2))
-    pairs = (height - 1) * width + height * (width - 1)  # each counted twice, above and below the line
-    variance = np.square(centred).mean(axis=(1, 2))
-    return np.asarray((down + across) / pairs / np.where(variance > 0, variance, np.nan))
 
 
 def association(hookpoint: Integers, cluster: Integers, permutations: int, seed: int) -> tuple[float, float, float]:
@@ -301,9 +286,11 @@ def _describe(stats: FeatureStats, bar: Any) -> _Described:
     for feature in features:
         looks.append(_look(stats.examples(int(feature), n=MIN_IMAGES), colours=not by_factor))
         bar.update()
-    names = (*SPATIAL[1:], *(() if by_factor else COLOUR))
+    names = (SPATIAL[2], *(() if by_factor else COLOUR))
     looked = np.array(looks, dtype=np.float64).reshape(len(features), len(names))
-    return _Described(features, {**by_factor, SPATIAL[0]: area, **dict(zip(names, looked.T, strict=True))})
+    smooth = np.nan_to_num(stats.moran[features].astype(np.float64))
+    spatial = {SPATIAL[0]: area, SPATIAL[1]: smooth}
+    return _Described(features, {**by_factor, **spatial, **dict(zip(names, looked.T, strict=True))})
 
 
 def _factors(stats: FeatureStats) -> Iterator[tuple[str, Int[np.ndarray, "image"], list[str]]]:
@@ -317,14 +304,11 @@ def _factors(stats: FeatureStats) -> Iterator[tuple[str, Int[np.ndarray, "image"
 
 
 def _look(examples: Sequence[Example], colours: bool) -> list[float]:
-    """How a feature's strongest examples look: Moran's I, centre-ness and, where wanted, colour under the heat map."""
+    """How a feature's strongest examples look: centre-ness and, where wanted, colour under the heat map."""
     maps = np.stack([example.heat_map for example in examples]).astype(np.float64)
     weights = maps / maps.sum(axis=(1, 2), keepdims=True)
-    smooth = morans_i(maps)
-    known = smooth[np.isfinite(smooth)]
-    centred = (weights * _centrality(*maps.shape[1:])).sum(axis=(1, 2)).mean()
-    look = [float(known.mean()) if len(known) else 0.0, float(centred)]
-    return [*look, *_colour(examples, weights)] if colours else look
+    centred = float((weights * _centrality(*maps.shape[1:])).sum(axis=(1, 2)).mean())
+    return [centred, *_colour(examples, weights)] if colours else [centred]
 
 
 def _centrality(height: int, width: int) -> Float[np.ndarray, "height width"]:

@@ -1,0 +1,365 @@
+"""The lines of a label file: what was said of a latent, what a test of it gave, and what was undone; labels as CSV.
+
+The format is the section "labels" of artifacts/README.md.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import operator
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+from sdxl_sae_kit import html
+from sdxl_sae_kit.errors import KitError
+
+VERSION = 2
+READABLE = (1, 2)
+"""Version 1 had labels only, without tags, confidence and evidence."""
+LONGEST = 500  # characters of a label
+LONGEST_TAG = 50
+MOST_EVIDENCE = 10_000  # bytes
+NOT_A_LINE = (KitError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What `parse` raises, whatever a line holds."""
+COLUMNS = ("feature", "text", "tags", "confidence", "author", "time")
+"""Of a CSV file; the first two are needed."""
+_COUNTS = ("right_active", "n_active", "right_inactive", "n_inactive")
+_FORMULA = "[=+\\-@＝＋－＠\t\r\n]"  # a spreadsheet runs a cell that begins so
+_Z = 1.959963984540054  # 97.5 % of a normal distribution lies below
+
+
+@dataclass(frozen=True)
+class Label:
+    """What one person said of one latent at one time; `text` None withdraws what was said before."""
+
+    feature: int
+    text: str | None
+    author: str
+    time: datetime
+    tags: tuple[str, ...] = ()
+    confidence: float | None = None
+    """How sure the author is, 0 to 1; None: not said."""
+    evidence: Mapping[str, Any] | None = field(default=None, hash=False)
+    """What the author was shown, such as {"shown": "top by max", "images": [3, 17]}."""
+
+    @property
+    def content(self) -> tuple[str | None, tuple[str, ...], float | None]:
+        """What was said, whoever said it: text, tags, confidence."""
+        return self.text, self.tags, self.confidence
+
+    def line(self) -> bytes:
+        """The label as it stands in the file, newline included."""
+        return _line(
+            "label",
+            feature=self.feature,
+            text=self.text,
+            tags=list(self.tags),
+            confidence=self.confidence,
+            evidence=self.evidence,
+            author=self.author,
+            time=_written(self.time),
+        )
+
+
+@dataclass(frozen=True)
+class Undo:
+    """One person takes back their own change of a latent's label, which then counts as never made."""
+
+    feature: int
+    undoes: datetime
+    """The time of that change."""
+    author: str
+    time: datetime
+
+    def line(self) -> bytes:
+        """The undo as it stands in the file, newline included."""
+        return _line(
+            "undo",
+            feature=self.feature,
+            undoes=_written(self.undoes),
+            author=self.author,
+            time=_written(self.time),
+        )
+
+
+@dataclass(frozen=True)
+class LabelTest:
+    """How well somebody who knew only a label's text told images on which the latent fires from others."""
+
+    feature: int
+    text: str
+    """The label that was tested."""
+    right_active: int
+    """Pictures with the latent active that were said to show the label."""
+    n_active: int
+    right_inactive: int
+    """Pictures with the latent inactive that were said not to show it."""
+    n_inactive: int
+    author: str
+    """The person, or the name of the judge."""
+    time: datetime
+    evidence: Mapping[str, Any] | None = field(default=None, hash=False)
+    """What was shown: the statistics' name and the images."""
+
+    @property
+    def n(self) -> int:
+        """How many pictures were shown."""
+        return self.n_active + self.n_inactive
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """(right active / active + right inactive / inactive) / 2, 0 to 1; 0.5 is chance."""
+        return (self.right_active / self.n_active + self.right_inactive / self.n_inactive) / 2
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the balanced accuracy: Newcombe's hybrid of the two classes' Wilson score intervals.
+
+        With 10 + 10 pictures it covers the truth 95 % of the time on average over all pairs of true rates, and 88 %
+        for the worst of them.
+        """
+        shares = self.right_active / self.n_active, self.right_inactive / self.n_inactive
+        bounds = _wilson(self.right_active, self.n_active), _wilson(self.right_inactive, self.n_inactive)
+        low, high = (
+            math.hypot(*(share - bound[side] for share, bound in zip(shares, bounds, strict=True))) / 2
+            for side in (0, 1)
+        )
+        return max(self.balanced_accuracy - low, 0.0), min(self.balanced_accuracy + high, 1.0)
+
+    def row(self) -> dict[str, object]:
+        """The test as a row of a table."""
+        low, high = self.interval
+        return {
+            "latent": self.feature,
+            "label": self.text,
+            "tested by": self.author,
+            "balanced accuracy": f"{html.short(self.balanced_accuracy)} [{html.short(low)}, {html.short(high)}]",
+            "active right": f"{self.right_active} of {self.n_active}",
+            "inactive right": f"{self.right_inactive} of {self.n_inactive}",
+        }
+
+    def line(self) -> bytes:
+        """The test as it stands in the file, newline included."""
+        return _line(
+            "test",
+            feature=self.feature,
+            text=self.text,
+            right_active=self.right_active,
+            n_active=self.n_active,
+            right_inactive=self.right_inactive,
+            n_inactive=self.n_inactive,
+            evidence=self.evidence,
+            author=self.author,
+            time=_written(self.time),
+        )
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return (
+            f"balanced accuracy {self.balanced_accuracy:.2f} (95 % interval {low:.2f} to {high:.2f}; chance 0.50): "
+            f"{self.right_active} of {self.n_active} active and {self.right_inactive} of {self.n_inactive} inactive "
+            f"images right, by {self.author}"
+        )
+
+
+@lru_cache(maxsize=65536)
+def parse(line: bytes) -> Label | Undo | LabelTest:
+    """What a line holds; what it raises where it holds nothing of this is listed in `NOT_A_LINE`."""
+    record = json.loads(line)
+    if record["version"] not in READABLE:
+        raise ValueError(f"it has version {record['version']}, and this kit reads versions 1 and {VERSION}")
+    said: dict[str, Any] = {
+        "feature": latent(record["feature"]), "author": str(record["author"]), "time": read_time(record["time"])
+    }  # fmt: skip
+    match record.get("kind", "label"):
+        case "label":
+            text = record["text"]
+            return Label(
+                text=None if text is None else tidy(text),
+                tags=tidy_tags(record.get("tags", ())),
+                confidence=tidy_confidence(record.get("confidence")),
+                evidence=tidy_evidence(record.get("evidence")),
+                **said,
+            )
+        case "undo":
+            return Undo(undoes=read_time(record["undoes"]), **said)
+        case "test":
+            counts: dict[str, Any] = {name: _whole(record[name]) for name in _COUNTS}
+            check_counts(**counts)
+            return LabelTest(
+                text=tidy(record["text"]), evidence=tidy_evidence(record.get("evidence")), **counts, **said
+            )
+    raise ValueError(f"it is of the kind {record['kind']!r}, which this kit does not know")
+
+
+def csv_text(labels: Iterable[Label]) -> str:
+    """The labels as CSV with the columns `COLUMNS`; what a spreadsheet would run gets an apostrophe before it."""
+    file = io.StringIO(newline="")
+    table = csv.writer(file)
+    table.writerow(COLUMNS)
+    for label in labels:
+        sure = "" if label.confidence is None else repr(label.confidence)
+        told = [label.text or "", "; ".join(label.tags), sure, label.author]
+        table.writerow([label.feature, *map(_harmless, told), _written(label.time)])
+    return file.getvalue()
+
+
+def read_rows(path: Path, author: str) -> list[tuple[Label, bool]]:
+    """The labels of a CSV file, and of each whether it came with a time; `author` said those that name nobody.
+
+    Raises:
+        KitError: the file cannot be read, or a row is no label.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = list(table)
+    except (OSError, UnicodeDecodeError, csv.Error) as cause:
+        raise KitError(f"{path} cannot be read as CSV in UTF-8 ({cause}). Save it as such.") from None
+    if missing := [column for column in COLUMNS[:2] if column not in (table.fieldnames or ())]:
+        raise KitError(f"{path} has no column {' and no column '.join(missing)}. Name them in its first row.")
+    read = []
+    for number, row in enumerate(rows, start=2):
+        try:
+            read.append(_from_row(row, author))
+        except NOT_A_LINE as cause:
+            raise KitError(f"Row {number} of {path} is no label ({cause}). Mend it; nothing was added.") from None
+    return read
+
+
+def _from_row(row: Mapping[str, Any], author: str) -> tuple[Label, bool]:
+    if None in row or None in row.values():
+        raise ValueError("it has more or fewer cells than the first row")
+    cells = {column: re.sub(f"^'(?='*{_FORMULA})", "", cell) for column, cell in row.items()}
+    sure, time = (cells.get(column, "").strip() for column in ("confidence", "time"))
+    label = Label(
+        latent(int(cells["feature"])),
+        tidy(cells["text"]),
+        whole_characters(cells.get("author") or author),
+        read_time(time) if time else datetime.now(UTC),
+        tidy_tags(tag for tag in cells.get("tags", "").split(";") if tag.strip()),
+        tidy_confidence(float(sure)) if sure else None,
+    )
+    return label, bool(time)
+
+
+def _harmless(cell: str) -> str:
+    return "'" + cell if re.match(f"'*{_FORMULA}", cell) else cell
+
+
+def read_time(text: str) -> datetime:
+    """The time in UTC. Raises ValueError for a time without a zone."""
+    time = datetime.fromisoformat(text)
+    if time.tzinfo is None:
+        raise ValueError("its time has no time zone")
+    return time.astimezone(UTC)
+
+
+def latent(feature: SupportsIndex) -> int:
+    """The latent's number. Raises KitError or TypeError for anything else."""
+    number = operator.index(feature)
+    if isinstance(feature, bool) or number < 0:
+        raise KitError(f"A latent is an integer from 0 on, not {feature!r}.")
+    return number
+
+
+def tidy(text: str) -> str:
+    """A label's text as it is kept. Raises KitError where it is empty, too long or no text."""
+    if not isinstance(text, str):
+        raise KitError(f"A label is a text, not {text!r}. To take a label back, withdraw it.")
+    tidied = text.replace("\r\n", "\n").replace("\r", "\n").strip()
+    if not tidied:
+        raise KitError("A label needs some text. To take a label back, withdraw it.")
+    if len(tidied) > LONGEST:
+        raise KitError(f"A label has at most {LONGEST} characters, and this one has {len(tidied)}. Shorten it.")
+    return whole_characters(tidied)
+
+
+def tidy_tags(tags: Iterable[str]) -> tuple[str, ...]:
+    """Tags as they are kept: stripped, each once. Raises KitError for a tag that is empty, too long or holds a `;`."""
+    if isinstance(tags, str):
+        raise KitError(f"Tags are several texts, such as ('colour',), not the one text {tags!r}. Put it in a tuple.")
+    tidied = []
+    for tag in tags:
+        stripped = tag.strip() if isinstance(tag, str) else ""
+        if not stripped or len(stripped) > LONGEST_TAG or any(mark in stripped for mark in ";\n\r"):
+            raise KitError(
+                f"A tag is 1 to {LONGEST_TAG} characters on one line without a semicolon, and {tag!r} is not. Mend it."
+            )
+        tidied.append(whole_characters(stripped))
+    return tuple(dict.fromkeys(tidied))
+
+
+def tidy_confidence(confidence: float | None) -> float | None:
+    """A confidence as it is kept. Raises KitError unless it is None or from 0 to 1."""
+    if confidence is None:
+        return None
+    if isinstance(confidence, bool) or not 0 <= confidence <= 1:
+        raise KitError(f"A label's confidence is a number from 0 (a guess) to 1 (certain), not {confidence!r}.")
+    return float(confidence)
+
+
+def tidy_evidence(evidence: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Evidence as it is kept, that is, as JSON gives it back. Raises KitError where it is no small JSON object."""
+    if evidence is None:
+        return None
+    try:
+        kept = json.dumps(dict(evidence), ensure_ascii=False, allow_nan=False, default=operator.index).encode()
+    except (TypeError, ValueError) as cause:
+        raise KitError(
+            f"A label's evidence is a dictionary that JSON can hold, and this one is not: {cause}. "
+            "Give names and numbers of images, not the images."
+        ) from None
+    if len(kept) > MOST_EVIDENCE:
+        raise KitError(
+            f"A label's evidence has at most {MOST_EVIDENCE:,} bytes as JSON, this one {len(kept):,}. Shorten it."
+        )
+    return dict(json.loads(kept))
+
+
+def whole_characters(text: str) -> str:
+    """The text. Raises KitError if it holds half a character."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise KitError(
+            f"The text {text!r} holds half a character (a lone surrogate), which no file can keep. Type it anew."
+        )
+    return text
+
+
+def check_counts(right_active: int, n_active: int, right_inactive: int, n_inactive: int) -> None:
+    """Raise KitError unless both classes had pictures and no more of them are right than were shown."""
+    if not (0 <= right_active <= n_active and 0 <= right_inactive <= n_inactive and n_active and n_inactive):
+        raise KitError(
+            f"A test needs pictures of both kinds and cannot have more right than shown; {right_active} of {n_active} "
+            f"active and {right_inactive} of {n_inactive} inactive were given. Count anew."
+        )
+
+
+def _whole(number: object) -> int:
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"{number!r} is no count")
+    return number
+
+
+def _line(kind: str, **told: object) -> bytes:
+    return json.dumps({"version": VERSION, "kind": kind, **told}, ensure_ascii=False).encode() + b"\n"
+
+
+def _written(time: datetime) -> str:
+    return time.isoformat(timespec="microseconds")
+
+
+def _wilson(right: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share."""
+    share, weight = right / n, _Z**2 / n
+    centre = (share + weight / 2) / (1 + weight)
+    half = _Z / (1 + weight) * math.sqrt(share * (1 - share) / n + weight / (4 * n))
+    return centre - half, centre + half

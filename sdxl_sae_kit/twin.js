@@ -1,0 +1,50 @@
+// A filter over every static gallery of the report, put there by the script, so that without scripts no control is dead.
+for (const twin of document.querySelectorAll(".sae-twin")) {
+  const items = [...twin.querySelectorAll(".sae-card, .sae-examples > figure")];
+  if (items.length < 2) continue;
+  const bar = document.createElement("div");
+  bar.className = "sae-bar";
+  twin.querySelector(".sae-kit").insertBefore(bar, twin.querySelector("style").nextSibling);
+
+  const words = labelled("Filter", document.createElement("input"));
+  words.type = "search";
+  words.placeholder = "words of labels and prompts";
+  const said = document.createElement("span");
+  said.setAttribute("role", "status");
+
+  const texts = new Map(items.map((item) => [item, text_of(item)]));
+  function choose() {
+    const wanted = words.value.toLowerCase().split(/\s+/).filter(Boolean);
+    for (const item of items) item.hidden = !wanted.every((word) => texts.get(item).includes(word));
+    const left = items.filter((item) => !item.hidden).length;
+    said.textContent = wanted.length ? `${left} of ${items.length}` : "";
+    for (const folded of twin.querySelectorAll("details"))
+      if (wanted.length) folded.open = folded.querySelector("figure:not([hidden])") !== null;
+  }
+  words.addEventListener("input", choose);
+
+  const cards = items.filter((item) => "density" in item.dataset);
+  if (cards.length > 1) {
+    const order = labelled("Sort by", document.createElement("select"));
+    const number = (card) => +card.querySelector("[data-latent]").dataset.latent;
+    const keys = { "as it was": (card) => cards.indexOf(card), "latent number": number };
+    for (const name of ["density", "maximum"]) keys[name] = (card) => -card.dataset[name];
+    for (const name of Object.keys(keys)) order.add(new Option(name));
+    order.addEventListener("change", () => {
+      const key = keys[order.value];
+      cards[0].parentElement.append(...[...cards].sort((a, b) => key(a) - key(b)));
+    });
+  }
+  bar.append(said);
+
+  function labelled(name, control) {
+    const label = document.createElement("label");
+    label.append(name, control);
+    bar.append(label);
+    return control;
+  }
+
+  function text_of(item) {
+    return [item.textContent, ...[...item.querySelectorAll("img")].map((image) => image.alt)].join(" ").toLowerCase();
+  }
+}
