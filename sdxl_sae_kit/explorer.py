@@ -324,8 +324,9 @@ def _by_hookpoint(name: str, kind: type[Kind], given: Any) -> dict[str, Kind]:
 
 def _placed(pipe: Any, saes: dict[str, SAE]) -> dict[str, SAE]:
     """The SAEs in the order of the forward pass, if they fit."""
-    places = {check_fit(pipe, sae).name: sae for sae in saes.values()}
+    places = {}
     for sae in saes.values():
+        places[check_fit(pipe, sae).name] = sae
         if not (sae.mean_activation > 0).any():
             raise KitError(
                 f"explore: {sae.name} does not tell how strongly its latents usually fire, the unit of what is shown. "

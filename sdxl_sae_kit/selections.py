@@ -97,12 +97,20 @@ def at_grid(selected: Bool[np.ndarray, "height width"], grid: tuple[int, int]) -
 def _overlap(n: int, of: int) -> Float[np.ndarray, "n of"]:
     """How much of each of n parts of a line lies in each of `of` parts of it; rows sum to 1."""
     start, other = np.arange(n)[:, None] / n, np.arange(of) / of
-    return np.clip(np.minimum(start + 1 / n, other + 1 / of) - np.maximum(start, other), 0, None) * n
+    shared = np.minimum(start + 1 / n, other + 1 / of) - np.maximum(start, other)
+    return np.asarray(n * np.clip(shared, 0, None))
 
 
 def _slider(name: str, last: int) -> Any:
     return widget(
-        widgets.IntRangeSlider, name, SIDE, value=(1, last), min=1, max=last, description=name, continuous_update=False
+        widgets.IntRangeSlider,
+        f"token-{name}",
+        SIDE,
+        value=(1, last),
+        min=1,
+        max=last,
+        description=name,
+        continuous_update=False,
     )
 
 
@@ -126,5 +134,6 @@ def _figure(grid: tuple[int, int]) -> go.FigureWidget:
     )  # fmt: skip
     made.update_xaxes(range=[0, width], visible=False, fixedrange=True)
     made.update_yaxes(range=[height, 0], visible=False, fixedrange=True)
-    made._config = {"displaylogo": False, "displayModeBar": True, "modeBarButtons": [["select2d", "lasso2d"]]}
+    buttons = {"displaylogo": False, "displayModeBar": True, "modeBarButtons": [["select2d", "lasso2d"]]}
+    made._config = {**buttons, "editSelection": False}  # else a drag that starts in an outline moves it
     return made
