@@ -33,7 +33,10 @@ TILE = 120
 """Pixels of a heat map's longer side."""
 
 STATIC = "Static copy: draw other images and select parts of them in JupyterLab."
-HOW = "Drag a rectangle or lasso on the picture, or move the sliders, to see what is active there."
+HOW = (
+    "Drag a rectangle or lasso on the picture, or move the sliders, to see what is active there; "
+    "drag an outline to move it, double-click for the whole picture."
+)
 
 STYLE = f"""<style>
 .sae-tiles {{ display: grid; gap: 10px 8px; grid-template-columns: repeat(auto-fill, minmax(92px, 1fr)); }}

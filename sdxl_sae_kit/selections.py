@@ -24,7 +24,8 @@ _NOWHERE = {"type": "rect", "xref": "x", "yref": "y", "x0": -9, "x1": -9, "y0": 
 class SelectablePicture(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     """An image under its grid of tokens; `selected` (height, width) says which of them are chosen, at first all.
 
-    A double click, or the button, selects the whole picture again. `on_select` is called after each change.
+    A drag that begins in an outline moves it; a double click, or the button, selects the whole picture again.
+    `on_select` is called after each change.
     """
 
     def __init__(self, grid: tuple[int, int], on_select: Callable[[], None]) -> None:
@@ -48,6 +49,9 @@ class SelectablePicture(widgets.VBox):  # type: ignore[misc]  # ipywidgets has n
     def show(self, image: Image.Image, told: str) -> None:
         """Show this image, and below it `told`, which is HTML. What is selected stays."""
         self.figure.layout.images[0].source = html.data_uri(html.to_webp(image))
+        # A page that is still loading plotly misses changes. Before it shows a figure, plotly therefore writes all of
+        # it into the widget's state, but not where the figure is part of another widget: hence here.
+        self.figure._repr_mimebundle_()
         self.told.value = told
 
     def _dragged(self, trace: Any, points: Any, selector: Any) -> None:
@@ -119,7 +123,7 @@ def _figure(grid: tuple[int, int]) -> go.FigureWidget:
     height, width = grid
     cell = SIDE / max(grid)
     y, x = np.mgrid[:height, :width].reshape(2, -1) + 0.5
-    made = go.FigureWidget()
+    made = go.Figure()
     square = {"symbol": "square", "size": 0.84 * cell, "opacity": 0, "color": "white"}
     made.add_scatter(
         x=x, y=y, mode="markers", hoverinfo="skip", marker={**square, "line": {"width": 1, "color": "black"}},
@@ -134,6 +138,6 @@ def _figure(grid: tuple[int, int]) -> go.FigureWidget:
     )  # fmt: skip
     made.update_xaxes(range=[0, width], visible=False, fixedrange=True)
     made.update_yaxes(range=[height, 0], visible=False, fixedrange=True)
-    buttons = {"displaylogo": False, "displayModeBar": True, "modeBarButtons": [["select2d", "lasso2d"]]}
-    made._config = {**buttons, "editSelection": False}  # else a drag that starts in an outline moves it
-    return made
+    shown = go.FigureWidget(made)
+    shown._config = {"displaylogo": False, "displayModeBar": True, "modeBarButtons": [["select2d", "lasso2d"]]}
+    return shown

@@ -41,6 +41,8 @@ def test_what_is_dragged_over_the_picture_is_what_is_listed(page: Any, tmp_path:
 
         _drag(page, [(0.02, 0.02), (0.52, 0.27)])
         sync_api.expect(told).to_contain_text("active on 8 of 64 tokens, within rows 1–2 and columns 1–4")
+        _drag(page, [(0.25, 0.15), (0.25, 0.65)])  # in the outline: moves it
+        sync_api.expect(told).to_contain_text("active on 8 of 64 tokens, within rows 5–6 and columns 1–4")
         page.locator("[data-title='Lasso Select']").click()
         _drag(page, [(0.02, 0.02), (0.98, 0.02), (0.02, 0.98), (0.02, 0.02)])
         sync_api.expect(told).to_contain_text(re.compile("active on (2[89]|3[0-6]) of 64 tokens"))  # about half
