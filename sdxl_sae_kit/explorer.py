@@ -35,7 +35,7 @@ TILE = 120
 STATIC = "Static copy: draw other images and select parts of them in JupyterLab."
 HOW = (
     "Drag a rectangle or lasso on the picture, or move the sliders, to see what is active there; "
-    "drag an outline to move it, double-click for the whole picture."
+    "double-click for the whole picture."
 )
 
 STYLE = f"""<style>

@@ -17,6 +17,9 @@ from sdxl_sae_kit.forms import line, widget
 SIDE = 420
 """Pixels of the picture's longer side."""
 
+# Without this a drag that begins in an outline does nothing.
+STYLE = "<style>.sae-picture .selectionlayer path { pointer-events: none !important; }</style>"
+
 _BAR = 34  # pixels above the picture, for the two buttons that choose rectangle or lasso
 _NOWHERE = {"type": "rect", "xref": "x", "yref": "y", "x0": -9, "x1": -9, "y0": -9, "y1": -9}
 
@@ -24,8 +27,7 @@ _NOWHERE = {"type": "rect", "xref": "x", "yref": "y", "x0": -9, "x1": -9, "y0": 
 class SelectablePicture(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     """An image under its grid of tokens; `selected` (height, width) says which of them are chosen, at first all.
 
-    A drag that begins in an outline moves it; a double click, or the button, selects the whole picture again.
-    `on_select` is called after each change.
+    A double click, or the button, selects the whole picture again. `on_select` is called after each change.
     """
 
     def __init__(self, grid: tuple[int, int], on_select: Callable[[], None]) -> None:
@@ -44,6 +46,7 @@ class SelectablePicture(widgets.VBox):  # type: ignore[misc]  # ipywidgets has n
             slider.observe(self._slid, "value")
         self.whole.on_click(lambda button: self._set(np.ones(grid, dtype=bool)))
         super().__init__([self.figure, self.told, self.columns, self.rows, line([self.whole])])
+        self.add_class("sae-picture")
         self.layout.flex = f"0 0 {self.figure.layout.width + 10}px"
 
     def show(self, image: Image.Image, told: str) -> None:
@@ -52,7 +55,7 @@ class SelectablePicture(widgets.VBox):  # type: ignore[misc]  # ipywidgets has n
         # A page that is still loading plotly misses changes. Before it shows a figure, plotly therefore writes all of
         # it into the widget's state, but not where the figure is part of another widget: hence here.
         self.figure._repr_mimebundle_()
-        self.told.value = told
+        self.told.value = STYLE + told
 
     def _dragged(self, trace: Any, points: Any, selector: Any) -> None:
         """A rectangle or lasso was drawn. One around no token's centre selects the whole picture."""
@@ -139,5 +142,6 @@ def _figure(grid: tuple[int, int]) -> go.FigureWidget:
     made.update_xaxes(range=[0, width], visible=False, fixedrange=True)
     made.update_yaxes(range=[height, 0], visible=False, fixedrange=True)
     shown = go.FigureWidget(made)
-    shown._config = {"displaylogo": False, "displayModeBar": True, "modeBarButtons": [["select2d", "lasso2d"]]}
+    buttons = {"displaylogo": False, "displayModeBar": True, "modeBarButtons": [["select2d", "lasso2d"]]}
+    shown._config = {**buttons, "editSelection": False}
     return shown

@@ -36,13 +36,13 @@ def test_what_is_dragged_over_the_picture_is_what_is_listed(page: Any, tmp_path:
         told, cards = page.locator(".sae-caption"), page.locator(".sae-found .sae-card")
         sync_api.expect(told).to_contain_text("Strongest latents of each block", timeout=120_000)
         page.locator(".js-plotly-plot .nsewdrag").first.wait_for()
-        assert cards.count() == 6
+        sync_api.expect(cards).to_have_count(6)
         page.screenshot(path=tmp_path / "explorer.png")
 
         _drag(page, [(0.02, 0.02), (0.52, 0.27)])
         sync_api.expect(told).to_contain_text("active on 8 of 64 tokens, within rows 1–2 and columns 1–4")
-        _drag(page, [(0.25, 0.15), (0.25, 0.65)])  # in the outline: moves it
-        sync_api.expect(told).to_contain_text("active on 8 of 64 tokens, within rows 5–6 and columns 1–4")
+        _drag(page, [(0.25, 0.15), (0.52, 0.65)])  # begins in the first outline
+        sync_api.expect(told).to_contain_text("active on 8 of 64 tokens, within rows 2–5 and columns 3–4")
         page.locator("[data-title='Lasso Select']").click()
         _drag(page, [(0.02, 0.02), (0.98, 0.02), (0.02, 0.98), (0.02, 0.02)])
         sync_api.expect(told).to_contain_text(re.compile("active on (2[89]|3[0-6]) of 64 tokens"))  # about half
