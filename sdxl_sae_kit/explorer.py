@@ -236,6 +236,7 @@ class Explorer(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         return html.fragment(*parts, *blocks) + "".join(each.static_html() for each in self.opened.children)
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        self.picture.prepare()
         bundle: dict[str, Any] = super()._repr_mimebundle_(**options)
         return {**bundle, "text/html": self.static_html()}
 

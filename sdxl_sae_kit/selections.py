@@ -52,10 +52,15 @@ class SelectablePicture(widgets.VBox):  # type: ignore[misc]  # ipywidgets has n
     def show(self, image: Image.Image, told: str) -> None:
         """Show this image, and below it `told`, which is HTML. What is selected stays."""
         self.figure.layout.images[0].source = html.data_uri(html.to_webp(image))
-        # A page that is still loading plotly misses changes. Before it shows a figure, plotly therefore writes all of
-        # it into the widget's state, but not where the figure is part of another widget: hence here.
-        self.figure._repr_mimebundle_()
         self.told.value = STYLE + told
+
+    def prepare(self) -> None:
+        """To be called before it is shown as part of another widget.
+
+        A page that is still loading plotly misses changes. Before it shows a figure by itself, plotly therefore writes
+        all of it into the widget's state; here nobody else would.
+        """
+        self.figure._repr_mimebundle_()
 
     def _dragged(self, trace: Any, points: Any, selector: Any) -> None:
         """A rectangle or lasso was drawn. One around no token's centre selects the whole picture."""

@@ -239,6 +239,7 @@ def test_no_prompt_becomes_html(pipe: Any, small_saes: Any) -> None:
 
 def test_the_static_twin_has_the_picture_and_every_block_with_alt_texts(shown: Explorer) -> None:
     bundle = shown._repr_mimebundle_()
+    assert shown.picture.figure._widget_layout["images"][0]["source"].startswith("data:image/webp")  # reaches any page
     assert "application/vnd.jupyter.widget-view+json" in bundle
     read = read_safely(bundle["text/html"])
     assert len(read.values("alt")) == 1 + 2 * 5
