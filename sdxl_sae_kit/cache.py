@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ from sdxl_sae_kit.layout import Layout, encode_picture
 from sdxl_sae_kit.shards import Shard, check_complete, examine, read_manifest, read_prompts, read_recipe
 
 _OPEN_FILES = 64
+
+
+def _decoded(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=("WEBP", "PNG")).convert("RGB")
 
 
 class ActivationCache(Activations):
@@ -174,9 +179,9 @@ class ActivationCache(Activations):
         Raises:
             ArtifactError: the cache was collected without images, or the picture is damaged.
         """
-        data = self._picture(image)
+        (data,) = self._pictures(np.array([image]))
         with self._explained(self._shard(image)):
-            return Image.open(io.BytesIO(data), formats=("WEBP", "PNG")).convert("RGB")
+            return _decoded(data)
 
     def thumbnail(self, image: int) -> bytes:
         """The picture, small, as WebP.
@@ -184,25 +189,36 @@ class ActivationCache(Activations):
         Raises:
             ArtifactError: the cache was collected without images.
         """
-        if self.layout.images == "thumbnails":
-            return self._picture(image)
-        return encode_picture(self.image(image), "thumbnails")
+        return self.thumbnails(np.array([image]))[0]
 
-    def _picture(self, image: int) -> bytes:
+    def thumbnails(self, images: Sequence[int] | NDArray[np.integer]) -> list[bytes]:
+        """The pictures of some images, small, as WebP; of neighbours on disk together.
+
+        Raises:
+            ArtifactError: the cache was collected without images, or an image is not there.
+        """
+        pictures = self._pictures(np.asarray(images))
+        if self.layout.images == "thumbnails":
+            return list(pictures)
+        return [encode_picture(_decoded(data), "thumbnails") for data in pictures]
+
+    def _pictures(self, images: NDArray[np.integer]) -> Iterator[bytes]:
         if self.layout.images is None:
             raise ArtifactError(
                 f"{self.name} was collected without images. Collect again with images='thumbnails' to see them."
             )
-        shard = self._shard(image)
-        row = image - shard.first_image
-        with self._explained(shard):
-            group = self._file(shard)["images"]
-            ends = np.concatenate([[0], group["ends"][()]])
-            if np.any(np.diff(ends) <= 0) or ends[-1] != len(group["bytes"]):
-                raise ValueError("its pictures do not end where it says")
-            data = bytes(group["bytes"][ends[row] : ends[row + 1]].tobytes())
-            self._confirm(shard, np.array([[bytes(64) not in data]]))
-            return data
+        for start, stop, shard in self._runs(images):
+            first = int(images[start]) - shard.first_image
+            with self._explained(shard):
+                group = self._file(shard)["images"]
+                ends = np.concatenate([[0], group["ends"][()]])
+                if np.any(np.diff(ends) <= 0) or ends[-1] != len(group["bytes"]):
+                    raise ValueError("its pictures do not end where it says")
+                bounds = ends[first : first + stop - start + 1]
+                data = group["bytes"][bounds[0] : bounds[-1]].tobytes()
+                self._confirm(shard, np.array([[bytes(64) not in data]]))
+                found = [data[a:b] for a, b in pairwise((bounds - bounds[0]).tolist())]
+            yield from found
 
     def verify(self) -> None:
         """Hash every file again.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, SupportsIndex, get_args, runtime_checkable
+from typing import Protocol, SupportsFloat, SupportsIndex, get_args, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -105,9 +105,7 @@ def chosen(stats: FeatureStats, feature: int, view: str, draw: int = 0) -> list[
     return [_example(stats, feature, image) for image in drawn]
 
 
-def images(
-    stats: FeatureStats, feature: int, view: str, examples: Sequence[Example], opacity: float = OPACITY
-) -> str:
+def images(stats: FeatureStats, feature: int, view: str, examples: Sequence[Example], opacity: float = OPACITY) -> str:
     """A view's images, each beside its heat map, with the number by which it was chosen and its prompt."""
     peak = float(stats.max[feature])
     if not examples:
@@ -127,7 +125,11 @@ def images(
 
 
 def facts(
-    stats: FeatureStats, feature: int, labels: LabelStore, icons: Icons | None = None, similarity: Similarity | None = None
+    stats: FeatureStats,
+    feature: int,
+    labels: LabelStore,
+    icons: Icons | None = None,
+    similarity: Similarity | None = None,
 ) -> str:
     """All that was measured of a feature: statistics with formula and n, curves, neighbours, tests of its label."""
     if not stats.density[feature] > 0:
@@ -138,7 +140,11 @@ def facts(
 
 
 def feature_html(
-    stats: FeatureStats, feature: int, labels: LabelStore, icons: Icons | None = None, similarity: Similarity | None = None
+    stats: FeatureStats,
+    feature: int,
+    labels: LabelStore,
+    icons: Icons | None = None,
+    similarity: Similarity | None = None,
 ) -> str:
     """A feature's whole page without controls: what `facts` says, and the images of every view, most of them folded."""
     parts = [title(stats, feature, labels.get(feature) or "no label"), facts(stats, feature, labels, icons, similarity)]
@@ -192,11 +198,10 @@ def _as_row(name: str, value: str, formula: str, n: str) -> dict[str, object]:
     return {"statistic": name, "value": value, "formula": formula, "n": n}
 
 
-def _estimate(value: float, low: float, high: float) -> str:
-    """A value with its interval; – where there is none."""
-    if not np.isfinite(value):
-        return "–"
-    return f"{html.short(float(value))} [{html.short(float(low))}, {html.short(float(high))}]"
+def _estimate(*numbers: SupportsFloat) -> str:
+    """A value with the ends of its interval; – where there is none."""
+    value, low, high = map(float, numbers)
+    return f"{html.short(value)} [{html.short(low)}, {html.short(high)}]" if np.isfinite(value) else "–"
 
 
 def _example(stats: FeatureStats, feature: int, image: int) -> Example:
@@ -259,7 +264,7 @@ def _near(
         return ""
     chips = (
         f'<span data-latent="{neighbour.latent}"><b>{neighbour.latent}</b> {html.escape(told(neighbour))} '
-        f'{html.words(named.get(neighbour.latent, ""))}</span>'
+        f"{html.words(named.get(neighbour.latent, ''))}</span>"
         for neighbour in neighbours
     )
     return f'<h4>{html.escape(heading)}</h4><p class="sae-near">{"".join(chips)}</p>'

@@ -41,7 +41,12 @@ class Comparison(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self._stats = a[0], b[0]
         self.latents = [
             widget(
-                widgets.BoundedIntText, f"latent-{name}", 170, value=latent, max=stats.d_sae - 1, description=f"latent {name}"
+                widgets.BoundedIntText,
+                f"latent-{name}",
+                170,
+                value=latent,
+                max=stats.d_sae - 1,
+                description=f"latent {name}",
             )
             for name, (stats, latent) in zip("AB", (a, b), strict=True)
         ]

@@ -1,4 +1,4 @@
-"""One feature in a notebook: its images in several views, what was measured, its neighbours, and the form for its label."""
+"""One feature in a notebook: its images in several views, what was measured, and the form for its label."""
 
 from __future__ import annotations
 
@@ -109,9 +109,7 @@ class LabelForm(widgets.VBox):  # type: ignore[misc]
     def _save(self) -> str:
         tags = tuple(tag.strip() for tag in self.tags.value.split(",") if tag.strip())
         sure = None if self.confidence.value == NOT_SAID else self.confidence.value
-        label = self._labels.set(
-            self.feature, self.text.value, tags=tags, confidence=sure, evidence=self.evidence
-        )
+        label = self._labels.set(self.feature, self.text.value, tags=tags, confidence=sure, evidence=self.evidence)
         return f"Saved {html.words(label.text)} as {_by_whom(label)}."
 
     def _withdraw(self) -> str:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sdxl_sae_kit.activations import Activations
-from sdxl_sae_kit.configs import Split
+from sdxl_sae_kit.configs import SAEConfig, Split
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.metrics import ReconstructionMetrics, bootstrap_interval, matched_cosine
 from sdxl_sae_kit.sae import FIRES, SAE
@@ -22,6 +22,8 @@ from sdxl_sae_kit.tokens import Tokens
 
 MAX_IMAGES = 2048
 """Evaluation reads at most so many images of a split, spread over all of it."""
+
+_SAMPLE = 40_960
 
 
 @torch.no_grad()
@@ -72,9 +74,39 @@ def evaluate(
 
 
 @torch.no_grad()
+def controls(sae: SAE, cache: Activations) -> dict[str, SAE]:
+    """What any claim about an SAE's features is shown beside: SAEs of the same L0 that were not trained.
+
+    - `untrained`: `sae.untrained()`, as many random directions.
+    - `channels`: the raw channels of the update, up and down, from the mean of training tokens.
+    - `PCA`: the principal axes of training tokens, up and down, from their mean.
+
+    Of the last two, the k largest on each token are active (k is the SAE's L0), which is the best that k axes can do.
+    They go wherever the SAE goes, so that what is measured of them is computed in the same way.
+
+    >>> stats = FeatureStats.measure(controls(sae, cache)["PCA"], cache)     # doctest: +SKIP
+    """
+    untrained, tokens = sae.untrained(), cache.sample(sae.hookpoint, _SAMPLE).to(sae.W_enc.device)
+    mean = tokens.mean(dim=0)
+    axes = torch.linalg.eigh((tokens - mean).T @ (tokens - mean))[1].T.flip(0)
+    bases = {"channels": torch.eye(sae.d_in, device=axes.device), "PCA": axes}
+    k = min(untrained.k or 1, sae.d_in)  # of two opposite directions at most one is active
+    return {"untrained": untrained} | {name: _basis(name, rows, mean, k, sae) for name, rows in bases.items()}
+
+
+def _basis(name: str, rows: Float[Tensor, "axis d_in"], mean: Float[Tensor, "d_in"], k: int, like: SAE) -> SAE:
+    """An SAE whose latents are these orthonormal rows and their opposites."""
+    both = torch.cat([rows, -rows])
+    sae = SAE(SAEConfig(k=k, expansion=2), like.d_in, like.site, f"{name}_{like.name}").to(rows.device)
+    for parameter, value in ((sae.W_enc, both.T), (sae.W_dec, both), (sae.b_dec, mean)):
+        parameter.copy_(value)
+    return sae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
 def pca_explained_variance(cache: Activations, hookpoint: str, k: int) -> float:
     """Explained variance of held-out tokens by the first k principal axes of training tokens: a control for L0."""
-    sample = cache.sample(hookpoint, 40_960)
+    sample = cache.sample(hookpoint, _SAMPLE)
     mean = sample.mean(dim=0)
     axes = torch.linalg.svd((sample - mean).T @ (sample - mean))[2][:k]
     metrics = ReconstructionMetrics()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
-from sdxl_sae_kit.measurement import MEMORY, PART_IMAGES, measure
+from sdxl_sae_kit.measurement import MEMORY, measure
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.summary import FILE, open_part, part_name
@@ -183,7 +183,7 @@ class FeatureStats:
     def curves(self) -> tuple[Curve, ...]:
         """What every latent does at each step and in each guidance half that the cache holds."""
         with self._file() as file:
-            halves = [half.decode() for half in file.attrs["halves"]]
+            halves = file.attrs["halves"].tolist()
             rows = [(step, half) for step in file.attrs["steps"].tolist() for half in halves]
             arrays = (file["curves/density"][()], file["curves/mean"][()])
             return tuple(Curve(*row, density, mean) for row, density, mean in zip(rows, *arrays, strict=True))
@@ -226,7 +226,7 @@ class FeatureStats:
         with self._file() as file:
             images, values, maps = (file[f"examples/{by}/{name}"][feature] for name in ("image", "value", "heat_map"))
         there = images >= 0
-        thumbnails = self._thumbnails(images[there])
+        thumbnails = self.thumbnails(images[there])
         texts, seeds = self.prompts.texts, self.prompts.seeds
         return [
             Example(image, texts[image], seeds[image], value, heat_map.astype(np.float32), thumbnail)
@@ -243,10 +243,10 @@ class FeatureStats:
 
     def thumbnail(self, image: int) -> bytes:
         """The picture, small, as WebP; empty where it is not kept (see `pictured`)."""
-        return self._thumbnails(np.array([image]))[0]
+        return self.thumbnails(np.array([image]))[0]
 
-    def _thumbnails(self, images: Int[np.ndarray, " image"]) -> list[bytes]:
-        """Pictures of images; they are stored one after the other, in the order of their index."""
+    def thumbnails(self, images: Int[np.ndarray, " image"]) -> list[bytes]:
+        """The pictures of some images; empty ones where they are not kept (see `pictured`)."""
         place = np.searchsorted(self.pictured, images)
         with self._file() as file:
             data = file["thumbnails/bytes"]
@@ -287,7 +287,7 @@ class FeatureStats:
     def _codes(self, image: int) -> tuple[Integer[np.ndarray, "token width"], Float[np.ndarray, "token width"]]:
         if not isinstance(image, Integral) or not 0 <= image < self.n_images:
             raise KitError(f"{self.artifact.name} has images 0 to {self.n_images - 1}; there is no {image!r}.")
-        part, row = divmod(int(image), PART_IMAGES)
+        part, row = divmod(int(image), self._part_images)
         with open_part(self.artifact.file(part_name(part))) as file:
             return file["codes/indices"][row], file["codes/values"][row].astype(np.float32)
 
@@ -309,7 +309,7 @@ class FeatureStats:
 
     def _by_image(self, name: str) -> Float[np.ndarray, "image latent"]:
         dense = np.zeros((self.n_images, self.d_sae), np.float32)
-        for part in range(-(-self.n_images // PART_IMAGES)):
+        for part in range(-(-self.n_images // self._part_images)):
             with open_part(self.artifact.file(part_name(part))) as file:
                 tallies = file["tallies"]
                 dense[tallies["image"][()], tallies["latent"][()]] = tallies[name][()]
@@ -345,6 +345,11 @@ class FeatureStats:
     def _check(self, feature: int) -> None:
         if not isinstance(feature, Integral) or not 0 <= feature < self.d_sae:
             raise KitError(f"{self.sae} has latents 0 to {self.d_sae - 1}; there is no {feature!r}.")
+
+    @cached_property
+    def _part_images(self) -> int:
+        with self._file() as file:
+            return int(file.attrs["part_images"])
 
     def _file(self) -> h5py.File:
         return open_part(self.artifact.file(FILE))

@@ -7,6 +7,7 @@ wherever no kernel runs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from typing import Any, SupportsIndex
 
@@ -30,10 +31,14 @@ MOST_CARDS = 48
 SEARCHED = 12
 """Images of each latent, the strongest, whose prompts the filter looks through."""
 
+DRAWING = 4
+"""Threads that draw cards: reading and writing WebP lets others run."""
+
 REMEMBERED = 512
 """Pictures of cards kept at hand, so that turning back is quick."""
 
 KEY = "Share of tokens on which the latent fires · below each image, where: dark grey 0 … pale yellow strongest"
+KEY_TO_ICONS = " · on the left, what it writes when added alone"
 STATIC = "Static copy: see all latents and label them in JupyterLab."
 
 ORDERS = {
@@ -113,9 +118,7 @@ class Gallery(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         static: int,
     ) -> None:
         super().__init__()
-        self.overview = Overview(
-            stats, labels, icons, similarity, page_size=page_size, sort=sort, on_open=self._open
-        )
+        self.overview = Overview(stats, labels, icons, similarity, page_size=page_size, sort=sort, on_open=self._open)
         self._about = (stats, labels, icons, similarity)
         self._static = static
 
@@ -176,7 +179,9 @@ class Overview(widgets.VBox):  # type: ignore[misc]
     ) -> None:
         self._stats, self._labels, self._similarity = stats, labels, similarity
         self._page_size, self._on_open, self.page = page_size, on_open, 0
+        self._key = KEY + (KEY_TO_ICONS if icons is not None else "")
         self._picture = lru_cache(REMEMBERED)(lambda latent: cards.card_picture(stats, latent, icons))
+        self._pool, self._ahead = ThreadPoolExecutor(DRAWING), list[Future[str]]()
         orders = [(text, key) for key, text in ORDERS.items() if key != "specificity" or similarity is not None]
         self.sort = widget(widgets.Dropdown, "sort", 190, options=orders, value=sort, description="sort by")
         self.filter = widget(
@@ -194,6 +199,7 @@ class Overview(widgets.VBox):  # type: ignore[misc]
             [self.previous, self.next, self.position],
         )
         super().__init__([line(choose), line(turn), self.grid])
+        self.add_class("sae-overview")
         for control in (self.sort, self.hide_dead, self.filter):
             control.observe(lambda change: self.turn_to(0), "value")
         self.previous.on_click(lambda button: self.turn_to(self.page - 1))
@@ -233,7 +239,11 @@ class Overview(widgets.VBox):  # type: ignore[misc]
         self.previous.disabled, self.next.disabled = first == 0, last == len(latents)
         counted = f"{first + 1:,}–{last:,} of {len(latents):,} latents" if len(latents) else "nothing found"
         self.position.value = f"<span>{counted}{self._left_out()}</span>"
+        for picture in self._ahead:
+            picture.cancel()
         self.grid.value = html.fragment(self._cards(latents[first:last]))
+        # While somebody looks at this page, the next is drawn.
+        self._ahead = [self._pool.submit(self._picture, latent) for latent in latents[last : last + size].tolist()]
 
     def static_html(self, most: int) -> str:
         """The first `most` cards, and a line that says what they are of how many."""
@@ -246,8 +256,12 @@ class Overview(widgets.VBox):  # type: ignore[misc]
 
     def _cards(self, latents: np.ndarray) -> str:
         named = self._labels.all()
-        drawn = [cards.card(self._stats, at, named.get(at), self._picture(at)) for at in latents.tolist()]
-        return (html.quiet(KEY) if drawn else "") + html.grid(drawn)
+        pictures = self._pool.map(self._picture, latents.tolist())
+        drawn = [
+            cards.card(self._stats, latent, named.get(latent), picture)
+            for latent, picture in zip(latents.tolist(), pictures, strict=True)
+        ]
+        return (html.quiet(self._key) if drawn else "") + html.grid(drawn)
 
     def _left_out(self) -> str:
         dead = self._stats.d_sae - len(self._stats.alive)

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.metrics import bootstrap_interval
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,10 @@ def _interval(one: Sequence[str], other: Sequence[str]) -> tuple[float, float]:
     words = sorted({*one, *other})
     if len(words) < 2:
         return math.nan, math.nan
-    said: list[NDArray[np.bool_]] = [np.array(words) == np.array(each)[:, None] for each in (one, other)]
-    same = (said[0] & said[1]).any(axis=1, keepdims=True)
+    from sdxl_sae_kit.metrics import bootstrap_interval  # slow to import: it brings torch
+
+    said = [(np.array(words) == np.array(each)[:, None]).astype(np.float64) for each in (one, other)]
+    same = (said[0] * said[1]).sum(axis=1, keepdims=True)
 
     def kappa(means: NDArray[np.float64]) -> NDArray[np.float64]:
         observed = means[:, 0]

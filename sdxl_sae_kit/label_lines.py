@@ -26,7 +26,7 @@ READABLE = (1, 2)
 """Version 1 had labels only, without tags, confidence and evidence."""
 LONGEST = 500  # characters of a label
 LONGEST_TAG = 50
-MOST_EVIDENCE = 10_000  # bytes
+MOST_EVIDENCE = 100_000  # bytes
 NOT_A_LINE = (KitError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 """What `parse` raises, whatever a line holds."""
 COLUMNS = ("feature", "text", "tags", "confidence", "author", "time")
@@ -164,9 +164,9 @@ class LabelTest:
     def __str__(self) -> str:
         low, high = self.interval
         return (
-            f"balanced accuracy {self.balanced_accuracy:.2f} (95 % interval {low:.2f} to {high:.2f}; chance 0.50): "
-            f"{self.right_active} of {self.n_active} active and {self.right_inactive} of {self.n_inactive} inactive "
-            f"images right, by {self.author}"
+            f"balanced accuracy {self.balanced_accuracy:.2f} (Newcombe's 95 % interval {low:.2f} to {high:.2f}; chance "
+            f"0.50): {self.right_active} of {self.n_active} active and {self.right_inactive} of {self.n_inactive} "
+            f"inactive images right, by {self.author}"
         )
 
 

@@ -24,7 +24,7 @@ from sdxl_sae_kit.sae import FIRES
 SHOWN = 12
 """Images of each kind, active and inactive, from which a labeller names a latent."""
 _SIDE = 160  # pixels of a picture in the form
-_FORMULA = "(right active / active + right inactive / inactive) / 2; chance is 0.50"
+_FORMULA = "It is (right active / active + right inactive / inactive) / 2; activations are maxima over the image"
 
 
 def test_label(
@@ -121,12 +121,12 @@ def auto_label(
     )
     tests = []
     for feature in tqdm(to_test + to_name, desc="auto_label", unit="latent"):
-        if feature in to_name:
-            _name(stats, feature, labeller, labels)
+        if feature in to_name and not _name(stats, feature, labeller, labels):
+            continue
         if _is_testable(stats, feature, n, _shown(stats, feature, labels.latest(feature))):
             tests.append(score_label(stats, feature, labeller, labels=labels, n=n))
     if untested := len(to_test) + len(to_name) - len(tests):
-        tqdm.write(f"{untested:,} of them are active on too few held-out images, or too many, for a test of {n}.")
+        tqdm.write(f"{untested:,} of them are active on too few images, or on too many, for a name or a test of {n}.")
     return tests
 
 
@@ -142,14 +142,14 @@ class BlindTest(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self.result: LabelTest | None = None
         self.pictures = [widget(widgets.HTML, "picture", _SIDE) for _ in self._drawn.images]
         self.answers = [
-            widget(widgets.Checkbox, "shows", _SIDE, description=f"picture {place} shows it", indent=False)
+            widget(widgets.Checkbox, "shows", _SIDE, description=f"{place} shows it", indent=False)
             for place in range(1, n + 1)
         ]
         self.check = widget(widgets.Button, "check", 100, description="Check", button_style="primary")
         self.notice = widget(widgets.HTML, "notice")
         ask = (
-            f"Tick every picture that shows this. {n // 2} of the {n} make latent {self._feature} active somewhere, the "
-            "others nowhere; all are held-out images that its label was not made from."
+            f"Tick every picture that shows this. {n // 2} of the {n} make latent {self._feature} active somewhere, "
+            "the others nowhere; all are held-out images that its label was not made from."
         )
         heading = widgets.HTML(html.fragment(html.heading(self.text, ask)))
         tiles = [widgets.VBox(pair) for pair in zip(self.pictures, self.answers, strict=True)]
@@ -182,7 +182,7 @@ class BlindTest(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         for picture, value, active, shows in zip(
             self.pictures, values.tolist(), self._drawn.active.tolist(), said.tolist(), strict=True
         ):
-            truth = f"active, up to {html.short(value)}" if active else "not active"
+            truth = f"active, {html.short(value)}" if active else "not active"
             picture.value += f"<div>{'✓ right' if active == shows else '✗ wrong'}: {truth}</div>"
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def _draw(stats: FeatureStats, feature: int, n: int, seed: int, seen: set[int]) 
         raise KitError(
             f"A test of {n} pictures needs {half} held-out images on which latent {feature} is active and {half} on "
             f"which it is not, that nobody was shown with its label; there are {len(active)} and {len(inactive)}. "
-            "Pass a smaller even n, or measure more images."
+            "Pass a smaller even n, or measure more images, collected with thumbnails."
         )
     rng = np.random.default_rng([whole_number("test_label: seed", seed, least=0), feature])
     chosen = [rng.choice(stratum) for stratum in np.array_split(active, half)]
@@ -269,7 +269,11 @@ def _save(
         n_active=int(drawn.active.sum()),
         right_inactive=int(right[~drawn.active].sum()),
         n_inactive=int((~drawn.active).sum()),
-        evidence={"stats": stats.artifact.folder.name, "images": drawn.images.tolist(), "said": said.tolist()},
+        evidence={
+            "stats": stats.artifact.folder.name,
+            "images": drawn.images.tolist(),
+            "said": "".join(np.where(said, "y", "n")),
+        },
         author=author,
     )
 
@@ -291,21 +295,18 @@ def _undone(
     return to_name, to_test
 
 
-def _name(stats: FeatureStats, feature: int, labeller: Labeller, labels: LabelStore) -> None:
-    """Let the labeller name a latent from training images, which no test shows."""
-    training = stats.pictured[~stats.prompts.held_out[stats.pictured]]
-    active, inactive = _split(stats, feature, training)
+def _name(stats: FeatureStats, feature: int, labeller: Labeller, labels: LabelStore) -> bool:
+    """Let the labeller name a latent from training images, which no test shows; False if they do not tell it apart."""
+    active, inactive = _split(stats, feature, stats.pictured[~stats.prompts.held_out[stats.pictured]])
     if not len(active) or not len(inactive):
-        raise KitError(
-            f"Latent {feature} cannot be named from pictures: it is active on {len(active)} and inactive on "
-            f"{len(inactive)} of {len(training)} training images. Leave it out."
-        )
+        return False
     rng = np.random.default_rng(feature)
     strongest, others = active[::-1][:SHOWN], rng.permutation(inactive)[:SHOWN]
     text = labeller.label(_examples(stats, feature, strongest), _examples(stats, feature, others))
     shown = {"stats": stats.artifact.folder.name, "shown": "strongest training images by max, and inactive ones",
              "images": [*strongest.tolist(), *others.tolist()]}  # fmt: skip
     labels.set(feature, text, evidence=shown, author=labeller.name)
+    return True
 
 
 def _examples(stats: FeatureStats, feature: int, images: Sequence[int] | Int[np.ndarray, " image"]) -> list[Example]:

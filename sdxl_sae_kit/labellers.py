@@ -7,6 +7,7 @@ will do.
 from __future__ import annotations
 
 import base64
+import http.client
 import io
 import json
 import re
@@ -99,8 +100,8 @@ class WorldLabeller:
         fact = _FACTS.get(" ".join(text.casefold().split()))
         if fact is None:
             raise KitError(
-                f"The tiny judge knows single values of the world, such as 'colour red' or 'on the left', not {text!r}. "
-                "Test this label yourself, with test_label."
+                f"The tiny judge knows single values of the world, such as 'colour red' or 'on the left', "
+                f"not {text!r}. Test this label yourself, with test_label."
             )
         return [fact in facts for facts in self._facts(images)]
 
@@ -142,7 +143,7 @@ class _VisionModel(ABC):
         """
         question = NAME_IT.format(shown=len(examples), contrast=len(contrast))
         answer = self.ask(question, [sheet(group) for group in (examples, contrast)]).strip()
-        words = answer.split("\n")[0].strip(" \"'.*")[:LONGEST_NAME].strip()
+        words = answer.split("\n")[0].strip(" \"'.*")[:LONGEST_NAME].encode(errors="ignore").decode().strip()
         if not words:
             raise KitError(f"{self.name} named nothing: it answered {answer[:80]!r}. Try another model.")
         return words
@@ -274,7 +275,7 @@ class EndpointLabeller(_VisionModel):
                 f"{self.url} refused with status {refusal.code} ({refusal.reason}): {told!r}. "
                 "Check the address, the model's name and the key; what was labelled before is kept."
             ) from None
-        except (OSError, ValueError) as cause:  # not reached, too slow, cut off
+        except (OSError, ValueError, http.client.HTTPException) as cause:  # not reached, too slow, cut off
             raise KitError(
                 f"{self.url} gave no answer within {self.timeout:g} s ({cause}). Check that it runs; what was labelled "
                 "before is kept, and the same call goes on from there."

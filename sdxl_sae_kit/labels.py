@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, SupportsIndex, runtime_checkable
 
@@ -76,6 +77,7 @@ class LabelStore:
     def __init__(self, file: Path, d_sae: int | None = None) -> None:
         self.file = Path(file)
         self.d_sae = d_sae
+        self._known = b"", _Said([])
 
     @classmethod
     def of(cls, stats: OfAnSAE | str, store: Path | str | None = None) -> LabelStore:
@@ -144,12 +146,12 @@ class LabelStore:
         """
         author = _author(author)
         with self._locked() as descriptor:
-            mine = [label for label in self._standing() if label.author == author]
+            mine = [label for label in self._said().standing if label.author == author]
             if not mine:
                 raise KitError(f"{author} has changed no label in {self.file.name} that could be undone.")
             undone = Undo(mine[-1].feature, mine[-1].time, author, datetime.now(UTC))
             self._append(descriptor, undone.line())
-        stands = [label for label in self._standing() if label.feature == undone.feature]
+        stands = [label for label in self._said().standing if label.feature == undone.feature]
         return stands[-1] if stands else Label(undone.feature, None, author, undone.time)
 
     def add_test(
@@ -186,11 +188,11 @@ class LabelStore:
 
     def latest(self, feature: SupportsIndex) -> Label | None:
         """The latent's label with its tags, author and all; None where it has none."""
-        return self._newest().get(latent(feature))
+        return self._said().newest.get(latent(feature))
 
     def all(self) -> dict[int, str]:
         """Every labelled latent and its label, by latent."""
-        return {feature: label.text for feature, label in self._newest().items() if label.text is not None}
+        return {feature: label.text for feature, label in self._said().newest.items() if label.text is not None}
 
     def history(self, feature: SupportsIndex | None = None) -> list[Label]:
         """All that was ever said of one latent, or of all, oldest first, also what was undone since.
@@ -199,12 +201,12 @@ class LabelStore:
             ArtifactError: a line of the file is none of a label file.
         """
         chosen = None if feature is None else latent(feature)
-        return [line for line in self._lines() if isinstance(line, Label) and chosen in (None, line.feature)]
+        return [line for line in self._said().lines if isinstance(line, Label) and chosen in (None, line.feature)]
 
     def tests(self, feature: SupportsIndex | None = None) -> list[LabelTest]:
         """All tests of one latent's labels, or of all, oldest first; each says which text was tested."""
         chosen = None if feature is None else latent(feature)
-        return [line for line in self._lines() if isinstance(line, LabelTest) and chosen in (None, line.feature)]
+        return [line for line in self._said().lines if isinstance(line, LabelTest) and chosen in (None, line.feature)]
 
     def agreement(self, by: Literal["text", "tags"] = "text") -> Agreement:
         """Cohen's kappa of every two authors, over the features that both labelled.
@@ -217,7 +219,7 @@ class LabelStore:
         """
         if by not in ("text", "tags"):
             raise KitError(f"agreement: by is 'text' or 'tags', not {by!r}.")
-        newest = {(label.author, label.feature): label for label in self._standing()}
+        newest = {(label.author, label.feature): label for label in self._said().standing}
         said: dict[str, dict[int, str]] = {}
         for (author, feature), label in newest.items():
             word = (label.text or "") if by == "text" else "; ".join(sorted(label.tags))
@@ -233,7 +235,7 @@ class LabelStore:
 
         A cell that a spreadsheet would take for a formula gets an apostrophe before it, which `read_csv` takes off.
         """
-        write_atomically(Path(path), csv_text(self._newest().values()).encode("utf-8-sig"))
+        write_atomically(Path(path), csv_text(self._said().newest.values()).encode("utf-8-sig"))
 
     def read_csv(self, path: Path | str) -> list[Label]:
         """Add the labels of a CSV file that are not here yet, and return those added.
@@ -250,13 +252,16 @@ class LabelStore:
             if self.d_sae is not None and label.feature >= self.d_sae:
                 raise KitError(f"Row {number} of {path} names latent {label.feature}, and there are {self.d_sae:,}.")
         with self._locked() as descriptor:
-            history, newest, added = self.history(), self._newest(), []
+            newest, added = self._said().newest, []
+            history: dict[int, list[Label]] = {}
+            for known in self.history():
+                history.setdefault(known.feature, []).append(known)
             for label, timed in rows:
-                before = [known for known in history if known.feature == label.feature]
+                before = history.setdefault(label.feature, [])
                 if _is_known(label, timed, before, newest.get(label.feature)):
                     continue
-                added.append(replace(label, time=_free(label, before)) if timed else _after(label, before))
-                history.append(added[-1])
+                before.append(replace(label, time=_free(label, before)) if timed else _after(label, before))
+                added.append(before[-1])
             self._append(descriptor, b"".join(label.line() for label in added))
         return added
 
@@ -271,22 +276,13 @@ class LabelStore:
             raise KitError(f"No latent {number} in {self.file.stem}; it has 0 to {self.d_sae - 1:,}.")
         return number
 
-    def _newest(self) -> dict[int, Label]:
-        newest = {label.feature: label for label in self._standing()}
-        return {feature: label for feature, label in sorted(newest.items()) if label.text is not None}
-
-    def _standing(self) -> list[Label]:
-        """What was said and not undone, oldest first."""
-        lines = self._lines()
-        undone = {(line.feature, line.author, line.undoes) for line in lines if isinstance(line, Undo)}
-        labels = [line for line in lines if isinstance(line, Label)]
-        return [label for label in labels if (label.feature, label.author, label.time) not in undone]
-
-    def _lines(self) -> list[Label | Undo | LabelTest]:
-        lines = self._read().split(b"\n")
-        read = [self._parse(line, number) for number, line in enumerate(lines[:-1], start=1) if line.strip()]
-        read += _unless_torn(lines[-1])
-        return sorted(read, key=lambda line: line.time)  # a stable sort: equal times keep the order of the file
+    def _said(self) -> _Said:
+        content = self._read()
+        if content != self._known[0]:  # a gallery asks for every card
+            *whole, last = content.split(b"\n")
+            read = [self._parse(line, number) for number, line in enumerate(whole, start=1) if line.strip()]
+            self._known = content, _Said(read + _unless_torn(last))
+        return self._known[1]
 
     def _read(self) -> bytes:
         return self.file.read_bytes() if self.file.exists() else b""
@@ -331,6 +327,26 @@ class LabelStore:
             yield descriptor
         finally:
             os.close(descriptor)
+
+
+class _Said:
+    """What a file holds, oldest first."""
+
+    def __init__(self, lines: list[Label | Undo | LabelTest]) -> None:
+        self.lines = sorted(lines, key=lambda line: line.time)  # stable: equal times keep the order of the file
+
+    @cached_property
+    def standing(self) -> list[Label]:
+        """What was said and not undone."""
+        undone = {(line.feature, line.author, line.undoes) for line in self.lines if isinstance(line, Undo)}
+        labels = [line for line in self.lines if isinstance(line, Label)]
+        return [label for label in labels if (label.feature, label.author, label.time) not in undone]
+
+    @cached_property
+    def newest(self) -> dict[int, Label]:
+        """Every labelled latent's label, by latent."""
+        newest = {label.feature: label for label in self.standing}
+        return {feature: label for feature, label in sorted(newest.items()) if label.text is not None}
 
 
 def _unless_torn(line: bytes) -> list[Label | Undo | LabelTest]:

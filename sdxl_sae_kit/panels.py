@@ -22,9 +22,7 @@ class Panel(anywidget.AnyWidget):
     takes_focus = traitlets.Unicode().tag(sync=True)
     """CSS selector of what takes the keyboard's focus, once."""
 
-    def __init__(
-        self, name: str, on_open: Callable[[int], None], on_turn: Callable[[int], None] | None = None
-    ) -> None:
+    def __init__(self, name: str, on_open: Callable[[int], None], on_turn: Callable[[int], None] | None = None) -> None:
         super().__init__(turns=on_turn is not None)
         self.add_class(f"sae-{name}")
         self._on_open, self._on_turn = on_open, on_turn

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ _COMPARED = 1024
 _PAIRS = 2 * 10**9
 """Co-activation is counted on all tokens if that means at most so many pairs, else on evenly spaced images."""
 
-_AT_ONCE = 32  # images
+_AT_ONCE, _PICTURES_AT_ONCE = 32, 1024  # images
 _COMPARED_AT_ONCE = 2**24
 
 Entries = dict[str, NDArray[Any]]
@@ -64,7 +64,9 @@ def summarise(
     with explain_full(artifact.file(FILE)), open_part(temporary, "w") as file:
         file.attrs.update(sae=sae.name, hookpoint=sae.hookpoint, step=step, n_images=n_images)
         file.attrs.update(height=grid[0], width=grid[1], n_tokens=n_images * grid[0] * grid[1])
-        file.attrs.update(steps=cache.layout.steps, halves=[half.encode() for half in cache.layout.halves])
+        file.attrs.update(steps=cache.layout.steps, halves=cache.layout.halves)
+        with open_part(parts[0]) as first:
+            file.attrs["part_images"] = first.attrs["n_images"]
         alive = _write_statistics(file, parts, n_images, grid[0] * grid[1])
         shown = _write_latents(file, parts, sae, grid, min(top, n_images), memory)
         _write_similar(file, sae.directions.detach(), alive, memory)
@@ -243,7 +245,8 @@ def _coactive(
             for start in range(0, len(images), _AT_ONCE):
                 on = _fires(_firing(part, images[start : start + _AT_ONCE], grid, n))
                 fires += on.sum(axis=0)
-                both += (on[:, latents.start : latents.stop].T @ on).toarray()
+                pairs = (on[:, latents.start : latents.stop].T @ on).tocoo()
+                both[pairs.coords] += pairs.data
     either = fires[latents.start : latents.stop, None] + fires - both
     index = np.divide(both, either, out=np.zeros(both.shape, np.float32), where=either > 0)
     index[np.arange(len(latents)), np.arange(latents.start, latents.stop)] = 0  # itself
@@ -293,16 +296,14 @@ def _write_thumbnails(file: h5py.File, cache: ActivationCache, shown: set[int]) 
     else:
         held_out = np.flatnonzero(cache.prompts.held_out)
         shown = shown | set(np.random.default_rng(0).permutation(held_out)[:_COMPARED].tolist())
-    images = sorted(shown) if cache.layout.images else []
+    images = np.array(sorted(shown) if cache.layout.images else [], np.int64)
     ends = np.zeros(len(images), np.int64)
     stored = file.create_dataset("thumbnails/bytes", (0,), np.uint8, maxshape=(None,), chunks=(2**18,))
-    for at, encoded in enumerate(_encoded(cache, images)):
-        ends[at] = stored.shape[0] + len(encoded)
-        stored.resize(int(ends[at]), axis=0)
-        stored[-len(encoded) :] = encoded
-    file.create_dataset("thumbnails/image", data=np.array(images, np.int64))
+    for start in range(0, len(images), _PICTURES_AT_ONCE):
+        encoded = cache.thumbnails(images[start : start + _PICTURES_AT_ONCE])
+        before = stored.shape[0]
+        ends[start : start + len(encoded)] = before + np.cumsum([len(each) for each in encoded])
+        stored.resize(before + sum(map(len, encoded)), axis=0)
+        stored[before:] = np.frombuffer(b"".join(encoded), np.uint8)
+    file.create_dataset("thumbnails/image", data=images)
     file.create_dataset("thumbnails/ends", data=ends)
-
-
-def _encoded(cache: ActivationCache, images: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
-    return (np.frombuffer(cache.thumbnail(image), np.uint8) for image in images)

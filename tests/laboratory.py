@@ -56,9 +56,7 @@ def jupyterlab(folder: Path, content: nbformat.NotebookNode) -> Iterator[str]:
     command = [sys.executable, "-m", "jupyterlab", "--LabApp.expose_app_in_browser=True", *options]
     log = folder / "server.log"
     with log.open("w") as written:
-        server = subprocess.Popen(
-            command, env=_environment(folder), stdout=written, stderr=subprocess.STDOUT, cwd=root
-        )
+        server = subprocess.Popen(command, env=_environment(folder), stdout=written, stderr=subprocess.STDOUT, cwd=root)
     try:
         _wait_for(f"http://127.0.0.1:{port}/api?token={token}", server, log)
         yield f"http://127.0.0.1:{port}/lab/workspaces/{secrets.token_hex(4)}/tree/notebook.ipynb?token={token}"
@@ -92,13 +90,19 @@ def leaves(url: str) -> bool:
 def _environment(folder: Path) -> dict[str, str]:
     places = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR")
     settings = folder / "settings"
-    news = settings / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-    news.parent.mkdir(parents=True)
-    news.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+    chosen = {
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+        "notebook-extension/tracker": {"windowingMode": "none"},  # else a page has only the cells that are in sight
+    }
+    for name, choice in chosen.items():
+        file = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(choice))
     return {
         **os.environ,
         **{place: str(folder / place.lower()) for place in places},
         "JUPYTERLAB_SETTINGS_DIR": str(settings),
+        "SDXL_SAE_KIT_STORE": str(folder / "store"),
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)]),
     }
 

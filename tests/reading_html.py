@@ -23,11 +23,27 @@ TAGS = {
         "article",
         "header",
     ),
+    *("details", "summary", "svg", "path", "polyline", "circle", "rect"),
     *("figure", "figcaption", "img", "table", "caption", "thead", "tbody", "tr", "th", "td"),
 }
 ATTRIBUTES = {
     *("lang", "charset", "http-equiv", "content", "name", "class", "title", "src", "alt", "width", "height", "scope"),
-    *("role", "aria-label", "tabindex", "data-latent"),
+    *("role", "aria-label", "tabindex", "data-latent", "data-density", "data-maximum"),
+    *(
+        "viewbox",
+        "d",
+        "points",
+        "cx",
+        "cy",
+        "r",
+        "x",
+        "y",
+        "fill",
+        "stroke",
+        "stroke-width",
+        "stroke-dasharray",
+        "opacity",
+    ),
 }
 
 

@@ -36,7 +36,7 @@ class SyntheticStats(FeatureStats):
 
     codes: np.ndarray = field(repr=False, compare=False, kw_only=True)
     texts: tuple[str, ...] = field(repr=False, kw_only=True)
-    thumbnails: tuple[bytes, ...] = field(repr=False, kw_only=True)
+    pictures: tuple[bytes, ...] = field(repr=False, kw_only=True)
 
     @property
     def prompts(self) -> Prompts:
@@ -61,7 +61,7 @@ class SyntheticStats(FeatureStats):
 
     def thumbnail(self, image: int) -> bytes:
         """The image's picture."""
-        return self.thumbnails[image]
+        return self.pictures[image]
 
     def image_activations(self, by: Ranking = "max") -> np.ndarray:
         """Maximum, mean or share of firing tokens over each image, (image, latent)."""
@@ -85,7 +85,7 @@ class SyntheticStats(FeatureStats):
 
     def _as_examples(self, feature: int, images: np.ndarray, values: np.ndarray) -> list[Example]:
         maps = self.codes[:, feature]
-        return [Example(i, self.texts[i], i, float(values[i]), maps[i], self.thumbnails[i]) for i in images.tolist()]
+        return [Example(i, self.texts[i], i, float(values[i]), maps[i], self.pictures[i]) for i in images.tolist()]
 
     def heat_map(self, feature: int, image: int) -> np.ndarray:
         """The latent on one image."""
@@ -153,7 +153,7 @@ def synthetic_stats(
         moran_high=moran + np.float32(0.05),
         codes=codes,
         texts=tuple(texts),
-        thumbnails=tuple(_thumbnail(*scene) for scene in scenes),
+        pictures=tuple(_thumbnail(*scene) for scene in scenes),
     )
 
 

@@ -68,7 +68,7 @@ def test_the_wheel_would_carry_weights_and_template():
         for path in (ROOT / "sdxl_sae_kit").rglob("*")
         if path.is_file() and path.suffix not in (".py", ".pyc")
     }
-    assert {"py.typed", "report.html.j2", "model_index.json"} <= data
+    assert {"py.typed", "report.html.j2", "panel.js", "twin.js", "model_index.json"} <= data
     ignored = subprocess.run(
         ["git", "check-ignore", *sorted((ROOT / "sdxl_sae_kit").rglob("*.*"))], cwd=ROOT, capture_output=True, text=True
     )

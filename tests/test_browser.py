@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
-from laboratory import CHROMIUM, GO_DARK, READY, RUN_ALL, browser, jupyterlab, leaves, notebook
+from laboratory import CHROMIUM, GO_DARK, READY, REPOSITORY, RUN_ALL, browser, jupyterlab, leaves, notebook
 from synthetic import synthetic_stats
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -70,6 +71,42 @@ def test_a_label_given_in_jupyterlab_is_there_when_the_notebook_runs_again(page:
         sync_api.expect(page.locator(".sae-title h3")).to_have_text("Latent 7")
         assert page.locator(".sae-label input").input_value() == NASTY
         page.screenshot(path=tmp_path / "dark-feature.png")
+        _assert_all_well(page)
+
+
+@pytest.mark.slow
+def test_the_notebook_on_annotating_keeps_a_label(page: Any, tmp_path: Path) -> None:
+    content = nbformat.read(REPOSITORY / "notebooks" / "03_annotate_features.ipynb", as_version=4)
+    parameters = next(cell for cell in content.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source = 'MODEL = "tiny-turbo"\nSCALE = "smoke"'
+    content.metadata = notebook().metadata
+    page.set_default_timeout(400_000)
+    with jupyterlab(tmp_path, content) as address:
+        page.goto(address)
+        page.wait_for_function(READY)
+        page.evaluate(RUN_ALL)
+        gallery = page.locator(".jp-OutputArea-child", has=page.locator(".sae-overview")).first
+        numbers = gallery.locator(".sae-page .sae-card header b")
+        numbers.first.wait_for()
+        densest = numbers.first.inner_text()
+        gallery.locator(".sae-sort select").select_option(label="maximum")
+        sync_api.expect(numbers.first).not_to_have_text(densest)
+        strongest = numbers.first.inner_text()
+        gallery.locator(".sae-page .sae-card").first.click()
+        title = page.locator(".sae-title h3").first
+        sync_api.expect(title).to_have_text(f"Latent {strongest}")
+        page.locator(".sae-label input").first.fill("something bright")
+        page.keyboard.press("Tab")
+        page.locator("button.sae-save").first.click()
+        sync_api.expect(page.locator(".sae-notice").first).to_contain_text("Saved something bright")
+        page.screenshot(path=tmp_path / "labelled.png")
+        page.locator("button.sae-back").first.click()
+        card = gallery.locator(".sae-page .sae-card", has_text="something bright")
+        sync_api.expect(card.locator("header b")).to_have_text(strongest)
+        card.click()
+        sync_api.expect(page.locator(".sae-label input").first).to_have_value("something bright")
+        page.wait_for_function(READY)
+        page.screenshot(path=tmp_path / "reopened.png")
         _assert_all_well(page)
 
 

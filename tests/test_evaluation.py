@@ -10,7 +10,7 @@ import torch
 
 from sdxl_sae_kit.configs import SAEConfig, Site
 from sdxl_sae_kit.errors import KitError
-from sdxl_sae_kit.evaluation import stability
+from sdxl_sae_kit.evaluation import controls, stability
 from sdxl_sae_kit.html import show_table
 from sdxl_sae_kit.sae import SAE
 
@@ -98,3 +98,21 @@ def test_every_pair_has_its_rows_and_they_make_a_table():
 def test_what_cannot_be_compared_is_refused(saes, told):
     with pytest.raises(KitError, match=told):
         stability(saes())
+
+
+def test_controls_are_the_best_of_as_many_axes(small_saes, small_cache):
+    sae = small_saes["up.0.1", "k8"]
+    found = controls(sae, small_cache)
+    assert list(found) == ["untrained", "channels", "PCA"]
+    x = small_cache.read("up.0.1", range(20)).flatten(0, 2).float()
+    tokens = small_cache.sample("up.0.1", 40_960).double()
+    mean = tokens.mean(0)
+    eigenvectors = torch.linalg.svd(tokens - mean, full_matrices=False)[2]
+    for name, basis in (("channels", torch.eye(96).double()), ("PCA", eigenvectors)):
+        control = found[name]
+        coordinates = (x.double() - mean) @ basis.T
+        kept = coordinates.abs().argsort(dim=1, descending=True)[:, :8]
+        best = torch.zeros_like(coordinates).scatter(1, kept, coordinates.gather(1, kept))
+        assert torch.allclose(control.decode(control.encode(x)).double(), best @ basis + mean, atol=2e-3)
+        assert control.site == sae.site and control.d_sae == 192 and sae.name in control.name
+    assert found["untrained"].d_sae == sae.d_sae

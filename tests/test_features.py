@@ -2,18 +2,27 @@
 
 import copy
 import io
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from launching import LAUNCHERS
 from PIL import Image
+from scipy.stats import sem, t
+from test_firing import brute_force_moran
 
 from sdxl_sae_kit.collection import collect
 from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.evaluation import controls
 from sdxl_sae_kit.features import FeatureStats
+from sdxl_sae_kit.measurement import plan_measurement
 from sdxl_sae_kit.pipelines import generate
 from sdxl_sae_kit.prompts import load_prompts
+from sdxl_sae_kit.sae import FIRES
 from sdxl_sae_kit.training import train
 
 
@@ -43,9 +52,9 @@ def test_statistics_are_those_of_all_codes_at_once(small_stats, codes):
     assert not small_stats.mean[small_stats.density == 0].any()
 
 
-@pytest.mark.parametrize("by", ["max", "mean"])
+@pytest.mark.parametrize("by", ["max", "mean", "area"])
 def test_top_examples_are_the_images_with_the_highest_scores(small_stats, codes, by):
-    scores = codes.max(1) if by == "max" else codes.mean(1)
+    scores = {"max": codes.max(1), "mean": codes.mean(1), "area": (codes > FIRES).mean(1)}[by]
     for latent in small_stats.alive.tolist()[:: max(1, len(small_stats.alive) // 10)]:
         examples = small_stats.examples(latent, by)
         best = np.sort(scores[:, latent])[::-1][: len(examples)]
@@ -58,6 +67,216 @@ def test_top_examples_are_the_images_with_the_highest_scores(small_stats, codes,
 def test_image_activations_are_maxima_and_means_over_the_image(small_stats, codes):
     assert np.allclose(small_stats.image_activations("max"), codes.max(1), rtol=2e-3, atol=5e-3)
     assert np.allclose(small_stats.image_activations("mean"), codes.mean(1), rtol=2e-3, atol=5e-3)
+    assert np.allclose(small_stats.image_activations("area"), (codes > FIRES).mean(1), atol=1 / 64)
+
+
+def test_a_sample_is_spread_over_all_images_on_which_a_latent_fires(small_stats, codes):
+    for latent in small_stats.alive.tolist()[::5]:
+        maxima = np.sort(codes[:, :, latent].max(1))
+        firing = maxima[maxima > 2e-3]
+        values = [example.value for example in small_stats.sample(latent)]
+        assert values == sorted(values)
+        assert abs(len(values) - min(12, len(firing))) <= 1
+        if len(firing) >= 48:  # three from each quarter
+            bounds = np.quantile(firing, [0, 0.25, 0.5, 0.75, 1])
+            assert np.histogram(values, bounds + [-0.01, 0, 0, 0, 0.01])[0] == pytest.approx([3] * 4, abs=1)
+
+
+def test_histograms_and_curves_count_firing_tokens(small_stats, codes):
+    edges, counts = small_stats.histogram
+    (curve,) = small_stats.curves
+    assert (curve.step, curve.half) == (0, "cond")
+    assert np.array_equal(curve.density, small_stats.density) and np.allclose(curve.mean, small_stats.mean, rtol=1e-5)
+    for latent in small_stats.alive.tolist()[::7]:
+        values = codes[..., latent][codes[..., latent] > FIRES]
+        assert abs(counts[latent].sum() - len(values)) <= 2
+        assert np.abs(counts[latent] - np.histogram(values, edges)[0]).sum() <= 4
+
+
+def test_morans_i_is_averaged_over_the_images_on_which_a_latent_fires(small_stats, codes):
+    for latent in small_stats.alive.tolist()[::9]:
+        maps = [heat_map.reshape(8, 8) for heat_map in codes[:, :, latent] if (heat_map > FIRES).any()]
+        values = [brute_force_moran(heat_map) for heat_map in maps]
+        assert small_stats.moran[latent] == pytest.approx(np.mean(values), abs=0.02)
+        if len(values) > 20:
+            low, high = t.interval(0.95, len(values) - 1, np.mean(values), sem(values))
+            assert small_stats.moran_low[latent] == pytest.approx(low, abs=0.03)
+            assert small_stats.moran_high[latent] == pytest.approx(high, abs=0.03)
+
+
+def test_neighbours_are_those_that_fire_together_and_those_that_point_alike(small_stats, small_saes, codes):
+    on = codes.reshape(-1, codes.shape[2]).T > FIRES
+    rows = small_saes["up.0.1", "k8"].W_dec.double().numpy()
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    for latent in small_stats.alive.tolist()[::11]:
+        jaccard = (on & on[latent]).sum(1) / np.maximum((on | on[latent]).sum(1), 1)
+        jaccard[latent] = 0
+        near = small_stats.coactive(latent)
+        assert [n.value for n in near] == pytest.approx(np.sort(jaccard)[::-1][: len(near)].tolist(), abs=0.02)
+        assert all(n.value == pytest.approx(jaccard[n.latent], abs=0.02) and n.n == 7680 for n in near)
+        cosines = rows @ rows[latent]
+        cosines[latent] = -2
+        alive = cosines[small_stats.alive]
+        similar = small_stats.similar(latent, 3)
+        assert [n.value for n in similar] == pytest.approx(np.sort(alive)[::-1][:3].tolist(), abs=1e-5)
+        assert all(n.value == pytest.approx(cosines[n.latent], abs=1e-5) and n.n is None for n in similar)
+
+
+def test_every_picture_of_a_small_cache_is_kept_and_every_heat_map(small_stats, small_cache, codes):
+    assert small_stats.pictured.tolist() == list(range(120))
+    assert small_stats.thumbnail(77) == small_cache.thumbnail(77)
+    assert small_stats.thumbnail(500) == b""
+    assert np.allclose(small_stats.heat_maps(77).reshape(-1, 64), codes[77].T, rtol=2e-3, atol=2e-3)
+    with pytest.raises(KitError, match="has images 0 to 119; there is no 120"):
+        small_stats.heat_maps(120)
+
+
+def test_the_pictures_of_a_large_cache_are_those_of_examples_and_some_to_compare_with(
+    small_saes, small_cache, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sdxl_sae_kit.summary.MOST_PICTURED", 100)
+    monkeypatch.setattr("sdxl_sae_kit.summary._COMPARED", 3)
+    stats = FeatureStats.measure(small_saes["up.0.1", "k8"], small_cache, top=1, store=tmp_path)
+    shown = {e.image for f in range(stats.d_sae) for by in ("max", "mean", "area") for e in stats.examples(f, by)}
+    shown |= {e.image for f in range(stats.d_sae) for e in stats.sample(f)}
+    extra = set(stats.pictured.tolist()) - shown
+    assert shown <= set(stats.pictured.tolist()) and len(extra) <= 3
+    assert stats.prompts.held_out[sorted(extra)].all()
+
+
+@pytest.mark.parametrize("memory", [2**24, 2**30])
+def test_the_result_depends_neither_on_the_memory_nor_on_the_size_of_a_part(
+    small_saes, small_cache, small_stats, tmp_path, monkeypatch, memory
+):
+    monkeypatch.setattr("sdxl_sae_kit.measurement.PART_IMAGES", 50)
+    stats = FeatureStats.measure(small_saes["up.0.1", "k8"], small_cache, memory=memory, store=tmp_path)
+    with small_stats._file() as expected, stats._file() as found:
+        names = []
+        expected.visititems(lambda name, item: names.append(name) if hasattr(item, "shape") else None)
+        assert len(names) > 25
+        for name in names:
+            np.testing.assert_allclose(found[name][()], expected[name][()], rtol=1e-5, atol=1e-7, err_msg=name)
+    assert np.array_equal(stats.heat_map(int(stats.alive[3]), 101), small_stats.heat_map(int(stats.alive[3]), 101))
+    assert np.array_equal(stats.image_activations(), small_stats.image_activations())
+
+
+def test_what_was_measured_before_a_stop_is_not_measured_again(small_saes, small_cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sdxl_sae_kit.measurement.PART_IMAGES", 40)
+    sae, read, seen = small_saes["up.0.1", "k8"], type(small_cache).read, []
+
+    def stopping(cache, hookpoint, images):
+        seen.extend(np.asarray(images).tolist())
+        if 80 in images and len(seen) > 40:
+            raise KeyboardInterrupt
+        return read(cache, hookpoint, images)
+
+    monkeypatch.setattr(type(small_cache), "read", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        FeatureStats.measure(sae, small_cache, store=tmp_path)
+    (folder,) = (tmp_path / "features").iterdir()
+    assert {path.name for path in folder.glob("*.h5")} == {"part-00000.h5", "part-00001.h5"}
+    with pytest.raises(ArtifactError, match="No finished artifact"):
+        FeatureStats.open(folder)
+    seen.clear()
+    monkeypatch.setattr(
+        type(small_cache), "read", lambda cache, hook, images: seen.extend(images) or read(cache, hook, images)
+    )
+    FeatureStats.measure(sae, small_cache, store=tmp_path).artifact.verify()
+    assert set(seen[32:]) == set(range(80, 120))  # the first 32 are timed
+    assert "2 parts of 40 images are there already" in capsys.readouterr().out
+
+
+KILLED = """
+import os, signal, sys
+from sdxl_sae_kit import measurement
+from sdxl_sae_kit.cache import ActivationCache
+from sdxl_sae_kit.evaluation import controls
+from sdxl_sae_kit.features import FeatureStats
+from sdxl_sae_kit.measurement import plan_measurement
+from sdxl_sae_kit.sae import SAE
+
+measurement.PART_IMAGES = 30
+settle, made = measurement._settle, []
+
+def dying(temporary, final):
+    if len(made) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    made.append(final)
+    settle(temporary, final)
+
+measurement._settle = dying
+FeatureStats.measure(SAE.load(sys.argv[1]), ActivationCache.open(sys.argv[2]), store=sys.argv[3])
+"""
+
+
+def test_a_killed_measurement_goes_on_after_its_last_part(small_saes, small_cache, small_stats, tmp_path, monkeypatch):
+    monkeypatch.setattr("sdxl_sae_kit.measurement.PART_IMAGES", 30)  # as in the process that is killed
+    sae = small_saes["up.0.1", "k8"]
+    sae.save(tmp_path / "sae.safetensors")
+    places = [str(tmp_path / "sae.safetensors"), str(small_cache.artifact.folder), str(tmp_path)]
+    assert subprocess.run([sys.executable, "-c", KILLED, *places], capture_output=True).returncode == -9
+    (folder,) = (tmp_path / "features").iterdir()
+    left = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert left == {"part-00000.h5", "part-00001.h5", "part-00002.h5.tmp"}
+    stats = FeatureStats.measure(sae, small_cache, store=tmp_path)
+    assert stats.artifact.folder == folder and np.allclose(stats.std, small_stats.std, rtol=1e-5)
+    stats.artifact.verify()
+
+
+TOGETHER = """
+import sys
+from sdxl_sae_kit import measurement
+from sdxl_sae_kit.cache import ActivationCache
+from sdxl_sae_kit.features import FeatureStats
+from sdxl_sae_kit.sae import SAE
+
+measurement.PART_IMAGES = 25
+stats = FeatureStats.measure(SAE.load(sys.argv[1]), ActivationCache.open(sys.argv[2]), store=sys.argv[3])
+assert stats.n_images == 120 and len(stats.examples(int(stats.alive[0]))) > 0
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_share_the_images_and_find_the_same(small_saes, small_cache, small_stats, tmp_path, launcher):
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER)
+    sae = small_saes["up.0.1", "k8"]
+    sae.save(tmp_path / "sae.safetensors")
+    places = [str(tmp_path / "sae.safetensors"), str(small_cache.artifact.folder), str(tmp_path)]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], str(script), *places]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"ACCELERATE_USE_CPU": "true"}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (folder,) = (tmp_path / "features").iterdir()
+    stats = FeatureStats.open(folder)
+    assert np.allclose(stats.std, small_stats.std, rtol=1e-5)
+    assert np.array_equal(stats.density, small_stats.density)
+
+
+def test_a_forecast_needs_neither_cache_nor_sae():
+    plan = plan_measurement(5120, 10, 100_000, (16, 16), rows=2)
+    assert plan.n_tokens == 100_000 * 2 * 256
+    assert plan.nbytes > 100_000 * 256 * 10 * 6  # index and value of every code, of one row
+    assert "5,120 latents over 51,200,000 tokens of 100,000 images" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"top": 0}, "top must be an integer of at least 1"), ({"memory": 10}, "memory must be an integer of at least")],
+)
+def test_impossible_settings_are_refused(small_saes, small_cache, store, wrong, message):
+    with pytest.raises(KitError, match=message):
+        FeatureStats.measure(small_saes["up.0.1", "k8"], small_cache, store=store, **wrong)
+
+
+def test_controls_are_measured_in_the_same_way(small_saes, small_cache, store):
+    for name, control in controls(small_saes["up.0.1", "k8"], small_cache).items():
+        stats = FeatureStats.measure(control, small_cache, store=store)
+        assert name in stats.sae
+        x = small_cache.read("up.0.1", range(120))[:, 0].float()
+        assert np.allclose(stats.density, (control.encode(x) > FIRES).double().mean((0, 1)).numpy(), atol=1e-3)
 
 
 def test_an_examples_thumbnail_is_the_picture_its_prompt_and_seed_make(pipe, small_stats):

@@ -152,12 +152,12 @@ def specialize(
 ) -> Specialization:
     """Describe the features of several hookpoints by what they respond to, cluster them, and test for differences.
 
-    A feature that fires on at least 5 images is described by how much of the variance of its maximum over each image
-    every factor of the prompts explains (`omega_squared`), and by its looks: `active area` (share of tokens on which it
-    fires, in images where it does), its mean `Moran's I`, and the `centre-ness` of its five strongest heat maps. Where no factors
-    are known, the colours under those heat maps are added. K-means clusters the standardised descriptors. The mutual
-    information of hookpoint and cluster is compared with that of shuffled hookpoint labels, which takes features as
-    independent; those of one SAE are only roughly so.
+    A feature that fires on at least 5 images is described by how much of the variance of its maximum over each
+    image every factor of the prompts explains (`omega_squared`), and by its looks: `active area` (share of tokens
+    on which it fires, in images where it does), its mean `Moran's I`, and the `centre-ness` of its five strongest
+    heat maps. Where no factors are known, the colours under those heat maps are added. K-means clusters the
+    standardised descriptors. The mutual information of hookpoint and cluster is compared with that of shuffled
+    hookpoint labels, which takes features as independent; those of one SAE are only roughly so.
 
     Args:
         stats: one per hookpoint, measured on the same images.
