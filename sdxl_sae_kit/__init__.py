@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.cache import ActivationCache as ActivationCache
     from sdxl_sae_kit.collection import collect as collect
     from sdxl_sae_kit.collection import repair as repair
+    from sdxl_sae_kit.comparisons import compare as compare
     from sdxl_sae_kit.configs import SAEConfig as SAEConfig
     from sdxl_sae_kit.configs import Site as Site
     from sdxl_sae_kit.errors import KitError as KitError
     from sdxl_sae_kit.evaluation import evaluate as evaluate
     from sdxl_sae_kit.evaluation import stability as stability
+    from sdxl_sae_kit.explorer import explore as explore
     from sdxl_sae_kit.features import FeatureStats as FeatureStats
     from sdxl_sae_kit.galleries import gallery as gallery
     from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS as DEFAULT_HOOKPOINTS
@@ -59,9 +61,11 @@ _NAMES = {
     "artifacts": ["Store"],
     "cache": ["ActivationCache"],
     "collection": ["collect", "repair"],
+    "comparisons": ["compare"],
     "configs": ["SAEConfig", "Site"],
     "errors": ["KitError"],
     "evaluation": ["evaluate", "stability"],
+    "explorer": ["explore"],
     "features": ["FeatureStats"],
     "galleries": ["gallery"],
     "hookpoints": ["DEFAULT_HOOKPOINTS", "list_hookpoints"],

@@ -207,7 +207,7 @@ class FeatureStats:
                 f"examples: by is {', '.join(map(repr, get_args(Ranking)))}, not {by!r}."
                 f"{did_you_mean(str(by), get_args(Ranking))}"
             )
-        examples = self._examples(feature, by)[:n]
+        examples = self._examples(feature, by, n)
         if by == "area":
             tokens = self.grid[0] * self.grid[1]
             return [Example(**{**vars(example), "value": example.value / tokens}) for example in examples]
@@ -223,19 +223,26 @@ class FeatureStats:
         """
         return self._examples(feature, "sample")
 
-    def _examples(self, feature: int, by: str) -> list[Example]:
+    def _examples(self, feature: int, by: str, n: int | None = None) -> list[Example]:
         self._check(feature)
-        with self._file() as file:
-            images, values, maps = (file[f"examples/{by}/{name}"][feature] for name in ("image", "value", "heat_map"))
-        there = images >= 0
-        thumbnails = self.thumbnails(images[there])
         texts, seeds = self.prompts.texts, self.prompts.seeds
+        with self._file() as file:
+            images, values, maps = (
+                file[f"examples/{by}/{name}"][feature, :n] for name in ("image", "value", "heat_map")
+            )
+        images = images[images >= 0]
         return [
             Example(image, texts[image], seeds[image], value, heat_map.astype(np.float32), thumbnail)
             for image, value, heat_map, thumbnail in zip(
-                images[there].tolist(), values[there].tolist(), maps[there], thumbnails, strict=True
+                images.tolist(), values.tolist(), maps, self.thumbnails(images), strict=False
             )
         ]
+
+    @cached_property
+    def top_images(self) -> Int[np.ndarray, "latent place"]:
+        """The images on which every latent is strongest at one token, strongest first; −1 where there are no more."""
+        with self._file() as file:
+            return np.asarray(file["examples/max/image"][()])
 
     @cached_property
     def pictured(self) -> Int[np.ndarray, "image"]:
@@ -250,12 +257,11 @@ class FeatureStats:
     def thumbnails(self, images: Int[np.ndarray, " image"]) -> list[bytes]:
         """The pictures of some images; empty ones where they are not kept (see `pictured`)."""
         place = np.searchsorted(self.pictured, images)
+        ends, pictured = self._ends, self.pictured
         with self._file() as file:
             data = file["thumbnails/bytes"]
             return [
-                data[self._ends[at] : self._ends[at + 1]].tobytes()
-                if at < len(self.pictured) and self.pictured[at] == image
-                else b""
+                data[ends[at] : ends[at + 1]].tobytes() if at < len(pictured) and pictured[at] == image else b""
                 for at, image in zip(place, images, strict=True)
             ]
 

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from sdxl_sae_kit.errors import ArtifactError, EditError
-from sdxl_sae_kit.hookpoints import resolve
+from sdxl_sae_kit.hookpoints import Hookpoint, resolve
 from sdxl_sae_kit.hooks import Call, rewrite
 from sdxl_sae_kit.pipelines import describe
 from sdxl_sae_kit.sae import SAE
@@ -70,13 +70,7 @@ def steer(
     """
     if not isinstance(sae, SAE):
         raise EditError(f"steer takes one SAE, such as saes['up.0.1', 'k10'], not a {type(sae).__name__}.")
-    hookpoint = resolve(pipe.unet, sae.hookpoint)
-    _warn_of_another_model(pipe, sae)
-    if hookpoint.d_in != sae.d_in:
-        raise ArtifactError(
-            f"{sae.name} reads {sae.d_in} numbers a token, but {hookpoint.name} of this U-Net has {hookpoint.d_in}. "
-            f"Steer with one that was trained here."
-        )
+    hookpoint = check_fit(pipe, sae)
     if cfg not in ("both", "cond", "uncond"):
         raise EditError(f"steer: cfg is 'both', 'cond' or 'uncond', not {cfg!r}.")
     if where is not None and not _is_finite(where):
@@ -93,7 +87,14 @@ def steer(
         yield
 
 
-def _warn_of_another_model(pipe: Any, sae: SAE) -> None:
+def check_fit(pipe: Any, sae: SAE) -> Hookpoint:
+    """Where an SAE belongs in this U-Net; warns where it was trained on another model than the pipeline holds.
+
+    Raises:
+        HookpointError: the U-Net does not have that hookpoint.
+        ArtifactError: the SAE says not where it belongs, or reads tokens of another width.
+    """
+    hookpoint = resolve(pipe.unet, sae.hookpoint)
     model, site = describe(pipe), sae.site
     assert site is not None  # or it would have no hookpoint
     if (model.name, model.revision) != (site.model, site.revision):
@@ -102,6 +103,12 @@ def _warn_of_another_model(pipe: Any, sae: SAE) -> None:
             f"(revision {model.revision}): its features may mean something else here.",
             stacklevel=4,
         )
+    if hookpoint.d_in != sae.d_in:
+        raise ArtifactError(
+            f"{sae.name} reads {sae.d_in} numbers a token, but {hookpoint.name} of this U-Net has {hookpoint.d_in}. "
+            f"Take one that was trained here."
+        )
+    return hookpoint
 
 
 @dataclass(frozen=True)

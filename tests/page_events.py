@@ -1,0 +1,33 @@
+"""What plotly sends from the page, sent to a figure that is in no page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+SELECTORS: dict[str | None, Any] = {
+    None: None,
+    "box": {"type": "box", "selector_state": {"xrange": [0, 1], "yrange": [0, 1]}},
+    "lasso": {"type": "lasso", "selector_state": {"xs": [0, 1, 1], "ys": [0, 0, 1]}},
+}
+
+
+def drag(figure: Any, tokens: Sequence[int], kind: str | None = "box") -> None:
+    """A drag has enclosed these markers; with `kind` None, an outline that Python drew has."""
+    _send(figure, "plotly_selected", tokens, SELECTORS[kind])
+
+
+def leave(figure: Any) -> None:
+    """A double click has ended a selection."""
+    _send(figure, "plotly_deselect", [], None)
+
+
+def _send(figure: Any, event: str, tokens: Sequence[int], selector: Any) -> None:
+    (markers,) = figure.data
+    points = {
+        "trace_indexes": [0] * len(tokens),
+        "point_indexes": list(tokens),
+        "xs": [markers.x[token] for token in tokens],
+        "ys": [markers.y[token] for token in tokens],
+    }
+    figure._js2py_pointsCallback = {"event_type": event, "points": points, "selector": selector, "device_state": None}
