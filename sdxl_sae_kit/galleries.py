@@ -23,13 +23,9 @@ from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.forms import line, widget
 from sdxl_sae_kit.labels import LabelStore
 from sdxl_sae_kit.panels import Panel
-from sdxl_sae_kit.sae import FIRES
 
 MOST_CARDS = 48
 """Cards on one page: more make a browser slow."""
-
-SEARCHED = 12
-"""Images of each latent, the strongest, whose prompts the filter looks through."""
 
 DRAWING = 4
 """Threads that draw cards: reading and writing WebP lets others run."""
@@ -273,19 +269,10 @@ class Overview(widgets.VBox):  # type: ignore[misc]
         def has_all(text: str) -> bool:
             return all(word in text.casefold() for word in words)
 
-        found = np.array([has_all(prompt) for prompt in self._stats.prompts.texts])
-        matching: Bool[np.ndarray, " latent"] = (found[self._strongest] & self._fires).any(axis=0)
+        found = np.array([*map(has_all, self._stats.prompts.texts), False])  # the last is for empty places, −1
+        matching: Bool[np.ndarray, " latent"] = found[self._stats.top_images].any(axis=1)
         matching[[latent for latent, label in named.items() if has_all(label) and latent < len(matching)]] = True
         return matching
-
-    @cached_property
-    def _strongest(self) -> Int[np.ndarray, "searched latent"]:
-        """The images whose prompts are searched for each latent."""
-        return np.argsort(-self._stats.image_activations("max"), axis=0, kind="stable")[:SEARCHED]
-
-    @cached_property
-    def _fires(self) -> Bool[np.ndarray, "searched latent"]:
-        return np.take_along_axis(self._stats.image_activations("max"), self._strongest, axis=0) > FIRES
 
     def _try_to_open(self, latent: int) -> None:
         try:

@@ -74,6 +74,13 @@ class SyntheticStats(FeatureStats):
         strongest = np.argsort(-values, kind="stable")[: n or 12]
         return self._as_examples(feature, strongest[values[strongest] > 0], values)
 
+    @property
+    def top_images(self) -> np.ndarray:
+        """The twelve images on which each latent is strongest."""
+        values = self.image_activations()
+        best = np.argsort(-values, axis=0, kind="stable")[:12]
+        return np.where(np.take_along_axis(values, best, axis=0) > FIRES, best, -1).T
+
     def sample(self, feature: int) -> list[Example]:
         """Twelve images from the weakest to the strongest."""
         values = self.image_activations()[:, feature]
