@@ -154,9 +154,9 @@ class FeatureStats:
             arrays = {name: file[name][()] for name in _PER_LATENT}
             arrays |= {f"moran{end}": file[f"moran/{end[1:] or 'mean'}"][()] for end in ("", "_low", "_high")}
             a = file.attrs
-            names, grid = (str(a["sae"]), str(a["hookpoint"])), (int(a["height"]), int(a["width"]))
-            numbers = {name: int(a[name]) for name in ("step", "n_images", "n_tokens")}
-            return cls(artifact, *names, grid, **numbers, **arrays)  # type: ignore[arg-type]
+            arrays |= {name: int(a[name]) for name in ("step", "n_images", "n_tokens")}
+            grid = (int(a["height"]), int(a["width"]))
+            return cls(artifact=artifact, sae=str(a["sae"]), hookpoint=str(a["hookpoint"]), grid=grid, **arrays)
 
     @property
     def d_sae(self) -> int:
