@@ -13,6 +13,7 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -258,11 +259,14 @@ def figures(pictures: Iterable[tuple[str, str, str]]) -> str:
 def table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> str:
     """A small table with the keys of the first row as its head; columns of numbers stand right, others left.
 
+    An interval, which is a column of pairs of numbers, is written below the numbers of the column before it.
+
     >>> table([{"hookpoint": "mid.0", "L0": 10}]).count("<td")
     2
     """
     if not rows:
         return quiet(caption) if caption else ""
+    rows = _with_intervals(rows)
     columns = list(rows[0])
     numeric = {column for column in columns if all(_is_number(row[column]) for row in rows)}
     kinds = {column: "sae-number" if column in numeric else "sae-text" for column in columns}
@@ -271,6 +275,20 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> str:
     titled = f"<caption>{escape(caption)}</caption>" if caption else ""
     grid = f"<table>{titled}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="sae-wide" tabindex="0" role="group" aria-label="{escape(caption or "table")}">{grid}</div>'
+
+
+def _with_intervals(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with every interval behind the number that it is of."""
+    written = [dict(row) for row in rows]
+    for number, column in pairwise(rows[0]):
+        if all(_is_interval(row[column]) and isinstance(row[number], float) for row in rows):
+            for row in written:
+                row[number] = "{} [{}, {}]".format(*map(short, (row[number], *row.pop(column))))
+    return written
+
+
+def _is_interval(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(end, float) for end in value)
 
 
 def _is_number(value: object) -> bool:

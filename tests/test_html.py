@@ -143,3 +143,15 @@ def test_tables_set_numbers_right() -> None:
     assert all(text in table for text in ("9.50", "12,345", "True", "<caption>SAEs"))
     assert html.table([]) == ""
     assert read_safely(html.table([], "0 <labels>")).text == "0 <labels>"
+
+
+def test_an_interval_stands_below_its_number():
+    rows = [
+        {"of": "a", "AUC": 0.5, "interval": (0.4, 0.61), "n": 3},
+        {"of": "b", "AUC": 1.0, "interval": (1.0, 1.0), "n": 4},
+    ]
+    written = html.table(rows)
+    assert "0.500<br>[0.400, 0.610]" in written and "1.00<br>[1.00, 1.00]" in written
+    assert written.count("<th") == 3 + 1  # thead begins so too
+    assert rows[0]["interval"] == (0.4, 0.61)
+    assert html.table([{"AUC": 0.5, "interval": None}]).count("<th ") == 2  # what is no interval keeps its column
