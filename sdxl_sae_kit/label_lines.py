@@ -14,11 +14,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 from sdxl_sae_kit import html
+from sdxl_sae_kit.artifacts import whole_number
 from sdxl_sae_kit.errors import KitError
 
 VERSION = 2
@@ -31,6 +33,7 @@ NOT_A_LINE = (KitError, ValueError, KeyError, TypeError, AttributeError, Overflo
 """What `parse` raises, whatever a line holds."""
 COLUMNS = ("feature", "text", "tags", "confidence", "author", "time")
 """Of a CSV file; the first two are needed."""
+LAST_YEAR = 9998  # datetime ends with the next
 _COUNTS = ("right_active", "n_active", "right_inactive", "n_inactive")
 _FORMULA = "[=+\\-@＝＋－＠\t\r\n]"  # a spreadsheet runs a cell that begins so
 _Z = 1.959963984540054  # 97.5 % of a normal distribution lies below
@@ -170,14 +173,13 @@ class LabelTest:
         )
 
 
-@lru_cache(maxsize=65536)
 def parse(line: bytes) -> Label | Undo | LabelTest:
     """What a line holds; what it raises where it holds nothing of this is listed in `NOT_A_LINE`."""
     record = json.loads(line)
     if record["version"] not in READABLE:
         raise ValueError(f"it has version {record['version']}, and this kit reads versions 1 and {VERSION}")
     said: dict[str, Any] = {
-        "feature": latent(record["feature"]), "author": str(record["author"]), "time": read_time(record["time"])
+        "feature": latent(record["feature"]), "author": tidy_author(record["author"]), "time": read_time(record["time"])
     }  # fmt: skip
     match record.get("kind", "label"):
         case "label":
@@ -192,12 +194,29 @@ def parse(line: bytes) -> Label | Undo | LabelTest:
         case "undo":
             return Undo(undoes=read_time(record["undoes"]), **said)
         case "test":
-            counts: dict[str, Any] = {name: _whole(record[name]) for name in _COUNTS}
-            check_counts(**counts)
-            return LabelTest(
-                text=tidy(record["text"]), evidence=tidy_evidence(record.get("evidence")), **counts, **said
-            )
+            said |= zip(_COUNTS, tidy_counts(*(record[name] for name in _COUNTS)), strict=True)
+            return LabelTest(text=tidy(record["text"]), evidence=tidy_evidence(record.get("evidence")), **said)
     raise ValueError(f"it is of the kind {record['kind']!r}, which this kit does not know")
+
+
+class Said:
+    """What a file holds, oldest first."""
+
+    def __init__(self, lines: Iterable[Label | Undo | LabelTest]) -> None:
+        self.lines = sorted(lines, key=lambda line: line.time)  # stable: equal times keep the order of the file
+
+    @cached_property
+    def standing(self) -> list[Label]:
+        """What was said and not undone."""
+        undone = {(line.feature, line.author, line.undoes) for line in self.lines if isinstance(line, Undo)}
+        labels = [line for line in self.lines if isinstance(line, Label)]
+        return [label for label in labels if (label.feature, label.author, label.time) not in undone]
+
+    @cached_property
+    def newest(self) -> dict[int, Label]:
+        """Every labelled latent's label, by latent."""
+        newest = {label.feature: label for label in self.standing}
+        return {feature: label for feature, label in sorted(newest.items()) if label.text is not None}
 
 
 def csv_text(labels: Iterable[Label]) -> str:
@@ -243,7 +262,7 @@ def _from_row(row: Mapping[str, Any], author: str) -> tuple[Label, bool]:
     label = Label(
         latent(int(cells["feature"])),
         tidy(cells["text"]),
-        whole_characters(cells.get("author") or author),
+        tidy_author(cells.get("author") or author),
         read_time(time) if time else datetime.now(UTC),
         tidy_tags(tag for tag in cells.get("tags", "").split(";") if tag.strip()),
         tidy_confidence(float(sure)) if sure else None,
@@ -256,17 +275,20 @@ def _harmless(cell: str) -> str:
 
 
 def read_time(text: str) -> datetime:
-    """The time in UTC. Raises ValueError for a time without a zone."""
+    """The time in UTC. Raises ValueError for a time without a zone, KitError for one too late."""
     time = datetime.fromisoformat(text)
     if time.tzinfo is None:
         raise ValueError("its time has no time zone")
-    return time.astimezone(UTC)
+    return _early(time.astimezone(UTC))
 
 
 def latent(feature: SupportsIndex) -> int:
-    """The latent's number. Raises KitError or TypeError for anything else."""
-    number = operator.index(feature)
-    if isinstance(feature, bool) or number < 0:
+    """The latent's number. Raises KitError for anything else."""
+    try:
+        number = -1 if isinstance(feature, bool) else operator.index(feature)
+    except TypeError:
+        number = -1
+    if number < 0:
         raise KitError(f"A latent is an integer from 0 on, not {feature!r}.")
     return number
 
@@ -285,8 +307,8 @@ def tidy(text: str) -> str:
 
 def tidy_tags(tags: Iterable[str]) -> tuple[str, ...]:
     """Tags as they are kept: stripped, each once. Raises KitError for a tag that is empty, too long or holds a `;`."""
-    if isinstance(tags, str):
-        raise KitError(f"Tags are several texts, such as ('colour',), not the one text {tags!r}. Put it in a tuple.")
+    if isinstance(tags, str) or not isinstance(tags, Iterable):
+        raise KitError(f"Tags are several texts, such as ('colour',), not {tags!r}. Put them in a tuple.")
     tidied = []
     for tag in tags:
         stripped = tag.strip() if isinstance(tag, str) else ""
@@ -302,7 +324,7 @@ def tidy_confidence(confidence: float | None) -> float | None:
     """A confidence as it is kept. Raises KitError unless it is None or from 0 to 1."""
     if confidence is None:
         return None
-    if isinstance(confidence, bool) or not 0 <= confidence <= 1:
+    if isinstance(confidence, bool) or not isinstance(confidence, Real) or not 0 <= confidence <= 1:
         raise KitError(f"A label's confidence is a number from 0 (a guess) to 1 (certain), not {confidence!r}.")
     return float(confidence)
 
@@ -325,6 +347,13 @@ def tidy_evidence(evidence: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return dict(json.loads(kept))
 
 
+def tidy_author(name: str) -> str:
+    """An author's name. Raises KitError where it is no text or holds half a character."""
+    if not isinstance(name, str):
+        raise KitError(f"An author is named by a text, not {name!r}. Pass a name.")
+    return whole_characters(name)
+
+
 def whole_characters(text: str) -> str:
     """The text. Raises KitError if it holds half a character."""
     if any("\ud800" <= character <= "\udfff" for character in text):
@@ -334,19 +363,18 @@ def whole_characters(text: str) -> str:
     return text
 
 
-def check_counts(right_active: int, n_active: int, right_inactive: int, n_inactive: int) -> None:
-    """Raise KitError unless both classes had pictures and no more of them are right than were shown."""
-    if not (0 <= right_active <= n_active and 0 <= right_inactive <= n_inactive and n_active and n_inactive):
+def tidy_counts(right_active: int, n_active: int, right_inactive: int, n_inactive: int) -> tuple[int, int, int, int]:
+    """The counts. Raises KitError unless both classes had pictures and no more of them are right than were shown."""
+    right_active, n_active, right_inactive, n_inactive = (
+        whole_number("A test's count", number, least=0)
+        for number in (right_active, n_active, right_inactive, n_inactive)
+    )
+    if not (right_active <= n_active and right_inactive <= n_inactive and n_active and n_inactive):
         raise KitError(
             f"A test needs pictures of both kinds and cannot have more right than shown; {right_active} of {n_active} "
             f"active and {right_inactive} of {n_inactive} inactive were given. Count anew."
         )
-
-
-def _whole(number: object) -> int:
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"{number!r} is no count")
-    return number
+    return right_active, n_active, right_inactive, n_inactive
 
 
 def _line(kind: str, **told: object) -> bytes:
@@ -354,7 +382,14 @@ def _line(kind: str, **told: object) -> bytes:
 
 
 def _written(time: datetime) -> str:
-    return time.isoformat(timespec="microseconds")
+    return _early(time).isoformat(timespec="microseconds")
+
+
+def _early(time: datetime) -> datetime:
+    """The time, if one can still speak after it; so whatever is written can be read and answered."""
+    if time.year > LAST_YEAR:
+        raise KitError(f"A label's time is at most in the year {LAST_YEAR}, not {time.isoformat()}. Mend it.")
+    return time
 
 
 def _wilson(right: int, n: int) -> tuple[float, float]:

@@ -15,9 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, Literal, Protocol, SupportsIndex, TypeVar, runtime_checkable
 
 from sdxl_sae_kit.artifacts import Artifact, Store, explain_unwritable, slug
 from sdxl_sae_kit.errors import ArtifactError, KitError
@@ -28,22 +27,24 @@ from sdxl_sae_kit.label_lines import (
     NOT_A_LINE,
     Label,
     LabelTest,
+    Said,
     Undo,
-    check_counts,
     csv_text,
     latent,
     parse,
     read_rows,
     tidy,
+    tidy_author,
     tidy_confidence,
+    tidy_counts,
     tidy_evidence,
     tidy_tags,
-    whole_characters,
 )
 
 __all__ = ["LONGEST", "Label", "LabelStore", "LabelTest", "Undo"]
 
 _INSTANT = timedelta(microseconds=1)
+_Line = TypeVar("_Line", Label, LabelTest)
 
 
 @runtime_checkable
@@ -77,7 +78,7 @@ class LabelStore:
     def __init__(self, file: Path, d_sae: int | None = None) -> None:
         self.file = Path(file)
         self.d_sae = d_sae
-        self._known = b"", _Said([])
+        self._known = b"", Said(())
 
     @classmethod
     def of(cls, stats: OfAnSAE | str, store: Path | str | None = None) -> LabelStore:
@@ -125,6 +126,17 @@ class LabelStore:
                      tidy_tags(tags), tidy_confidence(confidence), tidy_evidence(evidence))  # fmt: skip
         return self._say(said)
 
+    def suggest(self, feature: SupportsIndex, text: str, *, evidence: Mapping[str, Any], author: str) -> Label | None:
+        """Name a latent that nobody has named; where somebody has, also just now, their word stays and this is None.
+
+        Raises:
+            KitError: as for `set`.
+        """
+        said = Label(self._latent(feature), tidy(text), _author(author), datetime.now(UTC),
+                     evidence=tidy_evidence(evidence))  # fmt: skip
+        with self._locked() as descriptor:
+            return None if said.feature in self._said().newest else self._add(descriptor, said)
+
     def withdraw(self, feature: SupportsIndex, *, author: str | None = None) -> Label:
         """Take a latent's label back; its history stays.
 
@@ -152,7 +164,7 @@ class LabelStore:
             undone = Undo(mine[-1].feature, mine[-1].time, author, datetime.now(UTC))
             self._append(descriptor, undone.line())
         stands = [label for label in self._said().standing if label.feature == undone.feature]
-        return stands[-1] if stands else Label(undone.feature, None, author, undone.time)
+        return _copy(stands[-1]) if stands else Label(undone.feature, None, author, undone.time)
 
     def add_test(
         self,
@@ -171,8 +183,7 @@ class LabelStore:
         Raises:
             KitError: more are right than were shown, or a kind was not shown at all.
         """
-        check_counts(right_active, n_active, right_inactive, n_inactive)
-        counts = (right_active, n_active, right_inactive, n_inactive)
+        counts = tidy_counts(right_active, n_active, right_inactive, n_inactive)
         test = LabelTest(self._latent(feature), tidy(text), *counts, _author(author), datetime.now(UTC),
                          tidy_evidence(evidence))  # fmt: skip
         with self._locked() as descriptor:
@@ -188,7 +199,8 @@ class LabelStore:
 
     def latest(self, feature: SupportsIndex) -> Label | None:
         """The latent's label with its tags, author and all; None where it has none."""
-        return self._said().newest.get(latent(feature))
+        newest = self._said().newest.get(latent(feature))
+        return newest and _copy(newest)
 
     def all(self) -> dict[int, str]:
         """Every labelled latent and its label, by latent."""
@@ -201,12 +213,15 @@ class LabelStore:
             ArtifactError: a line of the file is none of a label file.
         """
         chosen = None if feature is None else latent(feature)
-        return [line for line in self._said().lines if isinstance(line, Label) and chosen in (None, line.feature)]
+        return [
+            _copy(line) for line in self._said().lines if isinstance(line, Label) and chosen in (None, line.feature)
+        ]
 
     def tests(self, feature: SupportsIndex | None = None) -> list[LabelTest]:
         """All tests of one latent's labels, or of all, oldest first; each says which text was tested."""
         chosen = None if feature is None else latent(feature)
-        return [line for line in self._said().lines if isinstance(line, LabelTest) and chosen in (None, line.feature)]
+        lines = [line for line in self._said().lines if isinstance(line, LabelTest)]
+        return [_copy(line) for line in lines if chosen in (None, line.feature)]
 
     def agreement(self, by: Literal["text", "tags"] = "text") -> Agreement:
         """Cohen's kappa of every two authors, over the features that both labelled.
@@ -276,12 +291,15 @@ class LabelStore:
             raise KitError(f"No latent {number} in {self.file.stem}; it has 0 to {self.d_sae - 1:,}.")
         return number
 
-    def _said(self) -> _Said:
-        content = self._read()
-        if content != self._known[0]:  # a gallery asks for every card
-            *whole, last = content.split(b"\n")
-            read = [self._parse(line, number) for number, line in enumerate(whole, start=1) if line.strip()]
-            self._known = content, _Said(read + _unless_torn(last))
+    def _said(self) -> Said:
+        content, (known, said) = self._read(), self._known
+        if content != known:  # a gallery asks for every card
+            if not (content.startswith(known) and known.endswith(b"\n")):  # more than lines added
+                known, said = b"", Said(())
+            *whole, last = content[len(known) :].split(b"\n")
+            numbered = enumerate(whole, start=known.count(b"\n") + 1)
+            read = [self._parse(line, number) for number, line in numbered if line.strip()]
+            self._known = content, Said(said.lines + read + _unless_torn(last))
         return self._known[1]
 
     def _read(self) -> bytes:
@@ -298,8 +316,11 @@ class LabelStore:
 
     def _say(self, label: Label) -> Label:
         with self._locked() as descriptor:
-            label = _after(label, self.history(label.feature))
-            self._append(descriptor, label.line())
+            return self._add(descriptor, label)
+
+    def _add(self, descriptor: int, label: Label) -> Label:
+        label = _after(label, self.history(label.feature))
+        self._append(descriptor, label.line())
         return label
 
     def _append(self, descriptor: int, lines: bytes) -> None:
@@ -329,32 +350,17 @@ class LabelStore:
             os.close(descriptor)
 
 
-class _Said:
-    """What a file holds, oldest first."""
-
-    def __init__(self, lines: list[Label | Undo | LabelTest]) -> None:
-        self.lines = sorted(lines, key=lambda line: line.time)  # stable: equal times keep the order of the file
-
-    @cached_property
-    def standing(self) -> list[Label]:
-        """What was said and not undone."""
-        undone = {(line.feature, line.author, line.undoes) for line in self.lines if isinstance(line, Undo)}
-        labels = [line for line in self.lines if isinstance(line, Label)]
-        return [label for label in labels if (label.feature, label.author, label.time) not in undone]
-
-    @cached_property
-    def newest(self) -> dict[int, Label]:
-        """Every labelled latent's label, by latent."""
-        newest = {label.feature: label for label in self.standing}
-        return {feature: label for feature, label in sorted(newest.items()) if label.text is not None}
-
-
 def _unless_torn(line: bytes) -> list[Label | Undo | LabelTest]:
     """What a line without newline holds: all of it, or nothing, as no beginning of a JSON object is itself JSON."""
     try:
         return [parse(line)]
     except NOT_A_LINE:
         return []
+
+
+def _copy(line: _Line) -> _Line:
+    """The line with evidence of its own, so that who changes it changes nothing that is kept."""
+    return replace(line, evidence=tidy_evidence(line.evidence))
 
 
 def _after(label: Label, before: Iterable[Label]) -> Label:
@@ -380,7 +386,7 @@ def _is_known(label: Label, timed: bool, before: Iterable[Label], newest: Label 
 
 
 def _author(name: str | None) -> str:
-    return whole_characters(name) if name else user()
+    return tidy_author(user() if name is None or name == "" else name)
 
 
 def user() -> str:

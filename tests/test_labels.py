@@ -104,10 +104,12 @@ def test_a_line_is_the_documented_record(labels: LabelStore) -> None:
         (1, "half \ud83d", "half a character"),
         (-1, "red", "from 0 on, not -1"),
         (True, "red", "from 0 on, not True"),
+        (1.5, "red", "from 0 on, not 1.5"),
+        ("1", "red", "from 0 on, not '1'"),
     ],
 )
 def test_bad_labels_are_refused_and_nothing_is_written(
-    labels: LabelStore, feature: int, text: str, message: str
+    labels: LabelStore, feature: int, text: str, message: str, unchecked_types: None
 ) -> None:
     with pytest.raises(KitError, match=message):
         labels.set(feature, text)
@@ -158,6 +160,67 @@ def test_a_new_label_wins_against_one_from_a_clock_that_runs_ahead(labels: Label
     assert labels.get(1) == "new"
 
 
+def test_nothing_is_written_that_could_not_be_read(labels: LabelStore) -> None:
+    latest = datetime(9999, 1, 1, tzinfo=UTC) - timedelta(microseconds=2)
+    labels.file.parent.mkdir()
+    labels.file.write_bytes(Label(1, "old", "bob", latest).line())
+    assert labels.set(1, "new") == labels.latest(1)
+    with pytest.raises(KitError, match="at most in the year 9998"):
+        labels.set(1, "newer")
+    assert labels.all() == {1: "new"}
+    labels.set(2, "red")
+
+
+def test_whoever_changes_evidence_changes_nothing_that_is_kept(labels: LabelStore) -> None:
+    kept = {"images": [3, 17]}
+    for text in ("red", "blue"):
+        labels.set(1, text, evidence=kept)
+    labels.add_test(1, "red", right_active=1, n_active=1, right_inactive=1, n_inactive=1, evidence=kept)
+    for read in (lambda: labels.latest(1), lambda: labels.history(1)[0], lambda: labels.tests(1)[0]):
+        read().evidence["images"].append(99)
+        assert read().evidence == kept
+    labels.undo().evidence["images"].append(99)
+    assert labels.latest(1).evidence == LabelStore(labels.file).latest(1).evidence == kept
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["add", "tear", "mend", "rewrite"]), said), max_size=8))
+def test_a_store_that_reads_on_knows_what_a_new_one_reads(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, Label]]
+) -> None:
+    labels = LabelStore(tmp_path_factory.mktemp("labels") / "x.jsonl")
+    content = b""
+    for step, label in steps:
+        whole = content[: content.rfind(b"\n") + 1]
+        content = {"add": whole + label.line(), "tear": whole + label.line()[:30], "mend": whole + label.line()[:-1],
+                   "rewrite": label.line()}[step]  # fmt: skip
+        labels.file.write_bytes(content)
+        assert labels.history() == LabelStore(labels.file).history() and labels.all() == LabelStore(labels.file).all()
+
+
+def test_only_what_was_added_is_parsed(labels: LabelStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[bytes] = []
+    monkeypatch.setattr("sdxl_sae_kit.labels.parse", lambda line: parsed.append(line) or parse(line))
+    for feature in range(20):
+        labels.set(feature, "red")
+        assert labels.get(feature) == "red"
+    assert len([line for line in parsed if line]) == 20
+    labels.file.write_bytes(labels.file.read_bytes() + b"damage\n")
+    with pytest.raises(ArtifactError, match="Line 21 of"):
+        labels.all()
+
+
+def test_a_suggestion_replaces_nothing(labels: LabelStore) -> None:
+    first = labels.suggest(1, "red", evidence={}, author="judge")
+    assert first == labels.latest(1) and first.author == "judge"
+    assert labels.suggest(1, "blue", evidence={}, author="judge") is None
+    labels.withdraw(1)
+    assert labels.suggest(1, "blue", evidence={}, author="judge") == labels.latest(1)
+    assert [label.text for label in labels.history(1)] == ["red", None, "blue"]
+    with pytest.raises(KitError, match="needs some text"):
+        labels.suggest(2, " ", evidence={}, author="judge")
+
+
 @pytest.mark.parametrize("cut", [1, 20, -1])
 def test_a_torn_last_line_is_passed_over_and_cut_by_the_next_writer(labels: LabelStore, cut: int) -> None:
     labels.set(1, "red")
@@ -196,6 +259,10 @@ def test_a_last_line_that_only_lacks_its_newline_counts_and_is_kept(labels: Labe
         '"n_inactive":1,"author":"","time":"2030-01-01T00:00:00Z"}',
         '{"version":1,"feature":1,"text":"x","author":"","time":"2030-01-01"}',
         '{"version":1,"feature":1,"text":"x","author":"","time":"0001-01-01T00:00:00+09:00"}',
+        '{"version":1,"feature":1,"text":"x","author":"","time":"9999-12-31T23:59:59.999999Z"}',
+        '{"version":1,"feature":1,"text":"x","author":"","time":"9999-12-31T23:59:59-05:00"}',
+        '{"version":1,"feature":1,"text":"x","author":"half \\ud83d","time":"2030-01-01T00:00:00Z"}',
+        '{"version":1,"feature":1,"text":"x","author":7,"time":"2030-01-01T00:00:00Z"}',
         '{"version":1,"feature":' + "[" * 100_000,
     ],
 )
@@ -230,7 +297,7 @@ def test_a_line_says_what_was_written(line: Label | Undo | LabelTest) -> None:
     assert parse(written) == line and written.count(b"\n") == 1 and written.endswith(b"\n")
     for cut in range(1, len(written)):
         with pytest.raises(NOT_A_LINE):
-            parse.__wrapped__(written[: len(written) - 1 - cut])
+            parse(written[: len(written) - 1 - cut])
 
 
 def test_lines_of_version_1_are_still_read(labels: LabelStore) -> None:
@@ -249,6 +316,7 @@ def test_lines_of_version_1_are_still_read(labels: LabelStore) -> None:
     ("options", "message"),
     [
         ({"tags": "colour"}, "Tags are several texts"),
+        ({"tags": 7}, "Tags are several texts, .* not 7"),
         ({"tags": [""]}, "A tag is 1 to 50 characters"),
         ({"tags": ["a;b"]}, "without a semicolon, and 'a;b' is not"),
         ({"tags": ["a\nb"]}, "on one line"),
@@ -257,11 +325,15 @@ def test_lines_of_version_1_are_still_read(labels: LabelStore) -> None:
         ({"confidence": 1.01}, "from 0 .* to 1"),
         ({"confidence": float("nan")}, "from 0 .* to 1"),
         ({"confidence": True}, "from 0 .* to 1"),
+        ({"confidence": "high"}, "from 0 .* to 1.*, not 'high'"),
         ({"evidence": {"image": object()}}, "that JSON can hold"),
         ({"evidence": {"value": float("nan")}}, "that JSON can hold"),
         ({"evidence": {"text": "\ud800"}}, "that JSON can hold"),
         ({"evidence": {"text": "x" * 100_001}}, "at most 100,000 bytes"),
+        ({"evidence": 7}, "that JSON can hold"),
         ({"author": "half \ud83d"}, "half a character"),
+        ({"author": 7}, "named by a text, not 7"),
+        ({"author": 0}, "named by a text, not 0"),
     ],
 )
 def test_bad_details_are_refused_and_nothing_is_written(
@@ -331,7 +403,7 @@ def test_undo_is_the_same_as_never_having_said_it(
 # Tests of labels -----------------------------------------------------------------------------------------------------
 
 
-def test_results_are_kept_beside_labels_and_change_none(labels: LabelStore) -> None:
+def test_results_are_kept_beside_labels_and_change_none(labels: LabelStore, unchecked_types: None) -> None:
     labels.set(1, "red")
     test = labels.add_test(1, " red ", right_active=9, n_active=10, right_inactive=6, n_inactive=8, author="judge")
     labels.add_test(2, "left", right_active=1, n_active=1, right_inactive=1, n_inactive=1)
@@ -339,10 +411,14 @@ def test_results_are_kept_beside_labels_and_change_none(labels: LabelStore) -> N
     assert (test.text, test.balanced_accuracy, labels.all(), len(labels.history())) == ("red", 0.825, {1: "red"}, 1)
     labels.undo()
     assert labels.tests(1) == [test], "what was measured is not undone"
-    for counts in ((3, 2, 0, 1), (0, 0, 0, 1), (-1, 1, 0, 1)):
-        names = ("right_active", "n_active", "right_inactive", "n_inactive")
+    names = ("right_active", "n_active", "right_inactive", "n_inactive")
+    for counts in ((3, 2, 0, 1), (0, 0, 0, 1)):
         with pytest.raises(KitError, match="cannot have more right than shown"):
             labels.add_test(1, "red", **dict(zip(names, counts, strict=True)))
+    for count in (-1, 0.5, True, "1"):
+        with pytest.raises(KitError, match="count must be an integer of at least 0"):
+            labels.add_test(1, "red", **dict(zip(names, (count, 1, 0, 1), strict=True)))
+    assert labels.add_test(1, "red", **dict.fromkeys(names, np.int64(1))) == labels.tests(1)[-1]
 
 
 # CSV -----------------------------------------------------------------------------------------------------------------
@@ -415,6 +491,7 @@ def test_a_row_changed_in_a_spreadsheet_counts_unless_somebody_said_something_si
         (b"feature,text,confidence\n1,red,sure\n", "Row 2 of .*sure"),
         (b"feature,text,time\n1,red,yesterday\n", "Row 2 of .*yesterday"),
         (b"feature,text,time\n1,red,2030-01-01\n", "Row 2 of .*time zone"),
+        (b"feature,text,time\n1,red,9999-01-01T00:00Z\n", "Row 2 of .*at most in the year 9998"),
         (b"feature,text,tags\n1,red," + b"x" * 51 + b"\n", "Row 2 of .*A tag is"),
         (b"feature,text\n1,red\n99,blue\n", "Row 3 of .* names latent 99, and there are 40"),
         (b"feature;text\n1;red\n", "has no column feature and no column text"),
@@ -492,7 +569,11 @@ def test_lights_kappa_is_the_mean_of_the_pairs_and_shown_with_them(labels: Label
     assert len(found.pairs) == 3 and found.mean == pytest.approx(np.mean([pair.kappa for pair in found.pairs]))
     assert all(pair.low < 0.05 < pair.high + 0.4 and abs(pair.kappa) < 0.5 for pair in found.pairs)
     told = read_safely(found._repr_html_()).text
-    assert "<a>" in told and f"(Light's kappa): {found.mean:.2f}" in told and told.count("[") == 3
+    assert (
+        "<a>" in told
+        and f"(Light's kappa): {found.mean:.2f}" in told
+        and told.split("Light's kappa")[1].count("[") == 3
+    )
     assert "Fewer than two authors" in LabelStore(labels.file.with_name("none.jsonl")).agreement()._repr_html_()
 
 
