@@ -14,6 +14,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -60,7 +61,7 @@ class Prompts(Sequence[str]):
             tuple(self.factors[i] for i in chosen),
         )
 
-    @property
+    @cached_property
     def held_out(self) -> Bool[np.ndarray, "image"]:
         """Which are kept from training: decided by a hash of the text, so the same text is never on both sides."""
         return np.array([is_held_out(text) for text in self.texts], dtype=bool)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdxl_sae_kit.errors import PromptError
-from sdxl_sae_kit.prompts import HELD_OUT_SHARE, Prompts, load_prompts
+from sdxl_sae_kit.prompts import HELD_OUT_SHARE, Prompts, is_held_out, load_prompts
 from sdxl_sae_kit.tiny import world
 
 texts = st.text(min_size=1).filter(str.strip)
@@ -29,6 +29,16 @@ def test_a_text_is_on_the_same_side_of_the_split_wherever_it_stands(lines, rando
     shuffled = [*lines, *lines]
     random.shuffle(shuffled)
     assert [side[text] for text in shuffled] == load_prompts(shuffled).held_out.tolist()
+
+
+def test_texts_are_hashed_once_however_often_one_asks(monkeypatch):
+    asked = []
+    monkeypatch.setattr("sdxl_sae_kit.prompts.is_held_out", lambda text: asked.append(text) or is_held_out(text))
+    prompts = load_prompts(["a fox", "a cat", "a dog"])
+    for _ in range(3):
+        assert prompts.held_out.tolist() == [is_held_out(text) for text in prompts.texts]
+    assert asked == list(prompts.texts)
+    assert prompts == load_prompts(list(prompts.texts)) and prompts[:2].held_out.shape == (2,)
 
 
 def test_about_the_stated_share_is_held_out():
