@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -200,11 +201,8 @@ class FeatureStats:
                 f"examples: by is {', '.join(map(repr, get_args(Ranking)))}, not {by!r}."
                 f"{did_you_mean(str(by), get_args(Ranking))}"
             )
-        examples = self._examples(feature, by, n)
-        if by == "area":
-            tokens = self.grid[0] * self.grid[1]
-            return [Example(**{**vars(example), "value": example.value / tokens}) for example in examples]
-        return examples
+        unit = self.grid[0] * self.grid[1] if by == "area" else 1
+        return [replace(example, value=example.value / unit) for example in self._examples(feature, by, n)]
 
     def sample(self, feature: int) -> list[Example]:
         """Images from all over those on which a latent fires, by maximum, weakest first: up to 12, 3 of each quarter.
@@ -295,20 +293,28 @@ class FeatureStats:
     def image_activations(self, by: Ranking = "max") -> Float[np.ndarray, "image latent"]:
         """Every latent's maximum (or mean, or share of tokens) over every image: n_images × d_sae × 4 bytes."""
         if by not in self._pooled:
-            self._pooled[by] = self._by_image(by) / np.float32(1 if by != "area" else self.grid[0] * self.grid[1])
+            dense = np.zeros((self.n_images, self.d_sae), np.float32)
+            for images, latents, values in self._tallies(by):
+                dense[images, latents] = values
+            self._pooled[by] = dense / np.float32(1 if by != "area" else self.grid[0] * self.grid[1])
         return self._pooled[by]
 
     @cached_property
     def _pooled(self) -> dict[Ranking, Float[np.ndarray, "image latent"]]:
         return {}
 
-    def _by_image(self, name: str) -> Float[np.ndarray, "image latent"]:
-        dense = np.zeros((self.n_images, self.d_sae), np.float32)
+    def strengths(self, feature: int) -> Float[np.ndarray, "image"]:
+        """A latent's maximum over every image, read part by part. Raises KitError: there is no such latent."""
+        self._check(feature)
+        strengths = np.zeros(self.n_images, np.float32)
+        for images, latents, values in self._tallies("max"):
+            strengths[images[latents == feature]] = values[latents == feature]
+        return strengths
+
+    def _tallies(self, name: str) -> Iterator[list[NDArray[Any]]]:
         for part in range(-(-self.n_images // self._part_images)):
             with open_part(self.artifact.file(part_name(part))) as file:
-                tallies = file["tallies"]
-                dense[tallies["image"][()], tallies["latent"][()]] = tallies[name][()]
-        return dense
+                yield [file["tallies"][column][()] for column in ("image", "latent", name)]
 
     def coactive(self, feature: int, n: int = 8) -> list[Neighbour]:
         """The latents that fire most on the same tokens, by Jaccard index: tokens on which both fire / either does.

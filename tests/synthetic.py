@@ -68,6 +68,10 @@ class SyntheticStats(FeatureStats):
         by_name = {"max": self.codes.max((2, 3)), "mean": self.codes.mean((2, 3))}
         return (by_name | {"area": (self.codes > FIRES).mean((2, 3)).astype(np.float32)})[by]
 
+    def strengths(self, feature: int) -> np.ndarray:
+        """The latent's maximum over each image."""
+        return self.image_activations()[:, feature]
+
     def examples(self, feature: int, by: Ranking = "max", n: int | None = None) -> list[Example]:
         """The images on which the latent is strongest at one token, on average, or by area."""
         values = self.image_activations(by)[:, feature]

@@ -39,6 +39,9 @@ class WorldStats(FeatureStats):
     def image_activations(self, by: Ranking = "max") -> np.ndarray:
         return self.values
 
+    def strengths(self, feature: int) -> np.ndarray:
+        return self.values[:, feature]
+
     def examples(self, feature: int, by: Ranking = "max", n: int | None = None) -> list[Example]:
         order = np.argsort(-self.values[:, feature], kind="stable")[: n or 12]
         return [self.example(feature, image) for image in order.tolist() if self.values[image, feature] > FIRES]
