@@ -17,6 +17,7 @@ from sdxl_sae_kit.artifacts import whole_number
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import Example, FeatureStats, Ranking
 from sdxl_sae_kit.forms import line, widget
+from sdxl_sae_kit.label_lines import latent
 from sdxl_sae_kit.labellers import LabelJudge, Labeller, opened
 from sdxl_sae_kit.labels import Label, LabelStore, LabelTest, user
 from sdxl_sae_kit.sae import FIRES
@@ -100,8 +101,8 @@ def auto_label(
     """Let a labeller name latents from their strongest training images, and test each name on held-out images.
 
     Labels and tests are saved one by one with the labeller's name as author: after a break the same call goes on.
-    Latents that have a label, or that this labeller has named before, are passed over, so that nobody's word is
-    replaced; only a missing test is made up for.
+    Latents that have a label, also one given while this runs, or that this labeller has named before, are passed over,
+    so that nobody's word is replaced; only a missing test is made up for.
 
     Returns:
         The tests made now. Latents with too few images for a test are named, but not tested; a line says how many.
@@ -121,12 +122,18 @@ def auto_label(
     )
     tests = []
     for feature in tqdm(to_test + to_name, desc="auto_label", unit="latent"):
-        if feature in to_name and not _name(stats, feature, labeller, labels):
+        if feature in to_name and labels.latest(feature) is None:
+            _name(stats, feature, labeller, labels)
+        label = labels.latest(feature)
+        if label is None or label.author != labeller.name:  # too few images, or somebody has spoken since
             continue
-        if _is_testable(stats, feature, n, _shown(stats, feature, labels.latest(feature))):
-            tests.append(score_label(stats, feature, labeller, labels=labels, n=n))
+        if _is_testable(stats, feature, n, _shown(stats, feature, label)):
+            tests.append(score_label(stats, feature, labeller, labels=labels, text=label.text, n=n))
     if untested := len(to_test) + len(to_name) - len(tests):
-        tqdm.write(f"{untested:,} of them are active on too few images, or on too many, for a name or a test of {n}.")
+        tqdm.write(
+            f"{untested:,} of them are active on too few images, or on too many, for a name or a test of {n}, or were "
+            "labelled by somebody else in the meantime."
+        )
     return tests
 
 
@@ -178,7 +185,7 @@ class BlindTest(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self.notice.value = f"Saved: {html.escape(self.result)}. {_FORMULA}."
 
     def _reveal(self, said: Bool[np.ndarray, " picture"]) -> None:
-        values = self._stats.image_activations("max")[self._drawn.images, self._feature]
+        values = self._stats.strengths(self._feature)[self._drawn.images]
         for picture, value, active, shows in zip(
             self.pictures, values.tolist(), self._drawn.active.tolist(), said.tolist(), strict=True
         ):
@@ -229,7 +236,7 @@ def _held_out(
 def _split(
     stats: FeatureStats, feature: int, images: Int[np.ndarray, " image"]
 ) -> tuple[Int[np.ndarray, " active"], Int[np.ndarray, " inactive"]]:
-    values = stats.image_activations("max")[images, feature]
+    values = stats.strengths(feature)[images]
     ordered = images[np.argsort(values, kind="stable")]
     n_inactive = int((values <= FIRES).sum())
     return ordered[n_inactive:], ordered[:n_inactive]
@@ -295,28 +302,27 @@ def _undone(
     return to_name, to_test
 
 
-def _name(stats: FeatureStats, feature: int, labeller: Labeller, labels: LabelStore) -> bool:
-    """Let the labeller name a latent from training images, which no test shows; False if they do not tell it apart."""
+def _name(stats: FeatureStats, feature: int, labeller: Labeller, labels: LabelStore) -> None:
+    """Let the labeller name a latent from training images, which no test shows, if they tell it apart."""
     active, inactive = _split(stats, feature, stats.pictured[~stats.prompts.held_out[stats.pictured]])
     if not len(active) or not len(inactive):
-        return False
+        return
     rng = np.random.default_rng(feature)
     strongest, others = active[::-1][:SHOWN], rng.permutation(inactive)[:SHOWN]
     text = labeller.label(_examples(stats, feature, strongest), _examples(stats, feature, others))
     shown = {"stats": stats.artifact.folder.name, "shown": "strongest training images by max, and inactive ones",
              "images": [*strongest.tolist(), *others.tolist()]}  # fmt: skip
-    labels.set(feature, text, evidence=shown, author=labeller.name)
-    return True
+    labels.suggest(feature, text, evidence=shown, author=labeller.name)
 
 
 def _examples(stats: FeatureStats, feature: int, images: Sequence[int] | Int[np.ndarray, " image"]) -> list[Example]:
-    values = stats.image_activations("max")
+    values = stats.strengths(feature)
     return [
         Example(
             int(image),
             stats.prompts.texts[image],
             stats.prompts.seeds[image],
-            float(values[image, feature]),
+            float(values[image]),
             stats.heat_map(feature, int(image)),
             stats.thumbnail(int(image)),
         )
@@ -331,10 +337,10 @@ def _needed(label: Label | None, feature: int) -> Label:
 
 
 def _known_latent(stats: FeatureStats, feature: SupportsIndex) -> int:
-    latent = feature.__index__()
-    if not 0 <= latent < stats.d_sae:
-        raise KitError(f"No latent {latent} in {stats.sae}; it has 0 to {stats.d_sae - 1:,}.")
-    return latent
+    number = latent(feature)
+    if number >= stats.d_sae:
+        raise KitError(f"No latent {number} in {stats.sae}; it has 0 to {stats.d_sae - 1:,}.")
+    return number
 
 
 def _enlarged(thumbnail: bytes) -> bytes:

@@ -297,6 +297,58 @@ def test_automatic_labels_replace_nobodys_word_and_go_on_after_a_break(labels: L
     assert labels.get(RED) is None, "a name that was refused does not come back"
 
 
+@pytest.mark.parametrize("moment", ["before", "while"])
+def test_a_person_who_speaks_while_it_runs_is_not_overruled(labels: LabelStore, capsys, moment: str) -> None:
+    labeller, asked = Honest(shows_red), []
+
+    def names(examples, contrast) -> str:
+        asked.append(len(asked))
+        if len(asked) == 1:
+            labels.set(NOISE if moment == "before" else RED, "a person's", author="person")
+        return "a name"
+
+    labeller.label = names
+    tests = auto_label(STATS, [RED, NOISE], labeller, labels=labels, n=12)
+    theirs, other = (NOISE, RED) if moment == "before" else (RED, NOISE)
+    assert labels.all() == {theirs: "a person's", other: "a name"}
+    assert len(labels.history(theirs)) == 1 and [test.feature for test in tests] == [other]
+    assert len(asked) == (1 if moment == "before" else 2), "nobody is asked for a name that is there"
+    assert "1 of them are active on too few images" in "".join(capsys.readouterr())
+
+
+def test_a_name_taken_back_while_others_are_tested_is_passed_over(labels: LabelStore) -> None:
+    labeller = Honest(shows_red)
+    for feature in (RED, NOISE):
+        labels.set(feature, "a name", author=labeller.name)
+    judge = labeller.judge
+
+    def judges(text, images):
+        if labels.get(NOISE):
+            labels.withdraw(NOISE, author="person")
+        return judge(text, images)
+
+    labeller.judge = judges
+    assert [test.feature for test in auto_label(STATS, [RED, NOISE], labeller, labels=labels, n=12)] == [RED]
+    assert labels.all() == {RED: "a name"}
+
+
+def test_one_latent_is_tested_without_the_matrix_of_all(labels: LabelStore, monkeypatch) -> None:
+    monkeypatch.delattr(type(STATS), "image_activations")
+    monkeypatch.setattr("sdxl_sae_kit.features.FeatureStats.image_activations", None)
+    assert len(auto_label(STATS, [RED], WorldLabeller(), labels=labels, n=6)) == 1
+    form = test_label(STATS, RED, labels=labels, n=6)
+    form.check.click()
+    assert form.result is not None and "active" in read_safely(form.pictures[0].value).text
+
+
+@pytest.mark.parametrize("feature", ["1", 1.5, None, True, -1])
+def test_a_latent_is_a_number(labels: LabelStore, unchecked_types: None, feature: object) -> None:
+    with pytest.raises(KitError, match="from 0 on, not"):
+        test_label(STATS, feature, labels=labels)
+    with pytest.raises(KitError, match="from 0 on, not"):
+        auto_label(STATS, [feature], Honest(shows_red), labels=labels)
+
+
 def test_what_will_be_sent_where_is_said_before(labels: LabelStore, capsys) -> None:
     labeller = Honest(shows_red)
     labeller.where = "to https://example.org/v1"
