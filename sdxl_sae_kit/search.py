@@ -337,8 +337,9 @@ def by_text(
     if not callable(getattr(embed, "texts", None)):
         raise KitError(f"by_text needs a judge that knows texts, such as ClipEmbed('folder'), not {embed!r}.")
     n = whole_number("by_text: n", n, least=FEWEST_PICTURES)
+    pictures = top_pictures(stats, n)
     alike = embed_pictures(stats, embed, store) @ embed.texts([text])[0]  # type: ignore[attr-defined]
-    top = {latent: alike[at] for latent, at in top_pictures(stats, n).items() if len(at) >= FEWEST_PICTURES}
+    top = {latent: alike[at] for latent, at in pictures.items() if len(at) >= FEWEST_PICTURES}
     scores = np.array([values.mean() for values in top.values()])
     spread = scores.std() if len(scores) else nan
     found = []

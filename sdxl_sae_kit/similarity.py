@@ -341,10 +341,10 @@ def specificity(
     embed = embed or default_embed(stats)
     if not isinstance(embed, Embed):
         raise KitError(f"specificity: embed is a judge such as ClipEmbed('folder'), not {embed!r}.")
+    top = top_pictures(stats, n)  # refuses before the judge looks at thousands of pictures
     rows, rng = embed_pictures(stats, embed, store), np.random.default_rng(0)
     value, low, high, chance = (np.full(stats.d_sae, np.nan, dtype=np.float32) for _ in range(4))
     counts = np.zeros(stats.d_sae, dtype=np.int64)
-    top = top_pictures(stats, n)
     counts[list(top)] = [len(images) for images in top.values()]
     sizes = sorted(set(counts[counts >= MIN_IMAGES].tolist()))
     random = {size: _random_sets(stats, rows, size, rng) for size in {n, *sizes}}

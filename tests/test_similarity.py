@@ -159,7 +159,8 @@ def test_features_that_fire_at_random_hardly_ever_lie_above_random_sets(size, tm
 def test_too_few_kept_examples_are_told_apart_from_rare_features(tmp_path, unchecked_types):
     rows = unit(np.random.default_rng(7).normal(size=(40, 3)))
     with pytest.raises(KitError, match=r"keep 2 examples.* larger top, such as FeatureStats.measure\(.*top=12\)"):
-        specificity(made_up(np.ones((40, 2)), tmp_path, kept=2), Given(rows))
+        specificity(made_up(np.ones((40, 2)), tmp_path, kept=2), judge := Given(rows))
+    assert not judge.shown
     rare = specificity(made_up(np.eye(40), tmp_path), Given(rows))
     assert rare.sentence() == "No feature has 8 images of different prompts."
 
