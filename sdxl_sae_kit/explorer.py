@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
@@ -20,7 +20,7 @@ from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.forms import line, widget
 from sdxl_sae_kit.galleries import Gallery, gallery
-from sdxl_sae_kit.hookpoints import list_hookpoints
+from sdxl_sae_kit.hookpoints import by_hookpoint, list_hookpoints
 from sdxl_sae_kit.hooks import Recording, record
 from sdxl_sae_kit.interventions import check_fit
 from sdxl_sae_kit.labels import LabelStore
@@ -45,8 +45,6 @@ STYLE = f"""<style>
 .sae-tiles figcaption {{ font-size: 12px; line-height: 1.35; margin-top: 2px; overflow-wrap: anywhere; }}
 .sae-pictures {{ display: flex; gap: 8px; }}
 </style>"""
-
-Kind = TypeVar("Kind", SAE, FeatureStats)
 
 
 def explore(
@@ -78,8 +76,8 @@ def explore(
 
     >>> kit.explore(pipe, saes, "a small blue star")                              # doctest: +SKIP
     """
-    placed = _placed(pipe, _by_hookpoint("saes", SAE, saes))
-    known = {} if stats is None else _by_hookpoint("stats", FeatureStats, stats)
+    placed = _placed(pipe, by_hookpoint("explore", "saes", SAE, saes))
+    known = {} if stats is None else by_hookpoint("explore", "stats", FeatureStats, stats)
     for hookpoint, of_one in known.items():
         if hookpoint not in placed or of_one.sae != placed[hookpoint].name:
             raise KitError(
@@ -309,21 +307,6 @@ def _scaled(image: Image.Image, side: int) -> Image.Image:
     """The picture with a longer side of so many pixels."""
     factor = side / max(image.size)
     return image.convert("RGB").resize([max(1, round(n * factor)) for n in image.size], Image.Resampling.BICUBIC)
-
-
-def _by_hookpoint(name: str, kind: type[Kind], given: Any) -> dict[str, Kind]:
-    """One for each hookpoint, from one alone, a list or a mapping."""
-    several = given.values() if isinstance(given, Mapping) else given
-    found: dict[str, Kind] = {}
-    for item in several if isinstance(several, Iterable) else [several]:
-        if not isinstance(item, kind):
-            raise KitError(f"explore: {name} are each a {kind.__name__}, not {item!r}. Leave out what is none.")
-        if (other := found.setdefault(item.hookpoint, item)) is not item:
-            names = [one.name if isinstance(one, SAE) else one.sae for one in (other, item)]
-            raise KitError(f"explore: {' and '.join(names)} are both of {item.hookpoint}. Pass one for each hookpoint.")
-    if not found:
-        raise KitError(f"explore: there are no {name}. Pass one for each hookpoint, such as saes['up.0.1', 'k10'].")
-    return found
 
 
 def _placed(pipe: Any, saes: dict[str, SAE]) -> dict[str, SAE]:

@@ -20,8 +20,8 @@ class Found:
     """Empty where the search does not know it."""
     latent: int
     score: float
-    n: int
-    """Over how many things the score is taken; `Results.unit` says which."""
+    n: int | None
+    """Over how many things the score is taken; `Results.unit` says which. None where it is not taken over any."""
     low: float = nan
     """95 % interval, where the score is an estimate."""
     high: float = nan
@@ -70,7 +70,7 @@ class Results(Sequence[Found]):
             row["95 % interval"] = f"[{html.short(found.low)}, {html.short(found.high)}]"
         if isfinite(found.chance):
             row |= {"chance": found.chance, "beyond chance": "yes" if found.beyond_chance else "no"}
-        row |= dict(found.beside) | {self.unit: found.n}
+        row |= dict(found.beside) | {self.unit: "–" if found.n is None else found.n}
         return {name: "–" if value != value else value for name, value in row.items()}  # NaN: not known
 
     def _repr_html_(self) -> str:

@@ -6,10 +6,12 @@ eleven of them; four are read by default (paper §2; names and roles as in the p
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from sdxl_sae_kit.errors import HookpointError, did_you_mean
+from sdxl_sae_kit.errors import HookpointError, KitError, did_you_mean
 
 DEFAULT_HOOKPOINTS = ("down.2.1", "mid.0", "up.0.0", "up.0.1")
 
@@ -80,3 +82,32 @@ SDXL = {
     for i, name in enumerate(f"{prefix}.{i}" for i in range(n))
 }
 """The hookpoints of the real SDXL and SDXL Turbo, known without their weights."""
+
+
+Placed = TypeVar("Placed")
+"""What has a hookpoint: SAEs, feature statistics."""
+
+
+def by_hookpoint(asked: str, name: str, kind: type[Placed], given: Any) -> dict[str, Placed]:
+    """One for each hookpoint, from one alone, several, or a mapping, of which the values are taken.
+
+    Args:
+        asked: the function that was called, for the message.
+        name: what it calls them.
+        kind: what each must be.
+        given: what it got.
+
+    Raises:
+        KitError: there are none, several of one hookpoint, or things of another kind.
+    """
+    several = given.values() if isinstance(given, Mapping) else given
+    items: list[Any] = list(several) if isinstance(several, Iterable) else [several]
+    for item in items:
+        if not isinstance(item, kind):
+            raise KitError(f"{asked}: {name} are each a {kind.__name__}, not {item!r}. Leave out what is none.")
+    if not items:
+        raise KitError(f"{asked}: there are no {name}. Pass one for each hookpoint, such as saes['up.0.1', 'k10'].")
+    ((most, count),) = Counter(item.hookpoint for item in items).most_common(1)
+    if count > 1:
+        raise KitError(f"{asked}: {count} of these {len(items)} {name} are of {most}. Pass one for each hookpoint.")
+    return {item.hookpoint: item for item in items}

@@ -24,8 +24,9 @@ from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.hooks import Call, rewrite
+from sdxl_sae_kit.interventions import check_model
 from sdxl_sae_kit.layout import encode_picture
-from sdxl_sae_kit.pipelines import describe, generate, scheduler
+from sdxl_sae_kit.pipelines import generate, scheduler
 from sdxl_sae_kit.sae import SAE
 
 _PART, _PLAIN = "part-{:05d}.h5", "plain.webp"
@@ -107,7 +108,7 @@ def draw_icons(
     stats: FeatureStats,
     features: Sequence[int] | Int[np.ndarray, "feature"] | None = None,
     *,
-    strengths: Sequence[float] = (0.5, 1.0, 1.5),
+    strengths: Sequence[float] | Float[np.ndarray, "strength"] = (0.5, 1.0, 1.5),
     seed: int = 0,
     batch_size: int = 32,
     store: Store | Path | str | None = None,
@@ -136,7 +137,8 @@ def draw_icons(
     """
     _check_inputs(pipe, sae, stats)
     chosen = [int(f) for f in stats.alive] if features is None else _checked(stats, features)
-    if not strengths or not all(isinstance(s, Real) and np.isfinite(s) for s in strengths):
+    given: list[Any] = list(strengths)
+    if not given or not all(isinstance(s, Real) and np.isfinite(float(s)) for s in given):
         raise KitError(f"draw_icons: strengths must be finite numbers, such as (0.5, 1.0, 1.5), not {strengths!r}.")
     recipe = {
         "sae": sae.digest,
@@ -167,13 +169,7 @@ def _check_inputs(pipe: Any, sae: SAE, stats: FeatureStats) -> None:
             f"{sae.hookpoint}. Measure this SAE with FeatureStats.measure."
         )
     _ = sae.directions  # refuses an SAE that has none
-    model, site = describe(pipe), sae.site
-    assert site is not None  # or it would have no hookpoint
-    if (model.name, model.revision) != (site.model, site.revision):
-        raise ArtifactError(
-            f"draw_icons: {sae.name} was trained on {site.model} (revision {site.revision}), but the pipeline is "
-            f"{model.name} (revision {model.revision}). Load {site.model}, or train an SAE on {model.name}."
-        )
+    check_model("draw_icons", pipe, sae)
 
 
 def _checked(stats: FeatureStats, features: Any) -> list[int]:

@@ -95,20 +95,37 @@ def check_fit(pipe: Any, sae: SAE) -> Hookpoint:
         ArtifactError: the SAE says not where it belongs, or reads tokens of another width.
     """
     hookpoint = resolve(pipe.unet, sae.hookpoint)
-    model, site = describe(pipe), sae.site
-    assert site is not None  # or it would have no hookpoint
-    if (model.name, model.revision) != (site.model, site.revision):
-        warnings.warn(
-            f"{sae.name} was trained on {site.model} (revision {site.revision}), but the pipeline is {model.name} "
-            f"(revision {model.revision}): its features may mean something else here.",
-            stacklevel=4,
-        )
+    if differs := _other_model(pipe, sae):
+        warnings.warn(f"{differs}: its features may mean something else here.", stacklevel=4)
     if hookpoint.d_in != sae.d_in:
         raise ArtifactError(
             f"{sae.name} reads {sae.d_in} numbers a token, but {hookpoint.name} of this U-Net has {hookpoint.d_in}. "
             f"Take one that was trained here."
         )
     return hookpoint
+
+
+def check_model(asked: str, pipe: Any, sae: SAE) -> None:
+    """Refuse a pipeline of another model than the SAE was trained on, where what is measured would be of neither.
+
+    Raises:
+        ArtifactError: it is another, or the SAE says not where it belongs.
+    """
+    if differs := _other_model(pipe, sae):
+        raise ArtifactError(f"{asked}: {differs}. Load the model it was trained on, or train an SAE on this one.")
+
+
+def _other_model(pipe: Any, sae: SAE) -> str | None:
+    """How the pipeline's model differs from the one that the SAE was trained on."""
+    _ = sae.hookpoint  # refuses an SAE that says not where it belongs
+    model, site = describe(pipe), sae.site
+    assert site is not None
+    if (model.name, model.revision) == (site.model, site.revision):
+        return None
+    return (
+        f"{sae.name} was trained on {site.model} (revision {site.revision}), but the pipeline is {model.name} "
+        f"(revision {model.revision})"
+    )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,9 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
 from torch import Tensor
 
+_DRAWN = 2**17
+"""Rows that a bootstrap holds at once, where one sample is not more."""
+
 
 def explained_variance(x: Float[Tensor, "token d_in"], x_hat: Float[Tensor, "token d_in"]) -> float:
     """1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖², over all tokens and channels: 1 is perfect, 0 is no better than the mean.
@@ -142,8 +145,10 @@ def bootstrap_interval(
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2:
         return float("nan"), float("nan")
-    rng = np.random.default_rng(seed)
-    means = np.stack([values[rng.integers(len(values), size=len(values))].mean(axis=0) for _ in range(samples)])
+    rng, rows = np.random.default_rng(seed), len(values)
+    batch = max(1, _DRAWN // rows)
+    sizes = [min(batch, samples - start) for start in range(0, samples, batch)]
+    means = np.concatenate([values[rng.integers(rows, size=(size, rows))].mean(axis=1) for size in sizes])
     low, high = np.quantile(statistic(means) if statistic else means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

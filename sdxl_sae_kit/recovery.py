@@ -15,7 +15,7 @@ from sklearn.metrics import precision_recall_curve
 from torch import Tensor
 
 from sdxl_sae_kit.activations import Activations
-from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.hookpoints import by_hookpoint
 from sdxl_sae_kit.metrics import areas_under_curve, resampled_areas
 from sdxl_sae_kit.plots import confusion_map
 from sdxl_sae_kit.questions import Question, ask_of
@@ -157,8 +157,8 @@ def _search(
     saes: SAEs, cache: Activations, step: int, *, controls: bool
 ) -> tuple[list[Question], Bool[NDArray[np.bool_], " image"], dict[str, _Choices]]:
     """The questions, which images are for training, and by hookpoint, all of them last, the candidates chosen there."""
-    by_hookpoint = _by_hookpoint(saes)
-    for hookpoint in by_hookpoint:
+    placed = by_hookpoint("recovery", "saes", SAE, saes)
+    for hookpoint in placed:
         cache.grid(hookpoint)  # refuses a hookpoint that the cache does not have
     row = cache.row(step)
     train, held_out = (_spread(cache.images(split)) for split in ("train", "held_out"))
@@ -166,7 +166,7 @@ def _search(
     images = np.concatenate([train, held_out])
     questions = ask_of(cache, images, training)
     found = dict[str, _Choices]()
-    for hookpoint, sae in by_hookpoint.items():  # of each, only what was chosen is kept
+    for hookpoint, sae in placed.items():  # of each, only what was chosen is kept
         strengths = _strengths(sae, cache, images, row, controls=controls)
         found[hookpoint] = {
             kind: _choose(questions, strength, training, hookpoint) for kind, strength in strengths.items()
@@ -174,17 +174,6 @@ def _search(
     if len(found) > 1:
         found[ALL] = {kind: _best([each[kind] for each in found.values()]) for kind in next(iter(found.values()))}
     return questions, training, found
-
-
-def _by_hookpoint(saes: SAEs) -> dict[str, SAE]:
-    given = [saes] if isinstance(saes, SAE) else list(saes.values() if isinstance(saes, Mapping) else saes)
-    hookpoints = [sae.hookpoint for sae in given]
-    if not given or len(set(hookpoints)) < len(given):
-        raise KitError(
-            f"Recovery is measured for SAEs of different hookpoints, not for {', '.join(hookpoints) or 'none at all'}. "
-            'Give one of each, such as {h: saes[h, "k10"] for h in cache.hookpoints}.'
-        )
-    return dict(zip(hookpoints, given, strict=True))
 
 
 def _spread(images: Int[np.ndarray, " image"]) -> NDArray[np.integer]:

@@ -21,12 +21,15 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Store, whole_number
-from sdxl_sae_kit.errors import ArtifactError, KitError, PromptError
+from sdxl_sae_kit.errors import KitError, PromptError
 from sdxl_sae_kit.features import FeatureStats, Ranking
 from sdxl_sae_kit.findings import Found, Results
+from sdxl_sae_kit.hookpoints import by_hookpoint
 from sdxl_sae_kit.hooks import record
+from sdxl_sae_kit.interventions import check_model
 from sdxl_sae_kit.labels import LabelStore
-from sdxl_sae_kit.pipelines import describe, generate
+from sdxl_sae_kit.metrics import bootstrap_interval
+from sdxl_sae_kit.pipelines import generate
 from sdxl_sae_kit.sae import FIRES, SAE
 from sdxl_sae_kit.similarity import MIN_IMAGES as FEWEST_PICTURES
 from sdxl_sae_kit.similarity import Embed, embed_pictures, top_pictures
@@ -34,7 +37,7 @@ from sdxl_sae_kit.similarity import Embed, embed_pictures, top_pictures
 MIN_IMAGES = 4
 """What can be said of a feature that at least so many images show."""
 MIN_PAIRS = 6
-"""Fewer image pairs cannot differ from chance at 95 %: their signs can be flipped in too few ways."""
+"""Fewer pairs cannot differ from chance at 95 %: their signs can be flipped in too few ways."""
 _RESAMPLES, _BATCH = 2000, 16
 
 
@@ -58,18 +61,22 @@ def by_contrast(
     of 2,000 random flips of the pairs' signs: a score beyond it is not due to having looked at many latents. Ranked by
     score / chance, which compares hookpoints; the last are those that the negative prompt has more of.
 
+    Of several pairs of prompts each is one unit, its images averaged first: what is found holds for prompts like them.
+    Of one pair of prompts the pairs of images are the units: what is found holds for these two prompts only.
+
     Args:
         pipe: the pipeline whose updates the SAEs were trained on.
         saes: one SAE, or several of different hookpoints, such as what `train` gives.
         positive: prompt or prompts to have more of.
-        negative: as many, the i-th paired with the i-th; a single one is paired with all.
+        negative: as many, the i-th paired with the i-th; a single one is paired with all. No pair comes twice.
         n: image pairs for each pair of prompts, all with seeds of their own.
         seed: the first of them.
 
     Raises:
         ArtifactError: an SAE of another model.
-        PromptError: no prompts, or lists of different length.
-        KitError: two SAEs of one hookpoint, of different steps or guidance, or fewer than 6 image pairs in all.
+        PromptError: no prompts, lists of different length, or a pair that comes twice.
+        KitError: two SAEs of one hookpoint, of different steps or guidance, or fewer than 6 units:
+            pairs of prompts or, of one pair of prompts, n.
 
     >>> by_contrast(pipe, saes, "a red circle", "a blue circle")[0]                                # doctest: +SKIP
     """
@@ -77,40 +84,46 @@ def by_contrast(
     pairs = _read_pairs(positive, negative)
     n = whole_number("by_contrast: n", n)
     seed = whole_number("by_contrast: seed", seed, least=0)
-    if n * len(pairs) < MIN_PAIRS:
-        raise KitError(
-            f"by_contrast: {n * len(pairs)} image pairs cannot differ from chance at 95 %; {MIN_PAIRS} can. "
-            "Ask for a larger n."
-        )
+    _check_units(len(pairs), n)
     more, less = ([pair[side] for pair in pairs for _ in range(n)] for side in (0, 1))
     seeds = list(range(seed, seed + len(more)))
     tqdm.write(f"Making {2 * len(more)} images to contrast them at {', '.join(used)}.")
     with tqdm(total=2 * len(more), desc="contrast", unit="image") as bar:
         high, low = (_mean_codes(pipe, used, texts, seeds, bar) for texts in (more, less))
-    found = [each for hookpoint in used for each in _contrasted(hookpoint, high[hookpoint] - low[hookpoint])]
+    differences = {hookpoint: _by_unit(high[hookpoint] - low[hookpoint], len(pairs)) for hookpoint in used}
+    found = [each for hookpoint in used for each in _contrasted(hookpoint, differences[hookpoint])]
     found.sort(key=lambda each: -each.score / max(each.chance, 1e-30))
+    unit, scope = "prompt pairs", f"Of each prompt pair the mean over its image pairs counts; image pairs: {n}."
+    if len(pairs) == 1:
+        unit, scope = "image pairs", "This holds for these two prompts only."
     formula = (
-        "mean over image pairs of the difference positive − negative of the mean activation over tokens; interval: "
-        "bootstrap over pairs; chance: 95 % quantile of the largest |score| under random flips of the pairs' signs."
+        f"mean over {unit} of the difference positive − negative of the mean activation over tokens; interval: "
+        f"bootstrap over {unit}; chance: 95 % quantile of the largest |score| under random flips of their signs. "
+        f"{scope}"
     )
-    return Results(tuple(found), "mean difference", "image pairs", formula)
+    return Results(tuple(found), "mean difference", unit, formula)
+
+
+def _check_units(n_pairs: int, n: int) -> None:
+    units, kind, remedy = n_pairs, "prompt pairs", "Give more, or one alone with a larger n"
+    if n_pairs == 1:
+        units, kind, remedy = n, "image pairs", "Ask for a larger n"
+    if units < MIN_PAIRS:
+        raise KitError(f"by_contrast: {units} {kind} cannot differ from chance at 95 %; {MIN_PAIRS} can. {remedy}.")
+
+
+def _by_unit(differences: Float[np.ndarray, "image latent"], n_pairs: int) -> Float[np.ndarray, "unit latent"]:
+    """What is independent: the mean over the images of each pair of prompts; of a single pair, its images."""
+    if n_pairs == 1:
+        return differences
+    return np.asarray(differences.reshape(n_pairs, -1, differences.shape[1]).mean(axis=1))
 
 
 def _read_saes(pipe: Any, saes: Any) -> dict[str, SAE]:
     """SAEs by hookpoint; refused where they do not belong together or to the pipeline."""
-    given = [saes] if isinstance(saes, SAE) else list(saes.values() if isinstance(saes, Mapping) else saes)
-    if not given or not all(isinstance(sae, SAE) for sae in given):
-        raise KitError(f"by_contrast takes one or more SAEs, such as saes['up.0.1', 'k10'], not {saes!r}.")
-    used, model = {sae.hookpoint: sae for sae in given}, describe(pipe)
-    if len(used) < len(given):
-        raise KitError(f"by_contrast takes one SAE of each hookpoint; it got {', '.join(s.name for s in given)}.")
-    for sae in given:
-        assert sae.site is not None  # or it would have no hookpoint
-        if (model.name, model.revision) != (sae.site.model, sae.site.revision):
-            raise ArtifactError(
-                f"by_contrast: {sae.name} was trained on {sae.site.model} (revision {sae.site.revision}), but the "
-                f"pipeline is {model.name} (revision {model.revision}). Load {sae.site.model}."
-            )
+    used = by_hookpoint("by_contrast", "saes", SAE, saes)
+    for sae in used.values():
+        check_model("by_contrast", pipe, sae)
     if len(_settings(used)) > 1:
         raise KitError("by_contrast: these SAEs were trained at different steps or guidance. Contrast them one by one.")
     return used
@@ -129,7 +142,10 @@ def _read_pairs(positive: str | Sequence[str], negative: str | Sequence[str]) ->
             "Give as many of each, or a single one."
         )
     more, less = (side * longest if len(side) == 1 else side for side in sides)
-    return list(zip(more, less, strict=True))
+    pairs = list(zip(more, less, strict=True))
+    if len(set(pairs)) < longest:
+        raise PromptError("by_contrast: a pair of prompts comes twice. Give each once; n says how many images of each.")
+    return pairs
 
 
 @torch.no_grad()
@@ -207,10 +223,16 @@ def _contrast(inside: float, outside: float) -> dict[str, float]:
 def _token_shares(mask: ArrayLike, grid: tuple[int, int]) -> Float[np.ndarray, "height width"]:
     """Share of each token that the mask covers."""
     array = np.asarray(mask)
-    if array.ndim != 2 or array.dtype.kind not in "biuf" or not np.isfinite(array).all() or not (array != 0).any():
+    if (
+        array.ndim != 2
+        or array.dtype.kind not in "biuf"
+        or not np.isfinite(array).all()
+        or not array.any()
+        or array.min() < 0
+    ):
         raise KitError(
-            f"by_region: mask must be a map of finite numbers, nonzero inside, such as ({grid[0]}, {grid[1]}) or as "
-            f"large as the picture; this has shape {array.shape} and marks nothing, or is no such map."
+            f"by_region: mask must be a map of finite numbers from 0 on, nonzero inside, such as ({grid[0]}, {grid[1]})"
+            f" or as large as the picture; this has shape {array.shape} and marks nothing, or is no such map."
         )
     covered = Image.fromarray((array != 0).astype(np.float32))
     shares = np.asarray(covered.resize((grid[1], grid[0]), Image.Resampling.BOX), dtype=np.float64)
@@ -285,13 +307,13 @@ def by_similarity(stats: FeatureStats, feature: int) -> Results:
     for latent in dict.fromkeys([*cosines, *together]):  # most similar first, then those that only fire together
         joint = together.get(latent)
         beside = {"co-activation": joint.value if joint else nan, "if independent": float(independent[latent])}
-        counted = (joint.n if joint else None) or stats.n_tokens
+        counted = (joint.n or stats.n_tokens) if joint else None  # a cosine is not taken over tokens
         found.append(Found(stats.hookpoint, latent, cosines.get(latent, nan), counted, beside=beside))
     formula = (
         f"cosine of decoder rows with feature {feature}; co-activation: tokens on which both fire / on which either "
         "does; if independent: the same, were they independent; –: not among the 8 nearest of that kind."
     )
-    return Results(tuple(found), "cosine", "tokens", formula)
+    return Results(tuple(found), "cosine", "tokens of co-activation", formula)
 
 
 def by_text(
@@ -300,7 +322,7 @@ def by_text(
     """Features whose top images are like a text, by a judge that knows texts, such as `ClipEmbed`.
 
     The score is the mean cosine similarity of the text to a feature's top images, with a 95 % bootstrap interval over
-    them; z says how many standard deviations that is above the mean of all features (with 3 images or more).
+    them; z says how many standard deviations that is above the mean of all features (with 8 images or more).
 
     Args:
         stats: feature statistics of a cache with images.
@@ -310,18 +332,19 @@ def by_text(
         store: folder of artifacts in which the embeddings of the images are kept; by default that of `stats`.
 
     Raises:
-        KitError: the judge knows no texts.
+        KitError: the judge knows no texts, or the statistics keep fewer than 8 examples of each feature.
     """
     if not callable(getattr(embed, "texts", None)):
         raise KitError(f"by_text needs a judge that knows texts, such as ClipEmbed('folder'), not {embed!r}.")
     n = whole_number("by_text: n", n, least=FEWEST_PICTURES)
+    pictures = top_pictures(stats, n)
     alike = embed_pictures(stats, embed, store) @ embed.texts([text])[0]  # type: ignore[attr-defined]
-    top = {latent: alike[at] for latent, at in top_pictures(stats, n).items() if len(at) >= FEWEST_PICTURES}
+    top = {latent: alike[at] for latent, at in pictures.items() if len(at) >= FEWEST_PICTURES}
     scores = np.array([values.mean() for values in top.values()])
     spread = scores.std() if len(scores) else nan
     found = []
     for (latent, values), score in zip(top.items(), scores.tolist(), strict=True):
-        low, high = _interval(values)
+        low, high = bootstrap_interval(values)
         z = (score - scores.mean()) / spread if spread else nan
         found.append(Found(stats.hookpoint, latent, score, len(values), low, high, beside={"z": float(z)}))
     found.sort(key=lambda each: -each.score)
@@ -330,13 +353,6 @@ def by_text(
         f"{html.short(float(alike.mean()))}. Judge: {embed.name}."
     )
     return Results(tuple(found), "similarity", "images", formula)
-
-
-def _interval(values: Float[np.ndarray, " image"]) -> tuple[float, float]:
-    n = len(values)
-    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES) / n
-    low, high = np.quantile(draws @ values, [0.025, 0.975])
-    return float(low), float(high)
 
 
 # By energy ------------------------------------------------------------------------------------------------------------

@@ -269,7 +269,7 @@ def test_what_does_not_fit_together_is_refused(
     twin = other.untrained()
     elsewhere = SAE(other.config, 24, other.site)
     refused: list[tuple[Any, dict[str, Any], str]] = [
-        ([other, twin], {}, f"{other.name} and {twin.name} are both of up.0.1"),
+        ([other, twin], {}, "2 of these 2 saes are of up.0.1"),
         ([], {}, "there are no saes"),
         (17, {}, "saes are each a SAE, not 17"),
         ([one, None], {}, "saes are each a SAE, not None"),

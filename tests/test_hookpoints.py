@@ -1,12 +1,14 @@
 """Hookpoint names, on the embedded model and on the real SDXL U-Net (its configuration, without weights)."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
 from sdxl_sae_kit import hookpoints
-from sdxl_sae_kit.errors import HookpointError
-from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, list_hookpoints, resolve
+from sdxl_sae_kit.errors import HookpointError, KitError
+from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, by_hookpoint, list_hookpoints, resolve
 
 SDXL = {
     "in_channels": 4,
@@ -101,3 +103,18 @@ def test_a_pipeline_will_do_and_anything_else_is_refused(pipe, unchecked_types):
         list_hookpoints("x")
     with pytest.raises(HookpointError, match="No hookpoint '1'"):
         resolve(pipe.unet, 1)
+
+
+def test_things_are_placed_by_hookpoint_however_they_are_given(unchecked_types):
+    one, other, third = (SimpleNamespace(hookpoint=name) for name in ("mid.0", "up.0.1", "up.0.1"))
+    expected = {"mid.0": one, "up.0.1": other}
+    for given in ([one, other], {"a": one, "b": other}, iter((one, other))):
+        assert by_hookpoint("f", "things", SimpleNamespace, given) == expected
+    assert by_hookpoint("f", "things", SimpleNamespace, one) == {"mid.0": one}
+    for given, said in (
+        ([], "f: there are no things"),
+        ([one, other, third], "f: 2 of these 3 things are of up.0.1"),
+        ([one, 17], "f: things are each a SimpleNamespace, not 17"),
+    ):
+        with pytest.raises(KitError, match=said):
+            by_hookpoint("f", "things", SimpleNamespace, given)

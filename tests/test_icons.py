@@ -150,6 +150,13 @@ def test_what_does_not_belong_together_is_refused(pipe, sae, small_saes, small_s
         sae.site = site
 
 
+def test_strengths_may_be_an_array(pipe, sae, small_stats, some, drawn, store):
+    again = draw_icons(pipe, sae, small_stats, some, strengths=np.array([0.5, 1.0, 1.5]), batch_size=6, store=store)
+    assert again.artifact.digest == drawn.artifact.digest
+    with pytest.raises(KitError, match="strengths must be finite numbers"):
+        draw_icons(pipe, sae, small_stats, some, strengths=np.array([]), store=store)
+
+
 @pytest.mark.parametrize(
     ("features", "strengths", "match"),
     [

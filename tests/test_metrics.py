@@ -112,6 +112,14 @@ def test_bootstrap_interval_covers_the_true_mean_about_as_often_as_it_says():
     assert 0.88 <= hits / 200 <= 0.99
 
 
+@pytest.mark.parametrize(("shape", "samples"), [((7,), 333), ((60_000, 2), 5), ((200_000,), 3)])
+def test_bootstrap_interval_draws_sample_by_sample(shape, samples):
+    """However many it holds at once."""
+    values, rng = np.random.default_rng(1).normal(size=shape), np.random.default_rng(0)
+    means = [values[rng.integers(len(values), size=len(values))].mean(axis=0) for _ in range(samples)]
+    assert bootstrap_interval(values, samples=samples) == pytest.approx(np.quantile(means, [0.025, 0.975]), rel=1e-12)
+
+
 @settings(deadline=None)
 @given(seeds)
 def test_bootstrap_interval_contains_its_estimate_and_takes_ratios(seed):

@@ -74,11 +74,40 @@ def test_lists_are_paired_one_by_one_each_pair_with_seeds_of_its_own(pipe, small
         return generate(pipe, texts, seeds, **settings)
 
     monkeypatch.setattr(search, "generate", watched)
-    found = by_contrast(pipe, small_saes["up.0.1", "k8"], ["a red star", "a green star"], "a star", n=3, seed=7)
-    assert drawn[:6] == [("a red star", 7), ("a red star", 8), ("a red star", 9),
-                         ("a green star", 10), ("a green star", 11), ("a green star", 12)]  # fmt: skip
-    assert drawn[6:] == [("a star", seed) for seed in range(7, 13)]
-    assert found[0].n == 6
+    coloured = [f"a {colour} star" for colour in ("red", "green", "blue", "white", "black", "yellow")]
+    found = by_contrast(pipe, small_saes["up.0.1", "k8"], coloured, "a star", n=2, seed=7)
+    assert drawn[:12] == [(text, 7 + 2 * at + i) for at, text in enumerate(coloured) for i in (0, 1)]
+    assert drawn[12:] == [("a star", seed) for seed in range(7, 19)]
+    assert found[0].n == 6 and found.unit == "prompt pairs"
+
+
+def test_what_prompts_have_of_their_own_is_no_difference_of_their_lists(pipe, small_saes, monkeypatch):
+    """Null: each prompt differs from the others, neither list from the other; images of one prompt are alike."""
+    rng, alarms = np.random.default_rng(0), 0
+
+    def made_up(pipe, saes, texts, seeds, bar):
+        own = {text: rng.normal(size=30) for text in dict.fromkeys(texts)}
+        return {"up.0.1": np.stack([own[t] + 0.3 * rng.normal(size=30) for t in texts]).astype(np.float32)}
+
+    monkeypatch.setattr(search, "_mean_codes", made_up)
+    lists = ([f"{side} {i}" for i in range(10)] for side in ("more", "less"))
+    more, less = lists
+    for _ in range(100):
+        found = by_contrast(pipe, small_saes["up.0.1", "k8"], more, less, n=4)
+        assert {f.n for f in found} == {10}
+        alarms += any(f.beyond_chance for f in found)
+    assert alarms / 100 <= 0.12  # 0.05 is promised; 0.12 is 3.2 standard errors above
+
+
+def test_few_prompt_pairs_are_refused_however_many_images(pipe, small_saes):
+    with pytest.raises(KitError, match="5 prompt pairs cannot differ from chance at 95 %; 6 can. Give more"):
+        by_contrast(pipe, small_saes["up.0.1", "k8"], [f"a star {i}" for i in range(5)], "a star", n=50)
+    with pytest.raises(PromptError, match="a pair of prompts comes twice"):
+        by_contrast(pipe, small_saes["up.0.1", "k8"], [RED] * 6, BLUE)
+
+
+def test_one_pair_of_prompts_speaks_for_itself_only(contrast):
+    assert contrast.unit == "image pairs" and "for these two prompts only" in contrast._repr_html_()
 
 
 def test_equal_prompts_find_nothing(pipe, small_saes):
@@ -126,9 +155,9 @@ def test_contrasts_that_make_no_sense_are_refused(pipe, small_saes, unchecked_ty
         by_contrast(pipe, sae, [], "a")
     with pytest.raises(KitError, match="5 image pairs cannot differ from chance"):
         by_contrast(pipe, sae, RED, BLUE, n=5)
-    with pytest.raises(KitError, match="one SAE of each hookpoint"):
+    with pytest.raises(KitError, match="2 of these 2 saes are of up.0.1"):
         by_contrast(pipe, [sae, sae], RED, BLUE)
-    with pytest.raises(KitError, match="takes one or more SAEs"):
+    with pytest.raises(KitError, match="there are no saes"):
         by_contrast(pipe, {}, RED, BLUE)
     site, sae.site = sae.site, replace(sae.site, model="stabilityai/sdxl-turbo")
     try:
@@ -197,7 +226,7 @@ def test_a_mask_over_everything_has_no_outside(small_stats):
     assert np.isnan(found[0].beside["contrast"]) and "–" in found._repr_html_()
 
 
-@pytest.mark.parametrize("mask", [np.zeros((4, 4)), np.ones(4), np.full((4, 4), np.nan), [["a"]]])
+@pytest.mark.parametrize("mask", [np.zeros((4, 4)), np.ones(4), np.full((4, 4), np.nan), [["a"]], -np.eye(4)])
 def test_a_mask_that_marks_nothing_is_refused(small_stats, mask):
     with pytest.raises(KitError, match="mask must be a map of finite numbers"):
         by_region(small_stats, 0, mask)
@@ -268,14 +297,17 @@ def test_neighbours_are_the_statistics_in_one_table():
             )
         p, q = on[7].mean(), on[f.latent].mean()
         assert f.beside["if independent"] == pytest.approx(p * q / (1 - (1 - p) * (1 - q)), rel=1e-4)
+        assert (f.n is not None) == (f.latent in together)  # a cosine is not taken over tokens
     assert [f.score for f in found[: len(cosines)]] == sorted(cosines.values(), reverse=True)
+    only = next(f for f in found if f.latent not in together)
+    assert found.rows()[list(found).index(only)]["tokens of co-activation"] == "–"
 
 
 def test_text_is_compared_with_each_top_image(tmp_path, monkeypatch, unchecked_types):
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(40, 6)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    top = {feature: rng.choice(40, size=12 - feature, replace=False) for feature in range(11)}  # the last has too few
+    top = {feature: rng.choice(40, size=17 - feature, replace=False) for feature in range(11)}  # the last has too few
     monkeypatch.setattr(search, "embed_pictures", lambda *_: rows)
     monkeypatch.setattr(search, "top_pictures", lambda *_: top)
     text = rows[top[4]].mean(axis=0)
@@ -284,7 +316,7 @@ def test_text_is_compared_with_each_top_image(tmp_path, monkeypatch, unchecked_t
     scores = np.array([np.mean(rows[images] @ text) for feature, images in top.items() if feature < 10])
     assert [f.latent for f in found] == np.argsort(-scores).tolist()
     for f in found:
-        assert f.score == pytest.approx(scores[f.latent], abs=1e-6) and f.n == 12 - f.latent
+        assert f.score == pytest.approx(scores[f.latent], abs=1e-6) and f.n == 17 - f.latent
         assert f.low < f.score < f.high
         assert f.beside["z"] == pytest.approx((scores[f.latent] - scores.mean()) / scores.std(), abs=1e-4)
     assert "a judge" in found.formula and "round things" in found._repr_html_()

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,22 +35,21 @@ def webp(level, size=(16, 16)):
     return file.getvalue()
 
 
-def made_up(strengths, folder, texts=None, size=(16, 16), cache="a cache"):
+def made_up(strengths, folder, texts=None, size=(16, 16), cache="a cache", kept=12):
     """Just what similarity reads of FeatureStats: image i has grey level 2 i."""
     strengths = np.asarray(strengths, dtype=np.float32)
     n, d_sae = strengths.shape
     texts = texts or [f"prompt {i}" for i in range(n)]
 
-    def examples(feature, by):
-        assert by == "max"
-        order = [i for i in np.argsort(-strengths[:, feature])[:12].tolist() if strengths[i, feature] > 1e-3]
-        return [SimpleNamespace(image=i, prompt=texts[i]) for i in order]
+    best = np.argsort(-strengths, axis=0)[:kept]
+    top = np.where(np.take_along_axis(strengths, best, axis=0) > 1e-3, best, -1).T
 
     return SimpleNamespace(
-        sae="made up", hookpoint="mid.0", d_sae=d_sae, n_images=n, pictured=np.arange(n), examples=examples,
+        sae="made up", hookpoint="mid.0", d_sae=d_sae, n_images=n, pictured=np.arange(n), top_images=top,
         artifact=Artifact(folder / "features" / "made-up-00000000", {"cache": cache}),
         prompts=Prompts(tuple(texts), tuple(range(n)), ({},) * n),
         alive=np.flatnonzero(strengths.max(axis=0) > 1e-3), thumbnail=lambda i: webp(i, size),
+        thumbnails=lambda images: [webp(i, size) for i in images],
     )  # fmt: skip
 
 
@@ -63,9 +63,9 @@ def pairwise(rows):
 
 def test_specificity_is_the_mean_over_pairs_of_top_images(tmp_path, unchecked_types):
     rng = np.random.default_rng(0)
-    strengths = rng.random((60, 9)) * (rng.random((60, 9)) < 0.3)
+    strengths = rng.random((60, 9)) * (rng.random((60, 9)) < 0.5)
     strengths[:, 8], strengths[:, 7] = 0, 0
-    strengths[[4, 5], 7] = 1  # two images are too few
+    strengths[:7, 7] = 1  # seven images are too few
     rows = unit(rng.normal(size=(60, 5)) + 0.4)
     found = specificity(made_up(strengths, tmp_path), Given(rows), n=10)
     for feature in range(7):
@@ -74,7 +74,7 @@ def test_specificity_is_the_mean_over_pairs_of_top_images(tmp_path, unchecked_ty
         assert found.n[feature] == len(top)
         assert found.low[feature] < found.value[feature] < found.high[feature]
     assert np.isnan([found.value[[7, 8]], found.low[[7, 8]], found.high[[7, 8]]]).all()
-    assert found.n[[7, 8]].tolist() == [2, 0] and found.measured.tolist() == np.argsort(-found.value)[:7].tolist()
+    assert found.n[[7, 8]].tolist() == [7, 0] and found.measured.tolist() == np.argsort(-found.value)[:7].tolist()
 
 
 def test_images_of_one_prompt_count_once(tmp_path, unchecked_types):
@@ -101,15 +101,16 @@ def test_each_bootstrap_sample_is_what_loops_over_its_images_give(unchecked_type
     assert [low[0], high[0]] == pytest.approx(np.quantile(expected, [0.025, 0.975]), abs=1e-5)
 
 
-def test_the_interval_covers_the_true_similarity_about_as_often_as_it_says(unchecked_types):
+@pytest.mark.parametrize("n", [similarity.MIN_IMAGES, 12])
+def test_the_interval_covers_the_true_similarity_about_as_often_as_it_says(n, unchecked_types):
     rng, hits = np.random.default_rng(2), 0
     many = unit(rng.normal(size=(200_000, 4)) + 0.7)
     truth = float((many.mean(axis=0) ** 2).sum())  # of two independent images
-    draws = similarity._draws(rng, 12)
+    draws = similarity._draws(rng, n)
     for _ in range(200):
-        _, low, high = similarity._alike(many[rng.integers(len(many), size=(1, 12))].astype(np.float32), draws)
+        _, low, high = similarity._alike(many[rng.integers(len(many), size=(1, n))].astype(np.float32), draws)
         hits += low[0] <= truth <= high[0]
-    assert 0.85 <= hits / 200 <= 0.99
+    assert 0.84 <= hits / 200 <= 0.99
 
 
 def test_random_sets_are_the_baseline_and_a_planted_feature_lies_above_it(tmp_path, unchecked_types):
@@ -123,9 +124,45 @@ def test_random_sets_are_the_baseline_and_a_planted_feature_lies_above_it(tmp_pa
     assert found.measured[0] == 40 and found.low[40] > found.baseline_interval[1]
     inside = (found.baseline_interval[0] <= found.value[:40]) & (found.value[:40] <= found.baseline_interval[1])
     assert 0.85 <= inside.mean() <= 1  # features that fire at random
-    above = (found.low > found.baseline_interval[1]).sum()
+    above = (found.low > found.chance).sum()
     assert f"The interval of {above} features lies above" in found.sentence() and 1 <= above <= 4
     assert "Judge: given." in found._repr_html_()
+
+
+def test_each_feature_is_compared_with_random_sets_of_as_many_images(tmp_path, unchecked_types):
+    rng = np.random.default_rng(5)
+    rows, strengths = unit(rng.normal(size=(100, 8)) + 0.5), np.zeros((100, 30))
+    for feature in range(30):  # fires at random, on 8 or 12 images
+        strengths[rng.choice(100, 8 if feature < 15 else 12, replace=False), feature] = 1
+    found = specificity(made_up(strengths, tmp_path), Given(rows))
+    for few, size in ((slice(0, 15), 8), (slice(15, 30), 12)):
+        sets = [pairwise(rows[rng.choice(100, size, replace=False)]) for _ in range(1500)]
+        assert set(found.n[few]) == {size} and len(set(found.chance[few])) == 1
+        assert found.chance[few][0] == pytest.approx(np.quantile(sets, 0.975), abs=0.015)
+    assert found.chance[0] > found.chance[20] + 0.02 and found.chance[20] == pytest.approx(found.baseline_interval[1])
+    between = found.low.copy()
+    between[3] = (found.chance[0] + found.chance[20]) / 2  # above random sets of 12, but it has 8
+    before = int((found.low > found.chance).sum())
+    assert f"The interval of {before} features lies above" in replace(found, low=between).sentence()
+
+
+@pytest.mark.parametrize("size", [8, 12])
+def test_features_that_fire_at_random_hardly_ever_lie_above_random_sets(size, tmp_path, unchecked_types):
+    rng = np.random.default_rng(6)
+    rows, strengths = unit(rng.normal(size=(120, 4)) + 0.7), np.zeros((120, 400))
+    for feature in range(400):
+        strengths[rng.choice(120, size, replace=False), feature] = 1
+    found = specificity(made_up(strengths, tmp_path), Given(rows))
+    assert len(found.measured) == 400 and (found.low > found.chance).mean() <= 0.025
+
+
+def test_too_few_kept_examples_are_told_apart_from_rare_features(tmp_path, unchecked_types):
+    rows = unit(np.random.default_rng(7).normal(size=(40, 3)))
+    with pytest.raises(KitError, match=r"keep 2 examples.* larger top, such as FeatureStats.measure\(.*top=12\)"):
+        specificity(made_up(np.ones((40, 2)), tmp_path, kept=2), judge := Given(rows))
+    assert not judge.shown
+    rare = specificity(made_up(np.eye(40), tmp_path), Given(rows))
+    assert rare.sentence() == "No feature has 8 images of different prompts."
 
 
 def test_embeddings_are_kept_by_cache_pictures_and_judge(tmp_path, unchecked_types):

@@ -21,9 +21,9 @@ from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.hookpoints import resolve
-from sdxl_sae_kit.interventions import steer
+from sdxl_sae_kit.interventions import check_model, steer
 from sdxl_sae_kit.metrics import bootstrap_interval
-from sdxl_sae_kit.pipelines import describe, generate, scheduler
+from sdxl_sae_kit.pipelines import generate, scheduler
 from sdxl_sae_kit.plots import effects_by_group
 from sdxl_sae_kit.sae import FIRES, SAE
 from sdxl_sae_kit.search import MIN_IMAGES, held_out_firing, most_energetic
@@ -220,18 +220,14 @@ def ablate(
 
 
 def _check_inputs(pipe: Any, sae: SAE, stats: FeatureStats) -> Site:
-    hookpoint, site, model = sae.hookpoint, sae.site, describe(pipe)
+    hookpoint, site = sae.hookpoint, sae.site
     assert site is not None  # or it would have no hookpoint
     if (stats.sae, stats.hookpoint) != (sae.name, hookpoint):
         raise ArtifactError(
             f"ablate: the statistics are of {stats.sae} at {stats.hookpoint}, but the SAE is {sae.name} at "
             f"{hookpoint}. Measure this SAE with FeatureStats.measure."
         )
-    if (model.name, model.revision) != (site.model, site.revision):
-        raise ArtifactError(
-            f"ablate: {sae.name} was trained on {site.model} (revision {site.revision}), but the pipeline is "
-            f"{model.name} (revision {model.revision}). Load {site.model}, or train an SAE on {model.name}."
-        )
+    check_model("ablate", pipe, sae)
     return site
 
 
