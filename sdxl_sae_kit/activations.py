@@ -97,7 +97,7 @@ class Activations(ABC):
         layout = self.layout
         if step not in layout.steps or half not in layout.halves:
             raise KitError(
-                f"{self.name} has no step {step} of {half}; it has steps {', '.join(map(str, layout.steps))} of "
+                f"{self.name} has no step {step!r} of {half}; it has steps {', '.join(map(str, layout.steps))} of "
                 f"{' and '.join(layout.halves)}. Take one of these, or collect again."
             )
         return layout.steps.index(step) * len(layout.halves) + layout.halves.index(half)

@@ -90,6 +90,9 @@ class Artifact:
             )
         return artifact.present()
 
+    def __repr__(self) -> str:
+        return f"Artifact({str(self.folder)!r})"
+
     @property
     def recipe(self) -> Mapping[str, Any]:
         """All settings and inputs this was made from."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, get_args
 
 import h5py
 import numpy as np
@@ -16,60 +18,19 @@ from numpy.typing import NDArray
 from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
-from sdxl_sae_kit.measurement import MEMORY, measure
+from sdxl_sae_kit.evidence import Curve as Curve
+from sdxl_sae_kit.evidence import Example as Example
+from sdxl_sae_kit.evidence import Histogram as Histogram
+from sdxl_sae_kit.evidence import Neighbour as Neighbour
+from sdxl_sae_kit.evidence import Ranking as Ranking
+from sdxl_sae_kit.measurement import MEMORY, least_memory, measure
 from sdxl_sae_kit.metrics import bootstrap_interval
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.summary import FILE, open_part, part_name
 
-Ranking = Literal["max", "mean", "area"]
-"""Images are ranked by a latent's maximum, its mean, or the share of tokens on which it fires."""
-
-_LEAST_MEMORY = 2**24
 _OFTEN = 5
 _PER_LATENT = ("density", "image_density", "mean", "std", "max")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One image on which a latent fires."""
-
-    image: int
-    """Index in the cache."""
-    prompt: str
-    seed: int
-    value: float
-    """What it was ranked by: the maximum over the image, the mean, or the share of tokens."""
-    heat_map: Float[np.ndarray, "height width"] = field(repr=False)
-    """The latent's value at every token."""
-    thumbnail: bytes = field(repr=False)
-    """The image, small, as WebP; empty where pictures were not kept."""
-
-
-class Curve(NamedTuple):
-    """What every latent does at one denoising step in one guidance half."""
-
-    step: int
-    half: str
-    density: Float[np.ndarray, " latent"]
-    """Share of tokens on which it fires."""
-    mean: Float[np.ndarray, " latent"]
-    """Mean value over those."""
-
-
-class Histogram(NamedTuple):
-    """How many firing tokens have a value between two edges, for every latent."""
-
-    edges: Float[np.ndarray, " bins_and_1"]
-    counts: Int[np.ndarray, "latent bin"]
-
-
-class Neighbour(NamedTuple):
-    """Another latent, how near it is, and, where that is an estimate, over how many tokens."""
-
-    latent: int
-    value: float
-    n: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,9 +41,9 @@ class FeatureStats:
         density (d_sae,): share of tokens on which the latent fires (value > 0.001).
         image_density (d_sae,): share of images on which it fires somewhere.
         mean, std, max (d_sae,): over the tokens on which it fires; 0 for a latent that never fired.
-        moran, moran_low, moran_high (d_sae,): mean over the images on which it fires of Moran's I of its heat map (see
-            `Tally`) with Student's 95 % interval: near 1 where it fires in one patch, near 0 where it is scattered.
-            NaN for a latent that fires on no image, or everywhere alike.
+        moran, moran_low, moran_high (d_sae,): mean Moran's I of its heat maps (see `Tally`), over the `moran_n` images
+            on which it fires and is not the same everywhere, with Student's 95 % interval: near 1 where it fires in
+            one patch, near 0 where it is scattered. NaN where there are no such images.
     """
 
     artifact: Artifact = field(repr=False)
@@ -101,6 +62,7 @@ class FeatureStats:
     moran: Float[np.ndarray, "latent"] = field(repr=False)
     moran_low: Float[np.ndarray, "latent"] = field(repr=False)
     moran_high: Float[np.ndarray, "latent"] = field(repr=False)
+    moran_n: Float[np.ndarray, "latent"] = field(repr=False)
 
     @classmethod
     def measure(
@@ -125,7 +87,7 @@ class FeatureStats:
                 of all steps and halves.
             step: which denoising step.
             top: examples kept for each latent and ranking.
-            memory: bytes it may take, beside the SAE: at least 16 MB. The result does not depend on it.
+            memory: bytes it may take, beside the SAE: at least what one image does. The result does not depend on it.
             store: folder of artifacts.
 
         Raises:
@@ -134,9 +96,10 @@ class FeatureStats:
             KitError: the cache does not have this step, or an impossible setting.
         """
         _check_fit(sae, cache)
+        step = whole_number("measure: step", step, least=0)
         cache.row(step)
         top = whole_number("measure: top", top)
-        memory = whole_number("measure: memory", memory, least=_LEAST_MEMORY)
+        memory = whole_number("measure: memory (bytes)", memory, least=least_memory(sae, cache))
         recipe = {"sae": sae.digest, "name": sae.name, "cache": cache.artifact.digest, "step": step, "top": top}
         artifact = Store.at(store).artifact("features", sae.name.rsplit("-", 1)[0], recipe)
         measure(sae, cache, step, top, memory, artifact)
@@ -152,7 +115,7 @@ class FeatureStats:
         artifact = Artifact.open(folder, "features")
         with open_part(artifact.check(FILE)) as file:
             arrays = {name: file[name][()] for name in _PER_LATENT}
-            arrays |= {f"moran{end}": file[f"moran/{end[1:] or 'mean'}"][()] for end in ("", "_low", "_high")}
+            arrays |= {f"moran{end}": file[f"moran/{end[1:] or 'mean'}"][()] for end in ("", "_low", "_high", "_n")}
             a = file.attrs
             arrays |= {name: int(a[name]) for name in ("step", "n_images", "n_tokens")}
             grid = (int(a["height"]), int(a["width"]))
@@ -190,16 +153,14 @@ class FeatureStats:
             return Histogram(file["histogram/edges"][()], file["histogram/counts"][()])
 
     def examples(self, feature: int, by: Ranking = "max", n: int | None = None) -> list[Example]:
-        """The images on which a latent fires most, strongest first; fewer than asked for when it fires on fewer.
+        """The images on which a latent fires most, strongest first: up to n of the `top` that were kept.
 
         Raises:
             KitError: there is no such latent, or no such ranking.
         """
-        if by not in get_args(Ranking):
-            raise KitError(
-                f"examples: by is {', '.join(map(repr, get_args(Ranking)))}, not {by!r}."
-                f"{did_you_mean(str(by), get_args(Ranking))}"
-            )
+        _check_ranking(by)
+        if n is not None:
+            n = whole_number("examples: n", n)
         examples = self._examples(feature, by, n)
         if by == "area":
             tokens = self.grid[0] * self.grid[1]
@@ -287,28 +248,47 @@ class FeatureStats:
 
     def _codes(self, image: int) -> tuple[Integer[np.ndarray, "token width"], Float[np.ndarray, "token width"]]:
         if not isinstance(image, Integral) or not 0 <= image < self.n_images:
-            raise KitError(f"{self.artifact.name} has images 0 to {self.n_images - 1}; there is no {image!r}.")
+            raise KitError(f"The cache of these statistics has images 0 to {self.n_images - 1}; there is no {image!r}.")
         part, row = divmod(int(image), self._part_images)
-        with open_part(self.artifact.file(part_name(part))) as file:
+        with self._part(part) as file:
             return file["codes/indices"][row], file["codes/values"][row].astype(np.float32)
 
     def image_activations(self, by: Ranking = "max") -> Float[np.ndarray, "image latent"]:
         """Every latent's maximum (or mean, or share of tokens) over every image: n_images × d_sae × 4 bytes."""
+        _check_ranking(by)
         if by not in self._pooled:
-            self._pooled[by] = self._by_image(by) / np.float32(1 if by != "area" else self.grid[0] * self.grid[1])
+            self._pooled[by] = self._by_image(by)
         return self._pooled[by]
+
+    def strengths(self, feature: int) -> Float[np.ndarray, "image"]:
+        """A latent's maximum over every image.
+
+        Raises:
+            KitError: there is no such latent.
+        """
+        self._check(feature)
+        found = np.zeros(self.n_images, np.float32)
+        for tallies in self._tallies():
+            mine = tallies["latent"][()] == feature
+            found[tallies["image"][()][mine]] = tallies["max"][()][mine]
+        return found
 
     @cached_property
     def _pooled(self) -> dict[Ranking, Float[np.ndarray, "image latent"]]:
         return {}
 
-    def _by_image(self, name: str) -> Float[np.ndarray, "image latent"]:
+    def _by_image(self, by: Ranking) -> Float[np.ndarray, "image latent"]:
         dense = np.zeros((self.n_images, self.d_sae), np.float32)
-        for part in range(-(-self.n_images // self._part_images)):
-            with open_part(self.artifact.file(part_name(part))) as file:
-                tallies = file["tallies"]
-                dense[tallies["image"][()], tallies["latent"][()]] = tallies[name][()]
+        for tallies in self._tallies():
+            dense[tallies["image"][()], tallies["latent"][()]] = tallies[by][()]
+        if by == "area":
+            dense /= self.grid[0] * self.grid[1]
         return dense
+
+    def _tallies(self) -> Iterator[h5py.Group]:
+        for part in range(-(-self.n_images // self._part_images)):
+            with self._part(part) as file:
+                yield file["tallies"]
 
     def coactive(self, feature: int, n: int = 8) -> list[Neighbour]:
         """The latents that fire most on the same tokens, by Jaccard index: tokens on which both fire / either does.
@@ -335,7 +315,9 @@ class FeatureStats:
             counted = group.attrs.get("n_tokens")
             found = zip(group["latent"][feature].tolist(), group["value"][feature].tolist(), strict=True)
             n_tokens = None if counted is None else int(counted)
-            return [Neighbour(latent, value, n_tokens) for latent, value in found if latent >= 0][:n]
+            return [Neighbour(latent, value, n_tokens) for latent, value in found if latent >= 0][
+                : whole_number("n", n)
+            ]
 
     def summary(self) -> dict[str, Any]:
         """One row of a table that sets SAEs beside each other: how many latents fire, and where."""
@@ -353,13 +335,23 @@ class FeatureStats:
         }
 
     def _check(self, feature: int) -> None:
-        if not isinstance(feature, Integral) or not 0 <= feature < self.d_sae:
+        if isinstance(feature, bool) or not isinstance(feature, Integral) or not 0 <= feature < self.d_sae:
             raise KitError(f"{self.sae} has latents 0 to {self.d_sae - 1}; there is no {feature!r}.")
 
     @cached_property
     def _part_images(self) -> int:
         with self._file() as file:
             return int(file.attrs["part_images"])
+
+    @contextmanager
+    def _part(self, part: int) -> Iterator[h5py.File]:
+        try:
+            with open_part(self.artifact.file(part_name(part))) as file:
+                yield file
+        except (OSError, KeyError) as cause:
+            raise ArtifactError(
+                f"{part_name(part)} of {self.artifact.folder} cannot be read ({cause}). {self.artifact.remedy}"
+            ) from None
 
     def _file(self) -> h5py.File:
         return open_part(self.artifact.file(FILE))
@@ -369,6 +361,12 @@ class FeatureStats:
             f"FeatureStats of {self.sae}: {len(self.alive)} of {self.d_sae} latents fire, "
             f"over {self.n_tokens:,} tokens of {self.n_images:,} images"
         )
+
+
+def _check_ranking(by: str) -> None:
+    rankings = get_args(Ranking)
+    if by not in rankings:
+        raise KitError(f"Images are ranked by {', '.join(rankings)}, not {by!r}.{did_you_mean(str(by), rankings)}")
 
 
 def _check_fit(sae: SAE, cache: ActivationCache) -> None:

@@ -49,6 +49,14 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     sync_folder(path.parent)
 
 
+def settle(temporary: Path, final: Path) -> None:
+    """Give a file that was written its name, once it would survive a power cut."""
+    with open(temporary, "rb") as handle:
+        os.fsync(handle.fileno())
+    temporary.replace(final)
+    sync_folder(final.parent)
+
+
 @contextmanager
 def explain_full(path: Path) -> Iterator[None]:
     """Say of a disk that is full what to do."""

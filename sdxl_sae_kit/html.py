@@ -12,7 +12,7 @@ import html
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -357,7 +357,7 @@ def page(title: str, *parts: str) -> str:
 class Shown:
     """A piece of HTML that a notebook shows when it is the last thing in a cell."""
 
-    markup: str
+    markup: str = field(repr=False)
 
     def _repr_html_(self) -> str:
         return self.markup

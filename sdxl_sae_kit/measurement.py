@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import h5py
@@ -20,11 +18,11 @@ from tqdm.auto import tqdm
 from sdxl_sae_kit.artifacts import Artifact, human_bytes
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import ArtifactError
-from sdxl_sae_kit.files import explain_full, sync_folder
+from sdxl_sae_kit.files import explain_full, settle
 from sdxl_sae_kit.firing import Firing, Moments, total
 from sdxl_sae_kit.processes import Processes, find_processes
 from sdxl_sae_kit.sae import SAE
-from sdxl_sae_kit.summary import open_part, part_name, summarise
+from sdxl_sae_kit.summary import is_whole, open_part, part_name, summarise
 
 MEMORY = 2**30
 """Bytes that measuring may take unless told otherwise."""
@@ -45,7 +43,8 @@ class MeasurementPlan:
     n_tokens: int
     """Tokens encoded: images × rows (steps × guidance halves) × tokens of a grid."""
     nbytes: int
-    """At most so many bytes on disk: images × tokens × L0 × 6, and for each latent its numbers and heat maps."""
+    """About so many bytes on disk: images × tokens × L0 × 6 before compression, which outweighs pictures and sums, and
+    for each latent its heat maps."""
     memory: int
     """Bytes it may take, beside the SAE."""
     seconds: float | None = None
@@ -54,7 +53,7 @@ class MeasurementPlan:
     def __str__(self) -> str:
         took = "" if self.seconds is None else f", about {self.seconds / 60:.1f} minutes on this machine"
         return (
-            f"{self.d_sae:,} latents over {self.n_tokens:,} tokens of {self.n_images:,} images: at most "
+            f"{self.d_sae:,} latents over {self.n_tokens:,} tokens of {self.n_images:,} images: about "
             f"{human_bytes(self.nbytes)} on disk and {human_bytes(self.memory)} of memory{took}"
         )
 
@@ -65,7 +64,7 @@ def plan_measurement(
     """Forecast what `FeatureStats.measure` takes, before there is a cache or an SAE.
 
     >>> print(plan_measurement(5120, 10, 100_000, (16, 16)))
-    5,120 latents over 25,600,000 tokens of 100,000 images: at most 1.65 GB on disk and 1.07 GB of memory
+    5,120 latents over 25,600,000 tokens of 100,000 images: about 1.65 GB on disk and 1.07 GB of memory
     """
     tokens = grid[0] * grid[1]
     of_latents = d_sae * (3 * top + 12) * (tokens * 2 + 8) * 0.3  # heat maps are mostly zeros
@@ -82,7 +81,7 @@ def measure(sae: SAE, cache: ActivationCache, step: int, top: int, memory: int, 
         if artifact.finished:  # by others, while this one waited
             return
         parts = range(-(-cache.n_images // PART_IMAGES))
-        missing = [part for part in parts if not artifact.file(part_name(part)).exists()]
+        missing = [part for part in parts if not is_whole(artifact.file(part_name(part)))]
         if processes.first:
             _announce(sae, cache, top, memory, artifact, len(parts) - len(missing))
         _make_parts(sae, cache, step, memory, artifact, missing, processes)
@@ -97,14 +96,16 @@ def _announce(sae: SAE, cache: ActivationCache, top: int, memory: int, artifact:
     l0 = float(sae.metrics.get("l0") or sae.k or sae.d_sae / 2)
     grid, rows = cache.grid(sae.hookpoint), cache.rows_per_image
     plan = plan_measurement(sae.d_sae, l0, cache.n_images, grid, rows=rows, top=top, memory=memory)
-    if (free := shutil.disk_usage(artifact.folder).free) <= plan.nbytes:
+    needed = plan.nbytes * (1 - min(1, n_done * PART_IMAGES / cache.n_images))
+    if (free := shutil.disk_usage(artifact.folder).free) <= needed:
         raise ArtifactError(
-            f"Measuring {sae.name} takes up to {human_bytes(plan.nbytes)}, and {human_bytes(free)} are free in "
+            f"Measuring {sae.name} takes about {human_bytes(needed)}, and {human_bytes(free)} are free in "
             f"{artifact.folder.parent}. Make room, or choose another folder with store=."
         )
     images = next(_chunks(sae, cache, range(cache.n_images), memory))
     started = time.perf_counter()
-    _encode(sae, cache, images)
+    for _ in _encode(sae, cache, images):
+        pass
     seconds = (time.perf_counter() - started) * cache.n_images / len(images)
     there = f" {n_done} parts of {PART_IMAGES} images are there already." if n_done else ""
     timed = MeasurementPlan(plan.d_sae, plan.n_images, plan.n_tokens, plan.nbytes, plan.memory, seconds)
@@ -120,40 +121,40 @@ def _make_parts(
     missing: Sequence[int],
     processes: Processes,
 ) -> None:
-    of_parts = [range(part * PART_IMAGES, min((part + 1) * PART_IMAGES, cache.n_images)) for part in missing]
-    n_images, n_missing = cache.n_images, sum(map(len, of_parts))
+    of_parts = {part: range(part * PART_IMAGES, min((part + 1) * PART_IMAGES, cache.n_images)) for part in missing}
+    n_images, n_missing = cache.n_images, sum(map(len, of_parts.values()))
     bar = tqdm(total=n_images, initial=n_images - n_missing, desc="measure", unit="image", disable=not processes.first)
     with bar:
-        for at in range(processes.index, len(missing), processes.count):
-            final = artifact.file(part_name(missing[at]))
+        for part, images in of_parts.items():
+            if part % processes.count != processes.index:  # by number: others' parts may appear while this one lists
+                continue
+            final = artifact.file(part_name(part))
             temporary = final.with_name(f"{final.name}.tmp")
             with explain_full(final), open_part(temporary, "w") as file:
-                _write_part(sae, cache, cache.row(step), of_parts[at], memory, file, bar)
-            _settle(temporary, final)
-
-
-def _settle(temporary: Path, final: Path) -> None:
-    """Give a file that is on disk its name."""
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    temporary.replace(final)
-    sync_folder(final.parent)
+                _write_part(sae, cache, cache.row(step), images, memory, file, bar)
+            settle(temporary, final)
 
 
 @torch.no_grad()
 def _encode(
     sae: SAE, cache: ActivationCache, images: NDArray[np.integer]
-) -> list[tuple[Integer[np.ndarray, "image token width"], Float[np.ndarray, "image token width"]]]:
+) -> Iterator[tuple[Integer[np.ndarray, "image token width"], Float[np.ndarray, "image token width"]]]:
     """The codes of these images, row by row."""
     x = cache.read(sae.hookpoint, images)
-    codes = (sae.encode_sparse(x[:, row].to(sae.W_enc.device, torch.float32)) for row in range(x.shape[1]))
-    return [(indices.cpu().numpy(), values.cpu().numpy()) for indices, values in codes]
+    for row in range(x.shape[1]):
+        indices, values = sae.encode_sparse(x[:, row].to(sae.W_enc.device, torch.float32))
+        yield indices.cpu().numpy(), values.cpu().numpy()
+
+
+def least_memory(sae: SAE, cache: ActivationCache) -> int:
+    """Bytes that one image takes while it is encoded: dense codes of one row, and the updates of all rows."""
+    tokens, rows = cache.tokens_per_row(sae.hookpoint), cache.rows_per_image
+    return tokens * (sae.d_sae * 4 * _ARRAYS_OF_CODES + rows * sae.d_in * cache.layout.stored_dtype.itemsize)
 
 
 def _chunks(sae: SAE, cache: ActivationCache, images: range, memory: int) -> Iterator[NDArray[np.integer]]:
     """These images, in runs that can be encoded within the memory."""
-    per_image = cache.tokens_per_row(sae.hookpoint) * sae.d_sae * 4 * _ARRAYS_OF_CODES
-    size = max(1, min(32, memory // per_image))
+    size = max(1, min(32, memory // least_memory(sae, cache)))
     for start in range(images.start, images.stop, size):
         yield np.arange(start, min(start + size, images.stop))
 
@@ -185,8 +186,7 @@ def _write_part(
     sums, tallies = _Sums(sae.d_sae, cache.rows_per_image), []
     codes = _Codes(file, len(images), cache.tokens_per_row(sae.hookpoint), sae)
     for chunk in _chunks(sae, cache, images, memory):
-        encoded = _encode(sae, cache, chunk)
-        for at, (indices, values) in enumerate(encoded):
+        for at, (indices, values) in enumerate(_encode(sae, cache, chunk)):
             firing = Firing.of(indices, values, cache.grid(sae.hookpoint), sae.d_sae)
             sums.add_row(at, firing)
             if at == row:
@@ -199,7 +199,7 @@ def _write_part(
                 codes.write(chunk - images.start, indices, values)
         bar.update(len(chunk))
     for name, array in sums.arrays().items():
-        file.create_dataset(name, data=array)
+        file.create_dataset(name, data=array, **_compact(array.shape))
     for name in ("image", "latent", "max", "mean", "area"):
         joined = np.concatenate([getattr(tally, name) + (first if name == "image" else 0) for first, tally in tallies])
         dtype = np.float32 if name in ("max", "mean") else np.int32
@@ -208,8 +208,8 @@ def _write_part(
 
 
 def _compact(shape: tuple[int, ...]) -> dict[str, Any]:
-    """Compression, where there is something to compress."""
-    return {"compression": "gzip", "compression_opts": 1, "shuffle": True} if all(shape) else {}
+    """Compression and checksums, where there is something to store."""
+    return {"compression": "gzip", "compression_opts": 1, "shuffle": True, "fletcher32": True} if all(shape) else {}
 
 
 class _Codes:

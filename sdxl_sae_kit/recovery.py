@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,9 +114,9 @@ class Confusion:
     """Factor and value of every row, and of every column."""
     latents: tuple[str, ...]
     """Whose row it is: hookpoint and latent, with "not" where it tells by silence."""
-    shares: Float[NDArray[np.float64], "value value"]
+    shares: Float[NDArray[np.float64], "value value"] = field(repr=False)
     """Of the images that show the column's value, those on which the row's latent tells its own: 0 to 1."""
-    images: Int[NDArray[np.int_], "value"]
+    images: Int[NDArray[np.int_], "value"] = field(repr=False)
     """Held-out images that show each value."""
 
     def plot(self) -> go.Figure:

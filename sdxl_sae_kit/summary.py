@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.cache import ActivationCache
-from sdxl_sae_kit.files import explain_full
+from sdxl_sae_kit.files import explain_full, settle
 from sdxl_sae_kit.firing import EDGES, Firing, Moments, group_ranks
 from sdxl_sae_kit.sae import SAE
 
@@ -49,6 +49,21 @@ def open_part(path: Path, mode: str = "r") -> h5py.File:
     return h5py.File(path, mode, libver=("v108", "v110"))
 
 
+def is_whole(path: Path) -> bool:
+    """Whether a part is there and undamaged: HDF5 compares the checksums of all that it reads."""
+    try:
+        with open_part(path) as part:
+            part.visititems(_read)
+    except (OSError, KeyError, RuntimeError):
+        return False
+    return True
+
+
+def _read(_: str, item: h5py.Group | h5py.Dataset) -> None:
+    if isinstance(item, h5py.Dataset):
+        item[()]
+
+
 def summarise(
     sae: SAE,
     cache: ActivationCache,
@@ -69,37 +84,42 @@ def summarise(
             file.attrs["part_images"] = first.attrs["n_images"]
         alive = _write_statistics(file, parts, n_images, grid[0] * grid[1])
         shown = _write_latents(file, parts, sae, grid, min(top, n_images), memory)
-        _write_similar(file, sae.directions.detach(), alive, memory)
+        _write_similar(file, sae.W_dec.detach(), alive, memory)
         file.create_dataset("prompts", data=np.frombuffer(cache.prompts.to_jsonl().encode(), np.uint8))
         _write_thumbnails(file, cache, shown)
-    temporary.replace(artifact.file(FILE))
+    settle(temporary, artifact.file(FILE))
     artifact.seal(facts={"alive": int(alive.sum()), "latents": sae.d_sae})
 
 
 def _write_statistics(file: h5py.File, parts: Sequence[Path], n_images: int, tokens: int) -> NDArray[np.bool_]:
     """Everything that is a sum over parts; returns which latents fire."""
-    with_parts = [_sums(path) for path in parts]
-    values, moran = (reduce(Moments.merged, (sums[name] for sums in with_parts)) for name in ("values", "moran"))
-    rows, totals = (sum(sums[name] for sums in with_parts) for name in ("rows/count", "rows/total"))
+    sums = reduce(_added, map(_sums, parts))
+    values, moran, rows = sums["values"], sums["moran"], sums["rows/count"]
     low, high = moran.interval()
     arrays = {
         "density": values.n / (n_images * tokens),
-        "image_density": sum(sums["images"] for sums in with_parts) / n_images,
+        "image_density": sums["images"] / n_images,
         "mean": values.mean,
         "std": values.std,
-        "max": reduce(np.maximum, (sums["max"] for sums in with_parts)),
+        "max": sums["max"],
         "moran/mean": np.where(moran.n > 0, moran.mean, np.nan),
         "moran/low": low,
         "moran/high": high,
+        "moran/n": moran.n,
         "curves/density": rows / (n_images * tokens),
-        "curves/mean": totals / np.maximum(rows, 1),
+        "curves/mean": sums["rows/total"] / np.maximum(rows, 1),
     }
     for name, array in arrays.items():
         file.create_dataset(name, data=array.astype(np.float32))
     file.create_dataset("histogram/edges", data=EDGES)
-    counts = sum(sums["histogram"] for sums in with_parts)
-    file.create_dataset("histogram/counts", data=counts, compression="gzip", compression_opts=1)
+    file.create_dataset("histogram/counts", data=sums["histogram"], compression="gzip", compression_opts=1)
     return np.asarray(values.n > 0)
+
+
+def _added(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The sums of two parts together."""
+    how: dict[str, Any] = {"values": Moments.merged, "moran": Moments.merged, "max": np.maximum}
+    return {name: how.get(name, np.add)(one[name], other[name]) for name in one}
 
 
 def _sums(path: Path) -> dict[str, Any]:
@@ -129,11 +149,11 @@ def _write_latents(
     file.create_dataset("coactive/latent", (n, NEIGHBOURS), np.int32, fillvalue=-1)
     file.create_dataset("coactive/value", (n, NEIGHBOURS), np.float32)
     entries = sum(_n_tallies(path) for path in parts)
-    per_latent = slots * (tokens * 2 + 16) + 8 * n + 100 * entries // n
+    per_latent = slots * (tokens * 2 + 16) + 24 * n + 100 * entries // n
     counted = _counted_images(parts, tokens)
     file["coactive"].attrs["n_tokens"] = sum(map(len, counted)) * tokens
     shown: set[int] = set()
-    for first in range(0, n, block := max(1, memory // 2 // per_latent)):
+    for first in range(0, n, block := max(1, memory // per_latent)):
         latents = range(first, min(first + block, n))
         chosen = _choose(_tallies(parts, latents), len(latents), sizes)
         maps = _heat_maps(parts, {by: images for by, (images, _) in chosen.items()}, latents, grid)
@@ -262,10 +282,10 @@ def _fires(firing: Firing) -> csr_array:
 
 
 def _write_similar(
-    file: h5py.File, directions: Float[Tensor, "latent d_in"], alive: NDArray[np.bool_], memory: int
+    file: h5py.File, decoder: Float[Tensor, "latent d_in"], alive: NDArray[np.bool_], memory: int
 ) -> None:
     """The latents, among those that fire, whose decoder rows have the highest cosine with each one's."""
-    rows = torch.nn.functional.normalize(directions.cpu().float(), dim=1)
+    rows = torch.nn.functional.normalize(decoder.cpu().float(), dim=1)
     n = len(rows)
     file.create_dataset("similar/latent", (n, NEIGHBOURS), np.int32, fillvalue=-1)
     file.create_dataset("similar/value", (n, NEIGHBOURS), np.float32)

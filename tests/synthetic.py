@@ -68,6 +68,10 @@ class SyntheticStats(FeatureStats):
         by_name = {"max": self.codes.max((2, 3)), "mean": self.codes.mean((2, 3))}
         return (by_name | {"area": (self.codes > FIRES).mean((2, 3)).astype(np.float32)})[by]
 
+    def strengths(self, feature: int) -> np.ndarray:
+        """Its maximum over each image."""
+        return self.image_activations()[:, feature]
+
     def examples(self, feature: int, by: Ranking = "max", n: int | None = None) -> list[Example]:
         """The images on which the latent is strongest at one token, on average, or by area."""
         values = self.image_activations(by)[:, feature]
@@ -158,6 +162,7 @@ def synthetic_stats(
         moran=(moran := np.where(firing.any((0, 2, 3)), np.linspace(0.1, 0.9, d_sae), np.nan).astype(np.float32)),
         moran_low=moran - np.float32(0.05),
         moran_high=moran + np.float32(0.05),
+        moran_n=firing.any((2, 3)).sum(0).astype(np.float32),
         codes=codes,
         texts=tuple(texts),
         pictures=tuple(_thumbnail(*scene) for scene in scenes),

@@ -69,7 +69,7 @@ def planted(store: Store, hookpoint: str, factor: str | None, *, factors: bool =
             artifact = artifact.seal()
     texts = tuple(f"scene {i}" for i in range(N_IMAGES))
     known = Prompts(texts, tuple(range(N_IMAGES)), tuple(scenes if factors else [{}] * N_IMAGES))
-    names = ("mean", "std", "max", "moran", "moran_low", "moran_high")
+    names = ("mean", "std", "max", "moran", "moran_low", "moran_high", "moran_n")
     per_latent = {name: np.full(N_FEATURES, 0.75, np.float32) for name in names}
     return Planted(
         artifact=artifact, sae=name, hookpoint=hookpoint, grid=GRID, step=0, n_images=N_IMAGES, n_tokens=N_IMAGES * 64,
