@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, SupportsFloat, SupportsIndex, get_args, runtime_checkable
+from dataclasses import dataclass
+from typing import SupportsFloat, SupportsIndex, get_args
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from sdxl_sae_kit import html, sketches
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import Example, FeatureStats, Neighbour, Ranking
+from sdxl_sae_kit.icons import Icons
 from sdxl_sae_kit.labels import LabelStore
 from sdxl_sae_kit.sae import FIRES
+from sdxl_sae_kit.similarity import Specificity
 
 VIEWS = {
     "max": ("Strongest", "Strongest at one token, by the largest z"),
@@ -31,29 +33,19 @@ OPACITY = 0.8
 """Of heat maps, where nobody chose another."""
 
 
-@runtime_checkable
-class Icons(Protocol):
-    """Pictures of what features write when added alone, such as `draw_icons` makes."""
+@dataclass(frozen=True)
+class Subject:
+    """What is known of the features of one SAE. Raises KitError for icons or specificity of another SAE."""
 
-    @property
-    def strengths(self) -> tuple[float, ...]:
-        """In multiples of mean activation × k."""
+    stats: FeatureStats
+    labels: LabelStore
+    icons: Icons | None = None
+    similarity: Specificity | None = None
 
-    def get(self, feature: int) -> tuple[bytes, ...] | None:
-        """One WebP for each strength; None for a feature that was not drawn."""
-
-
-@runtime_checkable
-class Similarity(Protocol):
-    """How alike each feature's top images are, such as `specificity` measures; NaN where there are too few."""
-
-    value: Float[np.ndarray, " latent"]
-    low: Float[np.ndarray, " latent"]
-    high: Float[np.ndarray, " latent"]
-    n: Int[np.ndarray, " latent"]
-    baseline: float
-    baseline_interval: tuple[float, float]
-    judge: str
+    def __post_init__(self) -> None:
+        for name, other in (("icons", self.icons), ("similarity", self.similarity)):
+            if other is not None and other.sae != self.stats.sae:
+                raise KitError(f"The {name} are of {other.sae}, but the statistics of {self.stats.sae}. Pass its own.")
 
 
 def known_latent(stats: FeatureStats, feature: SupportsIndex) -> int:
@@ -109,7 +101,8 @@ def images(stats: FeatureStats, feature: int, view: str, examples: Sequence[Exam
     """A view's images, each beside its heat map, with the number by which it was chosen and its prompt."""
     peak = float(stats.max[feature])
     if not examples:
-        return html.quiet("No image: it fired on no token.")
+        drawn = view == "random"  # whether it fires there or not
+        return html.quiet("No image: this cache keeps no pictures." if drawn else "No image: it fired on no token.")
     key = f"<h4>{VIEWS[view][1]} {html.scale(peak)}</h4>"
     return key + html.figures(
         (
@@ -118,36 +111,26 @@ def images(stats: FeatureStats, feature: int, view: str, examples: Sequence[Exam
                 f"Image {example.image}, and beside it where latent {feature} fires: {example.prompt}",
             ),
             percent(example.value) if view == "area" else html.short(example.value),
-            f"{QUARTERS[4 * place // len(examples)]}: {example.prompt}" if view == "quantiles" else example.prompt,
+            f"{_quarter(place, len(examples))}{example.prompt}" if view == "quantiles" else example.prompt,
         )
         for place, example in enumerate(examples)
     )
 
 
-def facts(
-    stats: FeatureStats,
-    feature: int,
-    labels: LabelStore,
-    icons: Icons | None = None,
-    similarity: Similarity | None = None,
-) -> str:
+def facts(subject: Subject, feature: int) -> str:
     """All that was measured of a feature: statistics with formula and n, curves, neighbours, tests of its label."""
+    stats, labels = subject.stats, subject.labels
     if not stats.density[feature] > 0:
         return f"<p>This latent is dead: it fired on none of the {stats.n_tokens:,} tokens measured.</p>"
-    table = html.table([_as_row(*row) for row in statistics(stats, feature, similarity)])
-    parts = [_tests(labels, feature), f"<h4>Measured</h4>{table}", _sketches(stats, feature), _writes(icons, feature)]
-    return "".join([*parts, _neighbours(stats, feature, labels.all())])
+    table = html.table([_as_row(*row) for row in statistics(stats, feature, subject.similarity)])
+    parts = [_tests(labels, feature), f"<h4>Measured</h4>{table}", _sketches(stats, feature)]
+    return "".join([*parts, _writes(subject.icons, feature), _neighbours(stats, feature, labels.all())])
 
 
-def feature_html(
-    stats: FeatureStats,
-    feature: int,
-    labels: LabelStore,
-    icons: Icons | None = None,
-    similarity: Similarity | None = None,
-) -> str:
+def feature_html(subject: Subject, feature: int) -> str:
     """A feature's whole page without controls: what `facts` says, and the images of every view, most of them folded."""
-    parts = [title(stats, feature, labels.get(feature) or "no label"), facts(stats, feature, labels, icons, similarity)]
+    stats, label = subject.stats, subject.labels.get(feature)
+    parts = [title(stats, feature, label or "no label"), facts(subject, feature)]
     if stats.density[feature] > 0:
         drawn = {view: images(stats, feature, view, chosen(stats, feature, view)) for view in VIEWS}
         parts += [drawn.pop("max"), *(html.folded(VIEWS[view][0], shown) for view, shown in drawn.items())]
@@ -158,7 +141,7 @@ Row = tuple[str, str, str, str]
 """Name, value, formula and n of a statistic."""
 
 
-def statistics(stats: FeatureStats, feature: int, similarity: Similarity | None = None) -> list[Row]:
+def statistics(stats: FeatureStats, feature: int, similarity: Specificity | None = None) -> list[Row]:
     """What was measured of a feature over how many, each with its formula and, if it is an estimate, its interval."""
     density, share = float(stats.density[feature]), float(stats.image_density[feature])
     tokens, firing = f"{stats.n_tokens:,} tokens", f"{round(density * stats.n_tokens):,} firing tokens"
@@ -210,8 +193,14 @@ def _example(stats: FeatureStats, feature: int, image: int) -> Example:
     return Example(image, prompt, seed, float(heat_map.max()), heat_map, stats.thumbnail(image))
 
 
+def _quarter(rank: int, n: int) -> str:
+    """The quarter in which the middle of a rank of n lies; none where there are too few to have quarters."""
+    return f"{QUARTERS[(4 * rank + 2) // n]}: " if n >= len(QUARTERS) else ""
+
+
 def _tests(labels: LabelStore, feature: int) -> str:
-    tests = labels.tests(feature)
+    label = labels.get(feature)
+    tests = [test for test in labels.tests(feature) if test.text == label]
     return html.table([tests[-1].row()], "The latest test of its label; chance is 0.5") if tests else ""
 
 

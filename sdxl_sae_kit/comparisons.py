@@ -108,14 +108,16 @@ def _shared(a: Side, b: Side) -> list[dict[str, object]]:
         formula = f"images among the strongest {len(top)} of A and {len(other_top)} of B"
         rows.append(("top images", f"{len(top & other_top)}", html.short(chance), formula))
     if stats.artifact.folder == other_stats.artifact.folder and latent != other:
-        together, both = stats.coactive(latent), cards.jaccard_by_chance(stats, latent, other)
-        rows.append(("fires together", _among(together, other), html.short(both), "tokens: both fire / either fires"))
-        rows.append(("writes alike", _among(stats.similar(latent), other), "0", "cosine of decoder rows"))
+        live = min(stats.density[latent], stats.density[other]) > 0  # neighbours are sought among those
+        together, alike = (stats.coactive(latent), stats.similar(latent)) if live else ([], [])
+        both = html.short(cards.jaccard_by_chance(stats, latent, other))
+        rows.append(("fires together", _among(together, other), both, "tokens: both fire / either fires"))
+        rows.append(("writes alike", _among(alike, other), "0", "cosine of decoder rows"))
     return [dict(zip(("measure", "value", "by chance", "formula"), row, strict=True)) for row in rows]
 
 
 def _among(neighbours: list[Neighbour], latent: int) -> str:
-    """The value of one of the nearest, or that it is below theirs."""
+    """The value of one of the nearest, or that it is below theirs; – where nothing is known."""
     found = {neighbour.latent: neighbour.value for neighbour in neighbours}
     if latent in found:
         return html.short(found[latent])

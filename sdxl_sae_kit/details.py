@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, SupportsIndex
 
 import ipywidgets as widgets
 
 from sdxl_sae_kit import cards, html
-from sdxl_sae_kit.cards import VIEWS, Icons, Similarity
+from sdxl_sae_kit.cards import VIEWS, Subject
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.forms import line, widget
@@ -65,7 +66,7 @@ class LabelForm(widgets.VBox):  # type: ignore[misc]
         """What is on the screen beside the form."""
         shares = [("not said", NOT_SAID), *((f"{share} %", share / 100) for share in range(0, 101, 5))]
         self.text = widget(widgets.Text, "label", 400, placeholder="What does it respond to?", description="label")
-        self.tags = widget(widgets.Text, "tags", 240, placeholder="colour, background", description="tags")
+        self.tags = widget(widgets.Text, "tags", 240, placeholder="colour; background", description="tags")
         self.confidence = widget(
             widgets.SelectionSlider, "confidence", 300, options=shares, value=NOT_SAID, description="how sure",
             continuous_update=False,
@@ -90,11 +91,15 @@ class LabelForm(widgets.VBox):  # type: ignore[misc]
 
     def _fill(self) -> None:
         label = self._labels.latest(self.feature)
-        if label is None or label.text is None:
-            self.text.value, self.tags.value, self.confidence.value = "", "", NOT_SAID
-            return
-        self.text.value, self.tags.value = label.text, ", ".join(label.tags)
-        self.confidence.value = NOT_SAID if label.confidence is None else 5 * round(20 * label.confidence) / 100
+        text, tags, sure = (label.text or "", label.tags, label.confidence) if label else ("", (), None)
+        self.text.value, self.tags.value = text.replace("\n", " "), "; ".join(tags)
+        self.confidence.value = NOT_SAID if sure is None else 5 * round(20 * sure) / 100
+        self._stood = {self.text: (self.text.value, text), self.confidence: (self.confidence.value, sure)}
+
+    def _said(self, field: widgets.Widget) -> Any:
+        """What a field says. It has one line or whole steps: what nobody changed is what stood, not what it shows."""
+        shown, stood = self._stood[field]
+        return stood if field.value == shown else field.value
 
     def _try(self, change: Callable[[], str]) -> None:
         """Make a change, or say why not where it was asked for."""
@@ -107,9 +112,15 @@ class LabelForm(widgets.VBox):  # type: ignore[misc]
         self._on_change()
 
     def _save(self) -> str:
-        tags = tuple(tag.strip() for tag in self.tags.value.split(",") if tag.strip())
-        sure = None if self.confidence.value == NOT_SAID else self.confidence.value
-        label = self._labels.set(self.feature, self.text.value, tags=tags, confidence=sure, evidence=self.evidence)
+        tags = tuple(tag for tag in self.tags.value.split(";") if tag.strip())
+        sure = self._said(self.confidence)
+        label = self._labels.set(
+            self.feature,
+            self._said(self.text),
+            tags=tags,
+            confidence=None if sure == NOT_SAID else sure,
+            evidence=self.evidence,
+        )
         return f"Saved {html.words(label.text)} as {_by_whom(label)}."
 
     def _withdraw(self) -> str:
@@ -127,22 +138,20 @@ class Detail(widgets.VBox):  # type: ignore[misc]
 
     def __init__(
         self,
-        stats: FeatureStats,
-        labels: LabelStore,
-        icons: Icons | None,
-        similarity: Similarity | None,
+        subject: Subject,
         *,
         on_open: Callable[[int], None],
         on_back: Callable[[], None],
         on_step: Callable[[int, int], None],
     ) -> None:
-        self._stats, self._labels, self._icons, self._similarity = stats, labels, icons, similarity
+        self._subject, self._stats = subject, subject.stats
+        self._seen: dict[int, dict[int, None]] = defaultdict(dict)  # latent -> images, in the order they were shown
         self.feature = 0
         self.back = widget(widgets.Button, "back", 130, description="All features", icon="th")
         self.previous = widget(widgets.Button, "previous", 100, description="Previous", icon="chevron-left")
         self.next = widget(widgets.Button, "next", 100, description="Next", icon="chevron-right")
         self.heading = Panel("title", on_open)
-        self.form = LabelForm(labels, on_change=self._show_facts)
+        self.form = LabelForm(subject.labels, on_change=self._show_facts)
         self.viewer = Viewer(on_change=self._show_images)
         self.images = widget(widgets.HTML, "images")
         self.facts = Panel("facts", on_open)
@@ -162,18 +171,17 @@ class Detail(widgets.VBox):  # type: ignore[misc]
 
     def static_html(self) -> str:
         """The same without controls: all views, the label as text."""
-        page = cards.feature_html(self._stats, self.feature, self._labels, self._icons, self._similarity)
-        return html.twin(html.quiet(STATIC), page)
+        return html.twin(html.quiet(STATIC), cards.feature_html(self._subject, self.feature))
 
     def _show_images(self) -> None:
         drawn, images = self.viewer.images(self._stats, self.feature)
         self.images.value = html.fragment(drawn)
-        self.form.evidence = {"shown": self.viewer.view.value, "images": images}
+        seen = self._seen[self.feature]
+        seen.update(dict.fromkeys(images))  # an earlier view was seen too, and must not come up in a test
+        self.form.evidence = {"shown": self.viewer.view.value, "images": list(seen)}
 
     def _show_facts(self) -> None:
-        self.facts.value = html.fragment(
-            cards.facts(self._stats, self.feature, self._labels, self._icons, self._similarity)
-        )
+        self.facts.value = html.fragment(cards.facts(self._subject, self.feature))
 
 
 def _by_whom(label: Label) -> str:

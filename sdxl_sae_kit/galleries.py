@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, SupportsIndex
 
 import ipywidgets as widgets
@@ -16,13 +16,16 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sdxl_sae_kit import cards, html
-from sdxl_sae_kit.cards import Icons, Similarity
+from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.cards import Subject
 from sdxl_sae_kit.details import Detail
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.forms import line, widget
+from sdxl_sae_kit.icons import Icons
 from sdxl_sae_kit.labels import LabelStore
 from sdxl_sae_kit.panels import Panel
+from sdxl_sae_kit.similarity import Specificity
 
 MOST_CARDS = 48
 """Cards on one page: more make a browser slow."""
@@ -54,7 +57,7 @@ def gallery(
     *,
     labels: LabelStore | None = None,
     icons: Icons | None = None,
-    similarity: Similarity | None = None,
+    similarity: Specificity | None = None,
     page_size: int = 24,
     sort: str = "density",
     static: int = 100,
@@ -76,25 +79,23 @@ def gallery(
         static: cards in an exported notebook: the first in the order and filter chosen when it was shown.
 
     Raises:
-        KitError: the SAE has no such latent, there is no such order or it lacks what it sorts by, a page cannot hold so
-            many cards, or `similarity` is of another SAE.
+        KitError: these are no statistics or have no such latent, there is no such order or it lacks what it sorts by,
+            so many cards are impossible, or `icons` or `similarity` are of another SAE.
 
     >>> kit.gallery(stats)            # doctest: +SKIP
     >>> kit.gallery(stats, 17)        # doctest: +SKIP
     """
-    if not 1 <= page_size <= MOST_CARDS:
+    if not isinstance(stats, FeatureStats):
+        raise KitError(f"gallery shows the statistics of one SAE, such as FeatureStats.measure gives, not {stats!r}.")
+    static = whole_number("gallery: static", static, least=0)
+    if whole_number("gallery: page_size", page_size) > MOST_CARDS:
         raise KitError(f"gallery: page_size={page_size}, and a page holds 1 to {MOST_CARDS} cards.")
     if sort not in ORDERS:
         raise KitError(f"gallery: no order {sort!r}; there are {', '.join(ORDERS)}.")
     if sort == "specificity" and similarity is None:
         raise KitError("gallery: to sort by specificity, measure it: similarity=kit.specificity(stats).")
-    if similarity is not None and len(similarity.value) != stats.d_sae:
-        raise KitError(
-            f"gallery: similarity is of {len(similarity.value):,} latents, but {stats.sae} has {stats.d_sae:,}. "
-            "Measure that of these statistics."
-        )
-    labels = LabelStore.of(stats) if labels is None else labels
-    shown = Gallery(stats, labels, icons, similarity, page_size=page_size, sort=sort, static=static)
+    subject = Subject(stats, LabelStore.of(stats) if labels is None else labels, icons, similarity)
+    shown = Gallery(subject, page_size=page_size, sort=sort, static=static)
     shown.show(feature)
     return shown
 
@@ -102,26 +103,15 @@ def gallery(
 class Gallery(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     """All features, a page at a time (`overview`), or one of them (`detail`); made by `gallery`."""
 
-    def __init__(
-        self,
-        stats: FeatureStats,
-        labels: LabelStore,
-        icons: Icons | None,
-        similarity: Similarity | None,
-        *,
-        page_size: int,
-        sort: str,
-        static: int,
-    ) -> None:
+    def __init__(self, subject: Subject, *, page_size: int, sort: str, static: int) -> None:
         super().__init__()
-        self.overview = Overview(stats, labels, icons, similarity, page_size=page_size, sort=sort, on_open=self._open)
-        self._about = (stats, labels, icons, similarity)
-        self._static = static
+        self.overview = Overview(subject, page_size=page_size, sort=sort, on_open=self._open)
+        self._subject, self._static = subject, static
 
     @cached_property
     def detail(self) -> Detail:
         """Made when it is first needed: until then its controls would only be messages to the browser."""
-        return Detail(*self._about, on_open=self._open, on_back=self._close, on_step=self._step)
+        return Detail(self._subject, on_open=self._open, on_back=self._close, on_step=self._step)
 
     def show(self, feature: SupportsIndex | None = None) -> None:
         """Open one latent, or with None go back to all. Raises KitError for a latent the SAE does not have."""
@@ -162,22 +152,13 @@ class Gallery(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
 class Overview(widgets.VBox):  # type: ignore[misc]
     """The controls and the page of cards they choose."""
 
-    def __init__(
-        self,
-        stats: FeatureStats,
-        labels: LabelStore,
-        icons: Icons | None,
-        similarity: Similarity | None,
-        *,
-        page_size: int,
-        sort: str,
-        on_open: Callable[[int], None],
-    ) -> None:
-        self._stats, self._labels, self._similarity = stats, labels, similarity
+    def __init__(self, subject: Subject, *, page_size: int, sort: str, on_open: Callable[[int], None]) -> None:
+        stats, icons, similarity = subject.stats, subject.icons, subject.similarity
+        self._stats, self._labels, self._similarity = stats, subject.labels, similarity
         self._page_size, self._on_open, self.page = page_size, on_open, 0
         self._key = KEY + (KEY_TO_ICONS if icons is not None else "")
         self._picture = lru_cache(REMEMBERED)(lambda latent: cards.card_picture(stats, latent, icons))
-        self._pool, self._ahead = ThreadPoolExecutor(DRAWING), list[Future[str]]()
+        self._ahead = list[Future[str]]()
         orders = [(text, key) for key, text in ORDERS.items() if key != "specificity" or similarity is not None]
         self.sort = widget(widgets.Dropdown, "sort", 190, options=orders, value=sort, description="sort by")
         self.filter = widget(
@@ -239,7 +220,7 @@ class Overview(widgets.VBox):  # type: ignore[misc]
             picture.cancel()
         self.grid.value = html.fragment(self._cards(latents[first:last]))
         # While somebody looks at this page, the next is drawn.
-        self._ahead = [self._pool.submit(self._picture, latent) for latent in latents[last : last + size].tolist()]
+        self._ahead = [_pool().submit(self._picture, latent) for latent in latents[last : last + size].tolist()]
 
     def static_html(self, most: int) -> str:
         """The first `most` cards, and a line that says what they are of how many."""
@@ -252,7 +233,7 @@ class Overview(widgets.VBox):  # type: ignore[misc]
 
     def _cards(self, latents: np.ndarray) -> str:
         named = self._labels.all()
-        pictures = self._pool.map(self._picture, latents.tolist())
+        pictures = _pool().map(self._picture, latents.tolist())
         drawn = [
             cards.card(self._stats, latent, named.get(latent), picture)
             for latent, picture in zip(latents.tolist(), pictures, strict=True)
@@ -279,3 +260,9 @@ class Overview(widgets.VBox):  # type: ignore[misc]
             self._on_open(latent)
         except KitError as error:
             self.position.value = html.escape(error)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """The threads of all galleries, made for the first: each shown again is a new one, and nobody closes the old."""
+    return ThreadPoolExecutor(DRAWING, "cards")

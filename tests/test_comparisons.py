@@ -56,7 +56,10 @@ def test_neighbourhood_is_told_within_one_sae_only() -> None:
 
 
 def test_a_dead_latent_says_so() -> None:
-    assert "it fired on no token" in compare((STATS, 39), (STATS, 3)).body.value
+    for sides in (((STATS, 39), (STATS, 3)), ((STATS, 3), (STATS, 39))):
+        read = read_safely(compare(*sides).body.value)
+        assert "it fired on no token" in read.text
+        assert "fires together–" in read.text and "writes alike–" in read.text
 
 
 def test_what_is_no_pair_is_refused(unchecked_types: None) -> None:

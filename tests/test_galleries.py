@@ -9,7 +9,7 @@ import base64
 import dataclasses
 import io
 import re
-from dataclasses import dataclass
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,18 @@ from hypothesis import strategies as st
 from ipywidgets import widgets
 from PIL import Image
 from reading_html import Reader, read_safely
-from synthetic import synthetic_stats
+from synthetic import SyntheticStats, synthetic_stats
 
 from sdxl_sae_kit.cards import VIEWS
+from sdxl_sae_kit.details import Detail
 from sdxl_sae_kit.errors import KitError
-from sdxl_sae_kit.galleries import Gallery, gallery
+from sdxl_sae_kit.features import FeatureStats
+from sdxl_sae_kit.galleries import DRAWING, Gallery, gallery
 from sdxl_sae_kit.html import short
+from sdxl_sae_kit.icons import Icons
 from sdxl_sae_kit.labels import LabelStore
 from sdxl_sae_kit.sae import FIRES
+from sdxl_sae_kit.similarity import Specificity
 
 NASTY = '"><img src=x onerror=alert(1)></bdi><script>alert(2)</script>'
 STATS = synthetic_stats(d_sae=40, n_dead=5)
@@ -52,31 +56,37 @@ def opened(source: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGB"), dtype=int)
 
 
-@dataclass(frozen=True)
-class Alike:
+def alike(stats: FeatureStats) -> Specificity:
     """What `specificity` measures, made up."""
-
-    value: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    n: np.ndarray
-    baseline: float = 0.25
-    baseline_interval: tuple[float, float] = (0.2, 0.3)
-    judge: str = "a made-up judge"
-
-    @classmethod
-    def random(cls, d_sae: int) -> Alike:
-        value = np.random.default_rng(1).uniform(size=d_sae)
-        return cls(value, value - 0.1, value + 0.1, np.full(d_sae, 12))
+    value = np.random.default_rng(1).uniform(size=stats.d_sae).astype(np.float32)
+    n = np.full(stats.d_sae, 12)
+    return Specificity(
+        stats.sae, stats.hookpoint, "a made-up judge", value, value - 0.1, value + 0.1, n, 0.25, (0.2, 0.3)
+    )
 
 
-class OddIcons:
+class Unpictured(SyntheticStats):
+    """Statistics of a cache without pictures."""
+
+    pictured = np.arange(0)  # type: ignore[assignment]
+
+
+class OddIcons(Icons):
     """Icons of the odd latents."""
-
-    strengths = (0.5, 1.0, 1.5)
 
     def get(self, feature: int) -> tuple[bytes, ...] | None:
         return tuple(STATS.thumbnail(image) for image in range(3)) if feature % 2 else None
+
+
+def icons_of(stats: FeatureStats) -> Icons:
+    odd = np.arange(1, stats.d_sae, 2)
+    return OddIcons(stats.artifact, stats.sae, stats.hookpoint, (0.5, 1.0, 1.5), odd, stats.thumbnail(0))
+
+
+def drawn(detail: Detail) -> list[int]:
+    """The images on the screen."""
+    alts = read_safely(detail.images.value).values("alt")
+    return [int(re.match(r"Image (\d+),", alt)[1]) for alt in alts]  # type: ignore[index]
 
 
 def all_pages(shown: Gallery) -> list[int]:
@@ -102,13 +112,19 @@ def test_specificity_is_an_order_only_where_it_was_measured(shown: Gallery, labe
     assert "specificity" not in dict(shown.overview.sort.options).values()
     with pytest.raises(KitError, match=r"similarity=kit\.specificity\(stats\)"):
         gallery(STATS, labels=labels, sort="specificity")
-    with pytest.raises(KitError, match="similarity is of 3 latents, but .* has 40"):
-        gallery(STATS, labels=labels, similarity=Alike.random(3))
-    alike = Alike.random(40)
-    alike.value[[5, 8]] = np.nan
-    sorted_by_it = gallery(STATS, labels=labels, similarity=alike, sort="specificity")
+    measured = alike(STATS)
+    measured.value[[5, 8]] = np.nan
+    sorted_by_it = gallery(STATS, labels=labels, similarity=measured, sort="specificity")
     order = all_pages(sorted_by_it)
-    assert set(order[-2:]) == {5, 8} and (np.diff(alike.value[order[:-2]]) <= 0).all()
+    assert set(order[-2:]) == {5, 8} and (np.diff(measured.value[order[:-2]]) <= 0).all()
+
+
+def test_what_was_measured_of_another_sae_is_refused(labels: LabelStore) -> None:
+    other = synthetic_stats(sae="another-01234567")
+    for name, of in (("similarity", alike), ("icons", icons_of)):
+        gallery(STATS, labels=labels, **{name: of(STATS)})
+        with pytest.raises(KitError, match=f"{name} are of another-01234567, but the statistics of {STATS.sae}"):
+            gallery(STATS, labels=labels, **{name: of(other)})
 
 
 def test_unlabelled_come_first(shown: Gallery, labels: LabelStore) -> None:
@@ -210,8 +226,8 @@ def test_previous_and_next_follow_the_chosen_order(shown: Gallery) -> None:
 
 
 def test_the_detail_states_what_was_measured_over_how_many(labels: LabelStore) -> None:
-    alike = Alike.random(40)
-    read = read_safely(gallery(STATS, 4, labels=labels, similarity=alike).detail.facts.value)
+    measured = alike(STATS)
+    read = read_safely(gallery(STATS, 4, labels=labels, similarity=measured).detail.facts.value)
     codes = STATS.codes[:, 4]
     firing = codes[codes > FIRES]
     fires_on = int((codes.max((1, 2)) > FIRES).sum())
@@ -222,7 +238,7 @@ def test_the_detail_states_what_was_measured_over_how_many(labels: LabelStore) -
         f"{codes.max():#.3g}largest z",
         f"{STATS.moran[4]:#.3g}[{STATS.moran_low[4]:#.3g}, {STATS.moran_high[4]:#.3g}]",
         f"random: -0.0159{fires_on} images",  # -1 / 63
-        f"{alike.value[4]:#.3g}[{alike.low[4]:#.3g}, {alike.high[4]:#.3g}]",
+        f"{measured.value[4]:#.3g}[{measured.low[4]:#.3g}, {measured.high[4]:#.3g}]",
         "by a made-up judge; random images: 0.250 [0.200, 0.300]12 images",
     ):
         assert fact in read.text
@@ -230,8 +246,9 @@ def test_the_detail_states_what_was_measured_over_how_many(labels: LabelStore) -
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_each_view_shows_its_images_with_their_numbers(labels: LabelStore, view: str) -> None:
-    detail = gallery(STATS, 4, labels=labels).detail
+    detail = gallery(STATS, 3, labels=labels).detail
     detail.viewer.view.value = view
+    detail.show(4)
     maps = STATS.codes[:, 4]
     measured = {"mean": maps.mean((1, 2)), "area": 100 * (maps > FIRES).mean((1, 2))}.get(view, maps.max((1, 2)))
     read = read_safely(detail.images.value)
@@ -251,17 +268,55 @@ def test_quantiles_run_from_the_weakest_quarter_to_the_strongest(labels: LabelSt
     assert quarters == [name for name in ("weakest", "second", "third", "strongest") for _ in range(3)]
 
 
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 7, 11])
+def test_a_latent_that_fires_on_few_images_has_quarters_by_rank_or_none(labels: LabelStore, n: int) -> None:
+    codes = np.zeros_like(FEW.codes)
+    codes[:n, 0] = np.arange(1, n + 1)[:, None, None]
+    detail = gallery(dataclasses.replace(FEW, codes=codes), 0, labels=labels).detail
+    detail.viewer.view.value = "quantiles"
+    named = re.findall("(weakest|second|third|strongest) quarter:", read_safely(detail.images.value).text)
+    middles = (np.arange(n) + 0.5) / n
+    quarters = ["weakest", "second", "third", "strongest"]
+    assert named == ([quarters[at] for at in np.digitize(middles, [0.25, 0.5, 0.75])] if n >= 4 else [])
+    assert n < 4 or (named[0], named[-1]) == ("weakest", "strongest")
+
+
+def test_random_images_of_a_cache_without_pictures_are_missing_for_that_reason(labels: LabelStore) -> None:
+    detail = gallery(Unpictured(**vars(STATS)), 4, labels=labels).detail
+    detail.viewer.view.value = "random"
+    text = read_safely(detail.images.value).text
+    assert "keeps no pictures" in text and "fired on no token" not in text
+
+
 def test_random_images_are_drawn_again_only_when_asked(labels: LabelStore) -> None:
     detail = gallery(STATS, 4, labels=labels).detail
     assert detail.viewer.again.disabled
     detail.viewer.view.value = "random"
-    first = detail.form.evidence["images"]
+    first = drawn(detail)
     assert len(set(first)) == 12 and not detail.viewer.again.disabled
     detail.show(4)
-    assert detail.form.evidence["images"] == first
+    assert drawn(detail) == first
     detail.viewer.again.click()
-    assert detail.form.evidence["images"] != first
+    assert drawn(detail) != first
     assert {STATS.codes[image, 4].max() > FIRES for image in first} == {True, False}
+
+
+def test_whatever_was_shown_of_a_latent_is_evidence_of_its_label_and_of_no_other(labels: LabelStore) -> None:
+    detail = (shown := gallery(STATS, 4, labels=labels)).detail
+    seen = set(drawn(detail))
+    detail.viewer.view.value = "random"
+    for _ in range(3):
+        seen |= set(drawn(detail))
+        detail.viewer.again.click()
+    seen |= set(drawn(detail))
+    shown.show(5)
+    assert set(detail.form.evidence["images"]) == set(drawn(detail)) != seen
+    shown.show(4)
+    detail.form.text.value = "balls"
+    detail.form.save.click()
+    saved = labels.latest(4)
+    assert saved is not None and saved.evidence is not None
+    assert set(saved.evidence["images"]) == seen | set(drawn(detail))
 
 
 def test_the_heat_map_covers_as_much_as_was_chosen(labels: LabelStore) -> None:
@@ -292,14 +347,16 @@ def test_neighbours_are_named_with_their_number_and_chance_and_open(labels: Labe
 def test_tags_certainty_and_what_was_shown_are_kept_with_a_label(labels: LabelStore) -> None:
     form = (detail := gallery(STATS, 4, labels=labels).detail).form
     detail.viewer.view.value = "mean"
-    form.text.value, form.tags.value, form.confidence.value = "balls", " colour, ,round ", 0.85
+    form.text.value, form.tags.value, form.confidence.value = "balls", " colour, hue; ;round ", 0.85
     form.save.click()
     label = labels.latest(4)
     assert label is not None
-    assert (label.tags, label.confidence) == (("colour", "round"), 0.85)
-    assert label.evidence == {"shown": "mean", "images": [example.image for example in STATS.examples(4, "mean")]}
+    assert (label.tags, label.confidence) == (("colour, hue", "round"), 0.85)
+    images = {example.image for by in ("max", "mean") for example in STATS.examples(4, by)}  # it opens with "max"
+    assert label.evidence is not None and label.evidence["shown"] == "mean"
+    assert sorted(label.evidence["images"]) == sorted(images)
     again = gallery(STATS, 4, labels=labels).detail.form
-    assert (again.text.value, again.tags.value, again.confidence.value) == ("balls", "colour, round", 0.85)
+    assert (again.text.value, again.tags.value, again.confidence.value) == ("balls", "colour, hue; round", 0.85)
     again.text.value, again.confidence.value = "cubes", -1.0
     again.save.click()
     assert labels.latest(4).confidence is None  # type: ignore[union-attr]
@@ -308,8 +365,32 @@ def test_tags_certainty_and_what_was_shown_are_kept_with_a_label(labels: LabelSt
     assert (again.text.value, again.confidence.value, labels.get(4)) == ("balls", 0.85, "balls")
 
 
+def test_saving_changes_only_what_was_changed(labels: LabelStore) -> None:
+    stood = labels.set(4, "red,\nround", tags=("colour, hue", "form"), confidence=0.834)
+    form = gallery(STATS, 4, labels=labels).detail.form
+    assert "\n" not in form.text.value  # which a field of one line would drop
+    form.save.click()
+    label = labels.latest(4)
+    assert label is not None and label.time > stood.time
+    assert (label.text, label.tags, label.confidence) == (stood.text, stood.tags, stood.confidence)
+    form.confidence.value = 0.5
+    form.save.click()
+    label = labels.latest(4)
+    assert label is not None and (label.text, label.confidence) == (stood.text, 0.5)
+
+
+def test_only_a_test_of_the_label_that_stands_is_shown(labels: LabelStore) -> None:
+    for text, right in (("balls", 9), ("cubes", 7)):
+        labels.add_test(4, text, right_active=right, n_active=10, right_inactive=5, n_inactive=10)
+    labels.set(4, "balls")
+    text = read_safely(gallery(STATS, 4, labels=labels).detail.facts.value).text
+    assert "latest test of its label" in text and "balls" in text and "cubes" not in text
+    labels.set(4, "cones")
+    assert "latest test" not in gallery(STATS, 4, labels=labels).detail.facts.value
+
+
 def test_icons_stand_on_cards_and_on_the_page_of_a_feature(labels: LabelStore) -> None:
-    shown = gallery(STATS, labels=labels, icons=OddIcons(), sort="latent", page_size=2)
+    shown = gallery(STATS, labels=labels, icons=icons_of(STATS), sort="latent", page_size=2)
     alts = read_safely(shown.overview.grid.value).values("alt")
     assert len(alts) == 3 and "Icon of latent 1" in alts[1]
     shown.show(1)
@@ -328,6 +409,13 @@ def test_a_gallery_has_as_many_widgets_with_many_latents_as_with_few(labels: Lab
         gallery(stats, labels=LabelStore.of(stats, tmp_path / str(stats.d_sae)))
         made.append(len(widgets.widget._instances) - before)
     assert made[0] == made[1] > 0
+
+
+def test_galleries_share_their_threads(labels: LabelStore) -> None:
+    gallery(STATS, labels=labels)
+    before = threading.active_count()
+    assert [gallery(STATS, labels=labels, page_size=10) for _ in range(5)]
+    assert threading.active_count() <= before + DRAWING
 
 
 def test_what_a_page_sends_that_is_no_latent_does_nothing(shown: Gallery) -> None:
@@ -362,11 +450,20 @@ def test_a_latent_there_is_not_is_refused(shown: Gallery, labels: LabelStore) ->
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"page_size": 49}, "1 to 48"), ({"page_size": 0}, "1 to 48"), ({"sort": "size"}, "no order 'size'")],
+    [
+        ({"page_size": 49}, "1 to 48"),
+        ({"page_size": 0}, "page_size must be an integer of at least 1, not 0"),
+        ({"page_size": 2.5}, "page_size must be an integer of at least 1, not 2.5"),
+        ({"static": -1}, "static must be an integer of at least 0, not -1"),
+        ({"sort": "size"}, "no order 'size'"),
+        ({"stats": None}, "statistics of one SAE, .* not None"),
+    ],
 )
-def test_bad_options_are_refused(labels: LabelStore, options: dict[str, object], message: str) -> None:
+def test_bad_options_are_refused(
+    labels: LabelStore, options: dict[str, object], message: str, unchecked_types: None
+) -> None:
     with pytest.raises(KitError, match=message):
-        gallery(STATS, labels=labels, **options)  # type: ignore[arg-type]
+        gallery(**({"stats": STATS, "labels": labels} | options))  # type: ignore[arg-type]
 
 
 def test_the_static_twin_shows_the_features_asked_for_in_the_chosen_order(labels: LabelStore) -> None:
