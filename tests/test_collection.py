@@ -38,7 +38,7 @@ def test_rows_are_the_updates_of_each_prompt_with_its_own_seed(pipe, tmp_path):
             generate(pipe, [PROMPTS.texts[i]], [PROMPTS.seeds[i]])
         for hookpoint in cache.hookpoints:
             alone = recording.update(hookpoint).flatten(1, 2)
-            assert torch.allclose(cache.read(hookpoint, [i])[:, 0], alone, atol=1e-4)
+            assert torch.allclose(cache.read(hookpoint, [i])[:, 0], alone, atol=1e-3)  # of numbers of about 10
     assert cache.prompts == PROMPTS
     cache.artifact.verify()
 

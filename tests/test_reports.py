@@ -306,8 +306,8 @@ def test_a_browser_without_network_draws_it_and_asks_for_nothing(page_path):
             tab.goto(page_path.as_uri())
             tab.wait_for_function("document.querySelectorAll('.plotly-graph-div .bars path').length === 4")
             assert [url for url in requests if not url.startswith(("data:", "blob:"))] == [page_path.as_uri()]
-            # The policy complains of the script and the handler that came in with an output, and of nothing else.
-            assert len(errors) == 2 and all("Content Security Policy" in error for error in errors)
+            # The policy complains of the script that came in with an output, in some browsers of the handler too.
+            assert len(errors) in (1, 2) and all("Content Security Policy" in error for error in errors)
             assert tab.evaluate("window.hacked") is None
             assert tab.locator(".modebar-btn").count() > 0 and tab.locator("[data-title^=Share]").count() == 0
             assert tab.evaluate("document.documentElement.scrollWidth") <= 400
