@@ -222,7 +222,7 @@ def _writes(icons: Icons | None, feature: int) -> str:
     drawn = icons.get(feature) if icons is not None else None
     if icons is None or not drawn:
         return ""
-    pictures = [
+    pictures = [(html.picture(icons.plain, "The empty prompt's image"), "0", "nothing added")] + [
         (html.picture(webp, f"What latent {feature} writes at strength {strength:g}"), f"{strength:g}", "× mean × k")
         for webp, strength in zip(drawn, icons.strengths, strict=True)
     ]

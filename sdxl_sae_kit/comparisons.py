@@ -57,6 +57,9 @@ class Comparison(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
             latent.observe(lambda change: self.refresh(), "value")
         self.refresh()
 
+    def __repr__(self) -> str:
+        return "Comparison of {} and {}".format(*(stats.sae for stats in self._stats))
+
     def refresh(self) -> None:
         """Draw both sides anew."""
         self.body.value = html.fragment(self._drawn())

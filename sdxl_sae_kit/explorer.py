@@ -178,6 +178,9 @@ class Explorer(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self.go.on_click(lambda button: self.draw())
         self.draw()
 
+    def __repr__(self) -> str:
+        return f"Explorer of {', '.join(self._saes)}: {self.prompt.value!r}"
+
     def draw(self) -> None:
         """Draw the prompt, unless that is what is shown. Why it could not be drawn stands in the notice."""
         wanted = self.prompt.value, self.seed.value

@@ -6,6 +6,7 @@ wherever no kernel runs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, cached_property, lru_cache
@@ -107,6 +108,9 @@ class Gallery(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         super().__init__()
         self.overview = Overview(subject, page_size=page_size, sort=sort, on_open=self._open)
         self._subject, self._static = subject, static
+
+    def __repr__(self) -> str:
+        return f"Gallery of {self._subject.stats.sae}"
 
     @cached_property
     def detail(self) -> Detail:
@@ -245,10 +249,11 @@ class Overview(widgets.VBox):  # type: ignore[misc]
         return f" ({dead:,} dead hidden)" if dead and self.hide_dead.value else ""
 
     def _matching(self, words: list[str], named: dict[int, str]) -> Bool[np.ndarray, " latent"]:
-        """Latents of which one text, the label or the prompt of one of the strongest images, has all the words."""
+        """Latents of which one text, the label or the prompt of one of the strongest images, has words so beginning."""
+        beginnings = [re.compile(rf"(?<!\w){re.escape(word)}") for word in words]  # "red" is not in "checkered"
 
         def has_all(text: str) -> bool:
-            return all(word in text.casefold() for word in words)
+            return all(beginning.search(text.casefold()) for beginning in beginnings)
 
         found = np.array([*map(has_all, self._stats.prompts.texts), False])  # the last is for empty places, −1
         matching: Bool[np.ndarray, " latent"] = found[self._stats.top_images].any(axis=1)

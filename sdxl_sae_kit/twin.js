@@ -14,8 +14,8 @@ for (const twin of document.querySelectorAll(".sae-twin")) {
 
   const texts = new Map(items.map((item) => [item, text_of(item)]));
   function choose() {
-    const wanted = words.value.toLowerCase().split(/\s+/).filter(Boolean);
-    for (const item of items) item.hidden = !wanted.every((word) => texts.get(item).includes(word));
+    const wanted = words.value.toLowerCase().split(/\s+/).filter(Boolean).map(beginning);
+    for (const item of items) item.hidden = !wanted.every((word) => word.test(texts.get(item)));
     const left = items.filter((item) => !item.hidden).length;
     said.textContent = wanted.length ? `${left} of ${items.length}` : "";
     for (const folded of twin.querySelectorAll("details"))
@@ -37,6 +37,10 @@ for (const twin of document.querySelectorAll(".sae-twin")) {
   }
   bar.append(said);
 
+  function beginning(word) {
+    return new RegExp("(?<![\\p{L}\\p{N}_])" + word.replace(/[.*+?^${}()|[\]\\/]/g, "\\$&"), "u");
+  }
+
   function labelled(name, control) {
     const label = document.createElement("label");
     label.append(name, control);
@@ -45,6 +49,7 @@ for (const twin of document.querySelectorAll(".sae-twin")) {
   }
 
   function text_of(item) {
-    return [item.textContent, ...[...item.querySelectorAll("img")].map((image) => image.alt)].join(" ").toLowerCase();
+    const leaves = [...item.querySelectorAll("*")].filter((element) => !element.children.length);
+    return leaves.map((leaf) => leaf.alt ?? leaf.textContent).join(" ").toLowerCase();
   }
 }

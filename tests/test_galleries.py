@@ -61,7 +61,7 @@ def alike(stats: FeatureStats) -> Specificity:
     value = np.random.default_rng(1).uniform(size=stats.d_sae).astype(np.float32)
     n = np.full(stats.d_sae, 12)
     return Specificity(
-        stats.sae, stats.hookpoint, "a made-up judge", value, value - 0.1, value + 0.1, n, 0.25, (0.2, 0.3)
+        stats.sae, stats.hookpoint, "a made-up judge", value, value - 0.1, value + 0.1, n, value * 0, 0.25, (0.2, 0.3)
     )
 
 
