@@ -1,22 +1,18 @@
-"""The lines of a label file: what was said of a latent, what a test of it gave, and what was undone; labels as CSV.
+"""The lines of a label file: what was said of a latent, what a test of it gave, and what was undone.
 
 The format is the section "labels" of artifacts/README.md.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import operator
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from numbers import Real
-from pathlib import Path
 from typing import Any, SupportsIndex
 
 from sdxl_sae_kit import html
@@ -31,12 +27,14 @@ LONGEST_TAG = 50
 MOST_EVIDENCE = 100_000  # bytes
 NOT_A_LINE = (KitError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 """What `parse` raises, whatever a line holds."""
-COLUMNS = ("feature", "text", "tags", "confidence", "author", "time")
-"""Of a CSV file; the first two are needed."""
+_INSTANT = timedelta(microseconds=1)
 LAST_YEAR = 9998  # datetime ends with the next
 _COUNTS = ("right_active", "n_active", "right_inactive", "n_inactive")
-_FORMULA = "[=+\\-@＝＋－＠\t\r\n]"  # a spreadsheet runs a cell that begins so
 _Z = 1.959963984540054  # 97.5 % of a normal distribution lies below
+
+
+class NewerLineError(ValueError):
+    """A line that a newer kit wrote."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Label:
             confidence=self.confidence,
             evidence=self.evidence,
             author=self.author,
-            time=_written(self.time),
+            time=written(self.time),
         )
 
 
@@ -87,9 +85,9 @@ class Undo:
         return _line(
             "undo",
             feature=self.feature,
-            undoes=_written(self.undoes),
+            undoes=written(self.undoes),
             author=self.author,
-            time=_written(self.time),
+            time=written(self.time),
         )
 
 
@@ -161,7 +159,7 @@ class LabelTest:
             n_inactive=self.n_inactive,
             evidence=self.evidence,
             author=self.author,
-            time=_written(self.time),
+            time=written(self.time),
         )
 
     def __str__(self) -> str:
@@ -176,8 +174,11 @@ class LabelTest:
 def parse(line: bytes) -> Label | Undo | LabelTest:
     """What a line holds; what it raises where it holds nothing of this is listed in `NOT_A_LINE`."""
     record = json.loads(line)
-    if record["version"] not in READABLE:
-        raise ValueError(f"it has version {record['version']}, and this kit reads versions 1 and {VERSION}")
+    version = record["version"]
+    if isinstance(version, int) and version > VERSION:
+        raise NewerLineError(f"has version {version}, and this kit reads versions 1 and {VERSION}")
+    if version not in READABLE:
+        raise ValueError(f"it has version {version}, and there are versions 1 and {VERSION}")
     said: dict[str, Any] = {
         "feature": latent(record["feature"]), "author": tidy_author(record["author"]), "time": read_time(record["time"])
     }  # fmt: skip
@@ -219,59 +220,18 @@ class Said:
         return {feature: label for feature, label in sorted(newest.items()) if label.text is not None}
 
 
-def csv_text(labels: Iterable[Label]) -> str:
-    """The labels as CSV with the columns `COLUMNS`; what a spreadsheet would run gets an apostrophe before it."""
-    file = io.StringIO(newline="")
-    table = csv.writer(file)
-    table.writerow(COLUMNS)
-    for label in labels:
-        sure = "" if label.confidence is None else repr(label.confidence)
-        told = [label.text or "", "; ".join(label.tags), sure, label.author]
-        table.writerow([label.feature, *map(_harmless, told), _written(label.time)])
-    return file.getvalue()
+def after(label: Label, before: Iterable[Label]) -> Label:
+    """The label, said after all of these: a clock that runs behind a colleague's must not make it lose against them."""
+    times = [known.time + _INSTANT for known in before]
+    return replace(label, time=max([datetime.now(UTC), *times]))
 
 
-def read_rows(path: Path, author: str) -> list[tuple[Label, bool]]:
-    """The labels of a CSV file, and of each whether it came with a time; `author` said those that name nobody.
-
-    Raises:
-        KitError: the file cannot be read, or a row is no label.
-    """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        rows = list(table)
-    except (OSError, UnicodeDecodeError, csv.Error) as cause:
-        raise KitError(f"{path} cannot be read as CSV in UTF-8 ({cause}). Save it as such.") from None
-    if missing := [column for column in COLUMNS[:2] if column not in (table.fieldnames or ())]:
-        raise KitError(f"{path} has no column {' and no column '.join(missing)}. Name them in its first row.")
-    read = []
-    for number, row in enumerate(rows, start=2):
-        try:
-            read.append(_from_row(row, author))
-        except NOT_A_LINE as cause:
-            raise KitError(f"Row {number} of {path} is no label ({cause}). Mend it; nothing was added.") from None
-    return read
-
-
-def _from_row(row: Mapping[str, Any], author: str) -> tuple[Label, bool]:
-    if None in row or None in row.values():
-        raise ValueError("it has more or fewer cells than the first row")
-    cells = {column: re.sub(f"^'(?='*{_FORMULA})", "", cell) for column, cell in row.items()}
-    sure, time = (cells.get(column, "").strip() for column in ("confidence", "time"))
-    label = Label(
-        latent(int(cells["feature"])),
-        tidy(cells["text"]),
-        tidy_author(cells.get("author") or author),
-        read_time(time) if time else datetime.now(UTC),
-        tidy_tags(tag for tag in cells.get("tags", "").split(";") if tag.strip()),
-        tidy_confidence(float(sure)) if sure else None,
-    )
-    return label, bool(time)
-
-
-def _harmless(cell: str) -> str:
-    return "'" + cell if re.match(f"'*{_FORMULA}", cell) else cell
+def free_time(label: Label, before: Iterable[Label]) -> datetime:
+    """The label's time or the next at which its author said nothing of the latent: author and time name one line."""
+    taken, time = {known.time for known in before if known.author == label.author}, label.time
+    while time in taken:
+        time += _INSTANT
+    return time
 
 
 def read_time(text: str) -> datetime:
@@ -289,7 +249,9 @@ def latent(feature: SupportsIndex) -> int:
     except TypeError:
         number = -1
     if number < 0:
-        raise KitError(f"A latent is an integer from 0 on, not {feature!r}.")
+        whole = isinstance(feature, float) and feature.is_integer() and feature >= 0
+        hint = f" Pass {feature:.0f}." if whole else ""  # pandas makes floats of integers
+        raise KitError(f"A latent is an integer from 0 on, not {feature!r}.{hint}")
     return number
 
 
@@ -381,7 +343,8 @@ def _line(kind: str, **told: object) -> bytes:
     return json.dumps({"version": VERSION, "kind": kind, **told}, ensure_ascii=False).encode() + b"\n"
 
 
-def _written(time: datetime) -> str:
+def written(time: datetime) -> str:
+    """The time as it stands in a file. Raises KitError for one too late."""
     return _early(time).isoformat(timespec="microseconds")
 
 

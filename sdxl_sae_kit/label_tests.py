@@ -17,9 +17,9 @@ from sdxl_sae_kit.artifacts import whole_number
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import Example, FeatureStats, Ranking
 from sdxl_sae_kit.forms import line, widget
-from sdxl_sae_kit.label_lines import latent
+from sdxl_sae_kit.label_lines import latent, tidy
 from sdxl_sae_kit.labellers import LabelJudge, Labeller, opened
-from sdxl_sae_kit.labels import Label, LabelStore, LabelTest, user
+from sdxl_sae_kit.labels import Label, LabelStore, LabelTest, check_stats, user
 from sdxl_sae_kit.sae import FIRES
 
 SHOWN = 12
@@ -49,12 +49,12 @@ def test_label(
         seed: for the choice and the order of the pictures.
 
     Raises:
-        KitError: the latent has no label, there are too few held-out images on which it is active or inactive, or n is
-            odd.
+        KitError: the latent has no label, no pictures were kept, there are too few held-out images on which it is
+            active or inactive, or n is odd.
 
     >>> kit.test_label(stats, 17)            # doctest: +SKIP
     """
-    return BlindTest(stats, feature, labels or LabelStore.of(stats), n, seed)
+    return BlindTest(stats, feature, _store("test_label", stats, labels), n, seed)
 
 
 test_label.__test__ = False  # type: ignore[attr-defined]  # its name is no reason for pytest to collect it
@@ -78,11 +78,15 @@ def score_label(
         text: another text to test on this latent, such as another latent's label as a control.
 
     Raises:
-        KitError: as for `test_label`, or the judge gave another number of answers than there were pictures.
+        KitError: as for `test_label`; `text` is empty; or the judge is none, or gave another number of answers than
+            there were pictures.
     """
-    labels, feature = labels or LabelStore.of(stats), _known_latent(stats, feature)
+    labels = _store("score_label", stats, labels)
+    if isinstance(judge, type) or not isinstance(judge, LabelJudge):
+        raise KitError(f"score_label: judge is one such as WorldLabeller(), not {judge!r}.")
+    feature = _known_latent(stats, feature)
     label = labels.latest(feature)
-    text = text or _needed(label, feature).text or ""
+    text = tidy(text if text is not None else _needed(label, feature).text or "")
     drawn = _draw(stats, feature, n, seed, _shown(stats, feature, label))
     answers = judge.judge(text, [opened(stats.thumbnail(image)) for image in drawn.images.tolist()])
     if len(answers) != len(drawn.images):
@@ -108,12 +112,21 @@ def auto_label(
         The tests made now. Latents with too few images for a test are named, but not tested; a line says how many.
 
     Raises:
-        KitError: the SAE has no such latent, or the labeller failed; what was saved before stays.
+        KitError: the SAE has no such latent, no pictures were kept, n is odd, or the labeller is none or failed; what
+            was saved before stays.
 
     >>> kit.auto_label(stats, stats.alive[:20], WorldLabeller())            # doctest: +SKIP
     """
-    labels = labels or LabelStore.of(stats)
+    labels = _store("auto_label", stats, labels)
+    if isinstance(labeller, type) or not isinstance(labeller, Labeller):
+        raise KitError(f"auto_label: labeller is one such as WorldLabeller(), not {labeller!r}.")
+    if isinstance(features, str) or not isinstance(features, Iterable):
+        raise KitError(f"auto_label: features are several latents, such as [3, 17], not {features!r}.")
+    n = whole_number("auto_label: n", n, least=2, multiple_of=2)
     to_name, to_test = _undone(stats, features, labels, labeller.name)
+    if not to_name and not to_test:
+        tqdm.write("auto_label: nothing to do. No latent was given that has no label or waits for its test.")
+        return []
     pictures = len(to_name) * 2 * SHOWN + (len(to_name) + len(to_test)) * n
     tqdm.write(
         f"{labeller.name} names {len(to_name):,} latents, each from up to {2 * SHOWN} pictures, and tests "
@@ -147,6 +160,7 @@ class BlindTest(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         seen = _shown(stats, self._feature, label) | _met(labels, self._feature)
         self._drawn = _draw(stats, self._feature, n, seed, seen)
         self.result: LabelTest | None = None
+        self._asked = False  # whether ticking none is meant
         self.pictures = [widget(widgets.HTML, "picture", _SIDE) for _ in self._drawn.images]
         self.answers = [
             widget(widgets.Checkbox, "shows", _SIDE, description=f"{place} shows it", indent=False)
@@ -165,6 +179,9 @@ class BlindTest(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
             picture.value = html.picture(_enlarged(stats.thumbnail(image)), f"Picture {place} of {n}")
         self.check.on_click(lambda button: self._check())
 
+    def __repr__(self) -> str:
+        return f"BlindTest(latent {self._feature}, {self.text!r}: {self.result or 'not checked yet'})"
+
     def static_html(self) -> str:
         """What stands here without a kernel: the label and how its latest test ended; it shows no picture."""
         tests = [test for test in self._labels.tests(self._feature) if test.text == self.text]
@@ -173,7 +190,13 @@ class BlindTest(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         return html.fragment(html.quiet("Static copy: take the test in JupyterLab."), heading)
 
     def _check(self) -> None:
+        if self.result is not None:
+            return
         said = np.array([answer.value for answer in self.answers], dtype=bool)
+        if not said.any() and not self._asked:
+            self._asked = True
+            self.notice.value = "You ticked none. Press Check again to save that."
+            return
         try:
             self.result = _save(self._labels, self._stats, self._feature, self.text, self._drawn, said, user())
         except (KitError, OSError) as error:
@@ -328,6 +351,16 @@ def _examples(stats: FeatureStats, feature: int, images: Sequence[int] | Int[np.
         )
         for image in images
     ]
+
+
+def _store(caller: str, stats: FeatureStats, labels: LabelStore | None) -> LabelStore:
+    """Where labels are, once it is certain that there are pictures to show. Raises KitError."""
+    check_stats(caller, stats)
+    if labels is not None and not isinstance(labels, LabelStore):
+        raise KitError(f"{caller}: labels is a LabelStore, such as LabelStore(Path('mine.jsonl')), not {labels!r}.")
+    if not len(stats.pictured):
+        raise KitError(f"No pictures are kept for {stats.sae}. Collect with images='thumbnails' and measure again.")
+    return labels or LabelStore.of(stats)
 
 
 def _needed(label: Label | None, feature: int) -> Label:

@@ -12,10 +12,12 @@ import io
 import json
 import re
 import urllib.error
+import urllib.parse
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -32,6 +34,8 @@ LONGEST_NAME = 200  # characters of a model's answer that are kept
 MOST_ANSWER = 1_000_000  # bytes of an endpoint's answer
 _COLUMNS, _TILE, _GAP = 4, 128, 4  # of a sheet of pictures
 _NEW_TOKENS = 40
+_TOLD = 200  # characters of an answer that an error quotes
+_DAY = 86_400  # seconds
 
 NAME_IT = (
     "The first picture is a sheet of {shown} small pictures on which one unit of an image generator is active, the "
@@ -79,6 +83,9 @@ class WorldLabeller:
 
     def __init__(self) -> None:
         self._judge = load_judge()
+
+    def __repr__(self) -> str:
+        return "WorldLabeller()"
 
     def label(self, examples: Sequence[Example], contrast: Sequence[Example]) -> str:
         """The factor's value whose share among `examples` most exceeds that among `contrast`."""
@@ -221,10 +228,11 @@ class EndpointLabeller(_VisionModel):
         url: up to and without `/chat/completions`, such as "http://localhost:8000/v1".
         model: its name there.
         api_key: sent as bearer token; shown nowhere.
-        timeout: seconds that one answer may take.
+        timeout: seconds that one answer may take, at most a day.
 
     Raises:
-        KitError: the address is neither http nor https, or the key holds what no header can.
+        KitError: one of these is not as described, such as an address with an impossible port, or the key holds what
+            no header can.
     """
 
     url: str
@@ -233,11 +241,16 @@ class EndpointLabeller(_VisionModel):
     timeout: float = 120.0
 
     def __post_init__(self) -> None:
-        if not re.match(r"https?://[^\s/]", self.url):
+        if not _is_address(self.url):
             raise KitError(
-                f"An endpoint's address begins with http:// or https://, and {self.url!r} does not. Mend it."
+                "An endpoint's address begins with http:// or https://, then names a host and perhaps a port, such as "
+                f"http://localhost:8000/v1; {self.url!r} is none. Mend it."
             )
-        if self.api_key is not None and not re.fullmatch(r"[\x21-\x7e]+", self.api_key):
+        if not isinstance(self.model, str) or not self.model.strip():
+            raise KitError(f"An endpoint needs the name of a model that it serves, not {self.model!r}.")
+        if isinstance(self.timeout, bool) or not isinstance(self.timeout, Real) or not 0 < self.timeout <= _DAY:
+            raise KitError(f"A timeout is a positive number of seconds, at most {_DAY:,}, not {self.timeout!r}.")
+        if self.api_key is not None and not re.fullmatch(r"[\x21-\x7e]+", str(self.api_key)):
             raise KitError("An API key is printable ASCII without spaces, and the one given is not. Copy it anew.")
 
     @property
@@ -270,14 +283,16 @@ class EndpointLabeller(_VisionModel):
             with urllib.request.build_opener(_NoRedirection).open(request, timeout=self.timeout) as response:
                 body: bytes = response.read(MOST_ANSWER + 1)
         except urllib.error.HTTPError as refusal:
-            told = refusal.read(400).decode(errors="replace")
+            told = refusal.read(4 * _TOLD).decode(errors="replace")[:_TOLD]
             raise KitError(
                 f"{self.url} refused with status {refusal.code} ({refusal.reason}): {told!r}. "
                 "Check the address, the model's name and the key; what was labelled before is kept."
             ) from None
         except (OSError, ValueError, http.client.HTTPException) as cause:  # not reached, too slow, cut off
+            reason = getattr(cause, "reason", cause)
+            why = f"within {self.timeout:g} s" if isinstance(reason, TimeoutError) else f"({reason})"
             raise KitError(
-                f"{self.url} gave no answer within {self.timeout:g} s ({cause}). Check that it runs; what was labelled "
+                f"{self.url} gave no answer {why}. Check that it runs; what was labelled "
                 "before is kept, and the same call goes on from there."
             ) from None
         return body
@@ -289,10 +304,21 @@ class EndpointLabeller(_VisionModel):
             answer = None
         if not isinstance(answer, str):
             raise KitError(
-                f"{self.url} answered no chat completion but {body[:200].decode(errors='replace')!r}. "
+                f"{self.url} answered no chat completion but {body[:_TOLD].decode(errors='replace')!r}. "
                 "Check that the address ends where /chat/completions begins."
             )
         return answer
+
+
+def _is_address(url: object) -> bool:
+    """Whether this names a host, and a port that there can be; names and passwords in it are not understood."""
+    if not isinstance(url, str) or not re.fullmatch(r"https?://[^\s/@]+(/[^\s]*)?", url):
+        return False
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 class _NoRedirection(urllib.request.HTTPRedirectHandler):

@@ -14,25 +14,27 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, SupportsIndex, TypeVar, runtime_checkable
 
 from sdxl_sae_kit.artifacts import Artifact, Store, explain_unwritable, slug
 from sdxl_sae_kit.errors import ArtifactError, KitError
-from sdxl_sae_kit.files import sync_folder, write_atomically
+from sdxl_sae_kit.files import sync_folder
 from sdxl_sae_kit.label_agreement import Agreement, agreement
+from sdxl_sae_kit.label_csv import read_rows, write_csv
 from sdxl_sae_kit.label_lines import (
     LONGEST,
     NOT_A_LINE,
     Label,
     LabelTest,
+    NewerLineError,
     Said,
     Undo,
-    csv_text,
+    after,
+    free_time,
     latent,
     parse,
-    read_rows,
     tidy,
     tidy_author,
     tidy_confidence,
@@ -43,7 +45,6 @@ from sdxl_sae_kit.label_lines import (
 
 __all__ = ["LONGEST", "Label", "LabelStore", "LabelTest", "Undo"]
 
-_INSTANT = timedelta(microseconds=1)
 _Line = TypeVar("_Line", Label, LabelTest)
 
 
@@ -62,6 +63,13 @@ class OfAnSAE(Protocol):
     @property
     def artifact(self) -> Artifact:
         """Where it is kept."""
+
+
+def check_stats(caller: str, stats: object) -> None:
+    """Refuse what is no statistics of an SAE. Raises KitError."""
+    if not isinstance(stats, OfAnSAE):
+        kind = type(stats).__name__
+        raise KitError(f"{caller} takes FeatureStats, such as FeatureStats.measure(sae, cache), not a {kind}.")
 
 
 class LabelStore:
@@ -86,7 +94,10 @@ class LabelStore:
 
         Raises:
             ArtifactError: the name cannot name a file.
+            KitError: `stats` are something else.
         """
+        if not isinstance(stats, str):
+            check_stats("LabelStore.of", stats)
         name, beside = (stats, None) if isinstance(stats, str) else (stats.sae, stats.artifact.folder.parent.parent)
         if not name or name != slug(name):
             raise ArtifactError(
@@ -160,7 +171,7 @@ class LabelStore:
         with self._locked() as descriptor:
             mine = [label for label in self._said().standing if label.author == author]
             if not mine:
-                raise KitError(f"{author} has changed no label in {self.file.name} that could be undone.")
+                raise KitError(f"No change by {author} in {self.file.name} is left to undo. Name another author.")
             undone = Undo(mine[-1].feature, mine[-1].time, author, datetime.now(UTC))
             self._append(descriptor, undone.line())
         stands = [label for label in self._said().standing if label.feature == undone.feature]
@@ -249,8 +260,11 @@ class LabelStore:
         author and time.
 
         A cell that a spreadsheet would take for a formula gets an apostrophe before it, which `read_csv` takes off.
+
+        Raises:
+            KitError: the file cannot be written.
         """
-        write_atomically(Path(path), csv_text(self._said().newest.values()).encode("utf-8-sig"))
+        write_csv(Path(path), self._said().newest.values())
 
     def read_csv(self, path: Path | str) -> list[Label]:
         """Add the labels of a CSV file that are not here yet, and return those added.
@@ -262,10 +276,7 @@ class LabelStore:
         Raises:
             KitError: the file is not UTF-8 or not CSV, or a row is no label; it is named, and nothing is added.
         """
-        rows = read_rows(Path(path), user())
-        for number, (label, _) in enumerate(rows, start=2):
-            if self.d_sae is not None and label.feature >= self.d_sae:
-                raise KitError(f"Row {number} of {path} names latent {label.feature}, and there are {self.d_sae:,}.")
+        rows = read_rows(Path(path), user(), self.d_sae)
         with self._locked() as descriptor:
             newest, added = self._said().newest, []
             history: dict[int, list[Label]] = {}
@@ -273,9 +284,12 @@ class LabelStore:
                 history.setdefault(known.feature, []).append(known)
             for label, timed in rows:
                 before = history.setdefault(label.feature, [])
-                if _is_known(label, timed, before, newest.get(label.feature)):
-                    continue
-                before.append(replace(label, time=_free(label, before)) if timed else _after(label, before))
+                same = [known for known in before if known.content == label.content]
+                if newest.get(label.feature) in same:
+                    continue  # it stands
+                if timed and any(known.author == label.author and known.time >= label.time for known in same):
+                    continue  # its author said so then or later
+                before.append(replace(label, time=free_time(label, before)) if timed else after(label, before))
                 added.append(before[-1])
             self._append(descriptor, b"".join(label.line() for label in added))
         return added
@@ -308,6 +322,8 @@ class LabelStore:
     def _parse(self, line: bytes, number: int) -> Label | Undo | LabelTest:
         try:
             return parse(line)
+        except NewerLineError as cause:
+            raise ArtifactError(f"Line {number} of {self.file} {cause}. Update the kit to read it.") from cause
         except NOT_A_LINE as cause:
             raise ArtifactError(
                 f"Line {number} of {self.file} is not a label ({cause}). "
@@ -319,7 +335,7 @@ class LabelStore:
             return self._add(descriptor, label)
 
     def _add(self, descriptor: int, label: Label) -> Label:
-        label = _after(label, self.history(label.feature))
+        label = after(label, self.history(label.feature))
         self._append(descriptor, label.line())
         return label
 
@@ -361,28 +377,6 @@ def _unless_torn(line: bytes) -> list[Label | Undo | LabelTest]:
 def _copy(line: _Line) -> _Line:
     """The line with evidence of its own, so that who changes it changes nothing that is kept."""
     return replace(line, evidence=tidy_evidence(line.evidence))
-
-
-def _after(label: Label, before: Iterable[Label]) -> Label:
-    """The label, said after all of these: a clock that runs behind a colleague's must not make it lose against them."""
-    times = [known.time + _INSTANT for known in before]
-    return replace(label, time=max([datetime.now(UTC), *times]))
-
-
-def _free(label: Label, before: Iterable[Label]) -> datetime:
-    """The label's time or the next at which its author said nothing of the latent: author and time name one line."""
-    taken, time = {known.time for known in before if known.author == label.author}, label.time
-    while time in taken:
-        time += _INSTANT
-    return time
-
-
-def _is_known(label: Label, timed: bool, before: Iterable[Label], newest: Label | None) -> bool:
-    """Whether a row of a CSV file says what stands, or what its author said then or later."""
-    same = [known for known in before if known.content == label.content]
-    if newest is not None and newest in same:
-        return True
-    return timed and any(known.author == label.author and known.time >= label.time for known in same)
 
 
 def _author(name: str | None) -> str:

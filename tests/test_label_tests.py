@@ -225,11 +225,14 @@ def test_who_took_a_test_never_meets_its_pictures_again(labels: LabelStore) -> N
         images, _ = exactly(form)
         assert not met & set(images)
         met |= set(images)
+        form.answers[0].value = True
         form.check.click()
     assert len(labels.tests(RED)) == 3
     with pytest.raises(KitError, match="nobody was shown"):
         for _ in range(50):
-            test_label(STATS, RED, labels=labels, n=6).check.click()
+            form = test_label(STATS, RED, labels=labels, n=6)
+            form.answers[0].value = True
+            form.check.click()
 
 
 def test_a_form_that_cannot_save_says_so_and_reveals_nothing(form: BlindTest, labels: LabelStore, monkeypatch) -> None:
@@ -237,6 +240,7 @@ def test_a_form_that_cannot_save_says_so_and_reveals_nothing(form: BlindTest, la
         raise OSError("no <space>")
 
     monkeypatch.setattr(LabelStore, "add_test", full)
+    form.answers[0].value = True
     form.check.click()
     assert form.notice.value == "Not saved: no &lt;space&gt;" and form.result is None
     assert not form.check.disabled and "active" not in read_safely(form.pictures[0].value).text
@@ -337,6 +341,7 @@ def test_one_latent_is_tested_without_the_matrix_of_all(labels: LabelStore, monk
     monkeypatch.setattr("sdxl_sae_kit.features.FeatureStats.image_activations", None)
     assert len(auto_label(STATS, [RED], WorldLabeller(), labels=labels, n=6)) == 1
     form = test_label(STATS, RED, labels=labels, n=6)
+    form.answers[0].value = True
     form.check.click()
     assert form.result is not None and "active" in read_safely(form.pictures[0].value).text
 
@@ -347,6 +352,96 @@ def test_a_latent_is_a_number(labels: LabelStore, unchecked_types: None, feature
         test_label(STATS, feature, labels=labels)
     with pytest.raises(KitError, match="from 0 on, not"):
         auto_label(STATS, [feature], Honest(shows_red), labels=labels)
+
+
+def test_a_whole_float_as_from_pandas_is_told_what_to_pass(labels: LabelStore, unchecked_types: None) -> None:
+    for use in (labels.get, labels.history, labels.withdraw, labels.tests, lambda latent: labels.set(latent, "x")):
+        with pytest.raises(KitError, match=r"not np.float64\(5.0\). Pass 5."):
+            use(np.float64(5.0))
+        for wrong in ("5", [5], float("nan"), float("inf")):
+            with pytest.raises(KitError, match=f"from 0 on, not {re.escape(repr(wrong))}.$"):
+                use(wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"features": STATS}, object(), None])
+def test_what_is_no_statistics_is_named(labels: LabelStore, unchecked_types: None, wrong: object) -> None:
+    judge, told = Honest(shows_red), f"takes FeatureStats, .*, not a {type(wrong).__name__}"
+    for caller, use in {
+        "LabelStore.of": lambda: LabelStore.of(wrong),
+        "test_label": lambda: test_label(wrong, RED),
+        "score_label": lambda: score_label(wrong, RED, judge, labels=labels),
+        "auto_label": lambda: auto_label(wrong, [RED], judge),
+    }.items():
+        with pytest.raises(KitError, match=f"{caller} {told}"):
+            use()
+
+
+def test_where_labels_are_is_no_path(unchecked_types: None) -> None:
+    judge, where = Honest(shows_red), "mine.jsonl"
+    for use in (lambda: test_label(STATS, RED, labels=where),
+                lambda: score_label(STATS, RED, judge, labels=where),
+                lambda: auto_label(STATS, [RED], judge, labels=where)):  # fmt: skip
+        with pytest.raises(KitError, match=r"labels is a LabelStore, .* not 'mine.jsonl'"):
+            use()
+
+
+@pytest.mark.parametrize("wrong", [WorldLabeller, None, "gpt"])
+def test_a_labeller_is_one(labels: LabelStore, unchecked_types: None, wrong: object) -> None:
+    labels.set(RED, "red")
+    with pytest.raises(KitError, match=r"auto_label: labeller is one such as WorldLabeller\(\), not "):
+        auto_label(STATS, [RED], wrong, labels=labels)
+    with pytest.raises(KitError, match=r"score_label: judge is one such as WorldLabeller\(\), not "):
+        score_label(STATS, RED, wrong, labels=labels)
+
+
+def test_auto_label_looks_at_what_it_is_given_before_it_names(
+    labels: LabelStore, unchecked_types: None, capsys
+) -> None:
+    labeller = Honest(shows_red)
+    for features, n, message in [
+        (130, 20, "features are several latents, .* not 130"),
+        ("ab", 20, "features are several latents, .* not 'ab'"),
+        (["x"], 20, "A latent is an integer from 0 on, not 'x'"),
+        ([RED], 3, "auto_label: n must be a multiple of 2 of at least 2, not 3"),
+    ]:
+        with pytest.raises(KitError, match=message):
+            auto_label(STATS, features, labeller, labels=labels, n=n)
+    assert auto_label(STATS, [], labeller, labels=labels) == []
+    told = capsys.readouterr()
+    assert "nothing to do" in told.out + told.err and "names" not in told.out + told.err
+    assert not labels.file.exists() and not labeller.asked
+
+
+@pytest.mark.parametrize("text", ["", "  ", 7])
+def test_an_empty_text_is_no_text_to_test(labels: LabelStore, unchecked_types: None, text: object) -> None:
+    labels.set(RED, "red")
+    judge = Honest(shows_red)
+    with pytest.raises(KitError, match="A label"):
+        score_label(STATS, RED, judge, labels=labels, text=text)
+    assert not judge.asked and not labels.tests()
+
+
+def test_a_cache_without_pictures_is_called_so(labels: LabelStore, monkeypatch) -> None:
+    monkeypatch.setattr(type(STATS), "pictured", np.arange(0))
+    labels.set(RED, "red")
+    judge = Honest(shows_red)
+    for use in (lambda: test_label(STATS, RED, labels=labels),
+                lambda: score_label(STATS, RED, judge, labels=labels),
+                lambda: auto_label(STATS, [RED], judge, labels=labels)):  # fmt: skip
+        with pytest.raises(KitError, match="No pictures are kept .* images='thumbnails' and measure again"):
+            use()
+
+
+def test_ticking_none_is_asked_about_once_and_a_test_is_saved_once(form: BlindTest, labels: LabelStore) -> None:
+    assert repr(form) == "BlindTest(latent 0, 'something <red>': not checked yet)"
+    form.check.click()
+    assert form.notice.value == "You ticked none. Press Check again to save that."
+    assert form.result is None and not labels.tests() and not form.check.disabled
+    for _ in range(2):
+        form.check.click()
+    (saved,) = labels.tests()
+    assert saved == form.result and saved.balanced_accuracy == 0.5
+    assert len(repr(form)) < 300 and "balanced accuracy 0.50" in repr(form)
 
 
 def test_what_will_be_sent_where_is_said_before(labels: LabelStore, capsys) -> None:

@@ -61,6 +61,10 @@ def test_the_world_labeller_does_not_guess_what_a_text_means(world: WorldLabelle
         world.judge(text, PICTURES[:1])
 
 
+def test_the_world_labeller_is_shown_as_it_is_made(world: WorldLabeller) -> None:
+    assert repr(world) == "WorldLabeller()"
+
+
 def test_it_knows_every_value_and_tells_same_named_ones_by_their_factor(world: WorldLabeller) -> None:
     for factor, values in FACTORS.items():
         for value in values if factor[-1] != "2" else ():
@@ -362,10 +366,16 @@ def test_an_endpoint_that_breaks_off_or_is_not_there_is_told(endpoint: Endpoint)
     endpoint.answer = lambda asked: (99_999, {}, b"")
     with pytest.raises(KitError, match="gave no answer"):
         EndpointLabeller(endpoint.url, "m").judge("red", PICTURES[:1])
-    with pytest.raises(KitError, match="gave no answer"):
-        EndpointLabeller("http://127.0.0.1:port/v1", "m").judge("red", PICTURES[:1])
-    with pytest.raises(KitError, match="gave no answer"):
+    with pytest.raises(KitError, match=r"gave no answer \(.*refused") as told:
         EndpointLabeller("http://127.0.0.1:1/v1", "m").judge("red", PICTURES[:1])
+    assert "within" not in str(told.value)
+
+
+def test_a_page_of_html_is_not_told_whole(endpoint: Endpoint) -> None:
+    endpoint.answer = lambda asked: (502, {}, b"<html>" + b"x" * 5000)
+    with pytest.raises(KitError, match="refused with status 502") as told:
+        EndpointLabeller(endpoint.url, "m").judge("red", PICTURES[:1])
+    assert str(told.value).count("x") in range(150, 201)
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
@@ -376,10 +386,31 @@ def test_a_redirection_is_not_followed(endpoint: Endpoint, status: int) -> None:
     assert len(endpoint.asked) == 1
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://x/y", "localhost:8000", "", "http://", "https:// x"])
-def test_only_web_addresses_are_taken(url: str) -> None:
+@pytest.mark.parametrize(
+    "url",
+    ["file:///etc/passwd", "ftp://x/y", "localhost:8000", "", "http://", "https:// x", "http://my host/v1", None,
+     "http://x:notaport/v1", "http://x:99999/v1", "http://x:0", "http://:80", "http://[::1", "http://me:word@x/v1"],
+)  # fmt: skip
+def test_only_web_addresses_are_taken(unchecked_types: None, url: object) -> None:
     with pytest.raises(KitError, match="begins with http:// or https://"):
         EndpointLabeller(url, "m")
+
+
+@pytest.mark.parametrize("url", ["http://localhost:8000/v1", "https://x.org", "http://[::1]:80/v1/", "http://x/a@b"])
+def test_web_addresses_are_taken(url: str) -> None:
+    assert EndpointLabeller(url, "m", timeout=1).where == f"to {url}"
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e12, True, "9", None])
+def test_a_timeout_is_a_positive_number(unchecked_types: None, timeout: object) -> None:
+    with pytest.raises(KitError, match="A timeout is a positive number of seconds"):
+        EndpointLabeller("http://x", "m", timeout=timeout)
+
+
+@pytest.mark.parametrize("model", ["", " ", None, 7])
+def test_a_model_has_a_name(unchecked_types: None, model: object) -> None:
+    with pytest.raises(KitError, match="needs the name of a model"):
+        EndpointLabeller("http://x", model)
 
 
 @pytest.mark.parametrize("key", ["a\r\nX-Evil: 1", "two words", "ключ", ""])

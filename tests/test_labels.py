@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -249,7 +250,7 @@ def test_a_last_line_that_only_lacks_its_newline_counts_and_is_kept(labels: Labe
         "7",
         '{"feature": 1}',
         '{"version": 2, "feature": 1}',
-        '{"version":3,"kind":"label","feature":1,"text":"x","author":"","time":"2030-01-01T00:00:00Z"}',
+        '{"version":0,"kind":"label","feature":1,"text":"x","author":"","time":"2030-01-01T00:00:00Z"}',
         '{"version":2,"kind":"poem","feature":1,"text":"x","author":"","time":"2030-01-01T00:00:00Z"}',
         '{"version":2,"feature":1,"text":"x","confidence":2,"author":"","time":"2030-01-01T00:00:00Z"}',
         '{"version":2,"feature":1,"text":"x","tags":"x","author":"","time":"2030-01-01T00:00:00Z"}',
@@ -272,6 +273,15 @@ def test_damage_inside_the_file_is_named_not_skipped(labels: LabelStore, line: s
         file.write(line + "\n")
     with pytest.raises(ArtifactError, match=r"Line 2 of .*jsonl is not a label"):
         labels.all()
+
+
+def test_a_line_of_a_newer_kit_is_not_blamed_on_git(labels: LabelStore) -> None:
+    labels.set(1, "red")
+    with labels.file.open("a") as file:
+        file.write('{"version":3,"kind":"poem"}\n')
+    with pytest.raises(ArtifactError, match="Line 2 of .* has version 3, .* versions 1 and 2. Update the kit") as told:
+        labels.all()
+    assert "git" not in str(told.value).removeprefix(f"Line 2 of {labels.file}")
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
@@ -363,7 +373,7 @@ def test_undo_brings_back_what_stood_before_step_by_step(labels: LabelStore) -> 
         (2, None, {1: "red"}),
         (1, None, {}),
     ]
-    with pytest.raises(KitError, match=f"{user()} has changed no label in .*jsonl that could be undone"):
+    with pytest.raises(KitError, match=f"No change by {user()} in .*jsonl is left to undo"):
         labels.undo()
     labels.set(1, "scarlet")
     assert labels.get(1) == "scarlet" and len(labels.history(1)) == 3
@@ -377,7 +387,7 @@ def test_undo_takes_back_ones_own_word_only(labels: LabelStore) -> None:
     assert labels.undo("alice").text == "green", "what bob said since stays"
     restored = labels.undo("bob")
     assert (restored.text, restored.author, restored.confidence) == ("red", "bob", 0.9)
-    with pytest.raises(KitError, match="eve has changed no label"):
+    with pytest.raises(KitError, match="No change by eve"):
         labels.undo("eve")
 
 
@@ -494,11 +504,14 @@ def test_a_row_changed_in_a_spreadsheet_counts_unless_somebody_said_something_si
         (b"feature,text,time\n1,red,9999-01-01T00:00Z\n", "Row 2 of .*at most in the year 9998"),
         (b"feature,text,tags\n1,red," + b"x" * 51 + b"\n", "Row 2 of .*A tag is"),
         (b"feature,text\n1,red\n99,blue\n", "Row 3 of .* names latent 99, and there are 40"),
-        (b"feature;text\n1;red\n", "has no column feature and no column text"),
+        (b"feature;text\n1;red\n", r"no column feature and no column text; .* \['feature;text'\].*not semicolons"),
+        (b"latent,text\n1,red\n", r"no column feature; its columns are \['latent', 'text'\]. Name them"),
+        (b"feature,text\n5.0,red\n", r"Row 2 of .*its feature is an integer such as 17, not '5.0'"),
+        (b"feature,text,confidence\n1,red,80%\n", r"its confidence is a number such as 0.8, not '80%'"),
         (b"", "has no column feature"),
         (b'feature,text\n1,"red\n', "cannot be read as CSV"),
         (b"feature,text\n1,r\xe9d\n", "cannot be read as CSV in UTF-8"),
-        (None, "cannot be read as CSV"),
+        (None, r"x.csv cannot be read \(No such file or directory\)"),
     ],
 )
 def test_a_csv_file_with_a_bad_row_adds_nothing(tmp_path: Path, content: bytes | None, message: str) -> None:
@@ -508,6 +521,18 @@ def test_a_csv_file_with_a_bad_row_adds_nothing(tmp_path: Path, content: bytes |
     with pytest.raises(KitError, match=message):
         labels.read_csv(tmp_path / "x.csv")
     assert not labels.file.exists()
+
+
+@pytest.mark.parametrize("place", [".", "missing/x.csv", "/"])
+def test_a_place_where_no_csv_file_can_be_is_named_and_left_alone(
+    labels: LabelStore, tmp_path: Path, place: str
+) -> None:
+    labels.set(1, "red")
+    path = tmp_path / place
+    before = sorted(tmp_path.parent.iterdir())
+    with pytest.raises(KitError, match=re.escape(f"cannot be written to {path} (")) as told:
+        labels.to_csv(path)
+    assert ".tmp" not in str(told.value) and sorted(tmp_path.parent.iterdir()) == before
 
 
 # Agreement -----------------------------------------------------------------------------------------------------------
