@@ -104,7 +104,9 @@ def by_hookpoint(asked: str, name: str, kind: type[Placed], given: Any) -> dict[
     items: list[Any] = list(several) if isinstance(several, Iterable) else [several]
     for item in items:
         if not isinstance(item, kind):
-            raise KitError(f"{asked}: {name} are each a {kind.__name__}, not {item!r}. Leave out what is none.")
+            raise KitError(
+                f"{asked}: {name} are each a {kind.__name__}, not a {type(item).__name__}. Pass nothing else."
+            )
     if not items:
         raise KitError(f"{asked}: there are no {name}. Pass one for each hookpoint, such as saes['up.0.1', 'k10'].")
     ((most, count),) = Counter(item.hookpoint for item in items).most_common(1)

@@ -27,7 +27,7 @@ from sdxl_sae_kit.findings import Found, Results
 from sdxl_sae_kit.hookpoints import by_hookpoint
 from sdxl_sae_kit.hooks import record
 from sdxl_sae_kit.interventions import check_model
-from sdxl_sae_kit.labels import LabelStore
+from sdxl_sae_kit.labels import LabelStore, check_stats
 from sdxl_sae_kit.metrics import bootstrap_interval
 from sdxl_sae_kit.pipelines import generate
 from sdxl_sae_kit.sae import FIRES, SAE
@@ -198,6 +198,7 @@ def by_region(stats: FeatureStats, image: int, mask: ArrayLike) -> Results:
     Raises:
         KitError: the mask is no map of finite numbers from 0 on, or is zero everywhere; or there is no such image.
     """
+    check_stats("by_region", stats)
     inside = _token_shares(mask, stats.grid)
     maps = stats.heat_maps(image)
     within = np.einsum("lyx,yx->l", maps, inside) / inside.sum()
@@ -245,6 +246,7 @@ def by_image(stats: FeatureStats, image: int, by: Ranking = "max") -> Results:
     Raises:
         KitError: there is no such image, or no such ranking.
     """
+    check_stats("by_image", stats)
     tokens = stats.heat_maps(image).reshape(stats.d_sae, -1)
     kinds = {"max": tokens.max(axis=1), "mean": tokens.mean(axis=1), "area": (tokens > FIRES).mean(axis=1)}
     if by not in kinds:
@@ -299,6 +301,7 @@ def by_similarity(stats: FeatureStats, feature: int) -> Results:
     Raises:
         KitError: there is no such latent.
     """
+    check_stats("by_similarity", stats)
     cosines = {each.latent: each.value for each in stats.similar(feature)}
     together = {each.latent: each for each in stats.coactive(feature)}
     p, q = float(stats.density[feature]), stats.density.astype(np.float64)
@@ -334,6 +337,7 @@ def by_text(
     Raises:
         KitError: the judge knows no texts, or the statistics keep fewer than 8 examples of each feature.
     """
+    check_stats("by_text", stats)
     if not callable(getattr(embed, "texts", None)):
         raise KitError(f"by_text needs a judge that knows texts, such as ClipEmbed('folder'), not {embed!r}.")
     n = whole_number("by_text: n", n, least=FEWEST_PICTURES)
@@ -371,6 +375,7 @@ def most_energetic(stats: FeatureStats, n: int = 12) -> list[int]:
     Raises:
         KitError: there is none.
     """
+    check_stats("most_energetic", stats)
     n = whole_number("most_energetic: n", n)
     local = (held_out_firing(stats).sum(axis=0) >= MIN_IMAGES) & (stats.density <= 0.5)
     if not local.any():

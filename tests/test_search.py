@@ -312,7 +312,7 @@ def test_text_is_compared_with_each_top_image(tmp_path, monkeypatch, unchecked_t
     monkeypatch.setattr(search, "top_pictures", lambda *_: top)
     text = rows[top[4]].mean(axis=0)
     judge = SimpleNamespace(name="a judge", texts=lambda texts: text[None] if texts == ["round things"] else None)
-    found = by_text(SimpleNamespace(hookpoint="mid.0"), "round things", judge)
+    found = by_text(synthetic_stats(), "round things", judge)
     scores = np.array([np.mean(rows[images] @ text) for feature, images in top.items() if feature < 10])
     assert [f.latent for f in found] == np.argsort(-scores).tolist()
     for f in found:
@@ -324,7 +324,7 @@ def test_text_is_compared_with_each_top_image(tmp_path, monkeypatch, unchecked_t
 
 def test_a_judge_without_texts_is_refused(unchecked_types):
     with pytest.raises(KitError, match="a judge that knows texts"):
-        by_text(SimpleNamespace(), "round", lambda images: images)
+        by_text(synthetic_stats(), "round", lambda images: images)
 
 
 # Results --------------------------------------------------------------------------------------------------------------
@@ -358,3 +358,10 @@ def test_energetic_latents_are_local_and_sorted(small_stats):
     energy = small_stats.density * (small_stats.mean**2 + small_stats.std**2)
     assert (small_stats.density[chosen] <= 0.5).all()
     assert energy[chosen].tolist() == sorted(energy[chosen], reverse=True)
+
+
+@pytest.mark.parametrize("ask", [by_region, by_image, by_similarity, by_text, most_energetic])
+def test_what_are_no_statistics_is_refused(ask, small_stats, unchecked_types):
+    given = {by_region: (0, [[1]]), by_image: (0,), by_similarity: (0,), by_text: ("red", None), most_energetic: ()}
+    with pytest.raises(KitError, match=rf"{ask.__name__} takes FeatureStats, .* not a dict"):
+        ask({"up.0.1": small_stats}, *given[ask])
