@@ -149,7 +149,7 @@ def test_rows_end_with_means_of_values_and_of_factors(world):
     assert rows[-1]["factor"] == "mean"
     assert rows[-1]["AUC"] == pytest.approx(np.mean([row["AUC"] for row in rows if row["value"] != "mean"]))
     assert {tuple(row) for row in rows} == {tuple(rows[0])}
-    assert "PCA axis interval" in show_table(rows, "Recovery")._repr_html_()
+    assert "PCA axis</th>" in show_table(rows, "Recovery")._repr_html_()
 
 
 def test_factors_of_other_prompts_are_taken_as_they_are():
