@@ -78,7 +78,7 @@ def test_a_label_given_in_jupyterlab_is_there_when_the_notebook_runs_again(page:
 def test_the_notebook_on_annotating_keeps_a_label(page: Any, tmp_path: Path) -> None:
     content = nbformat.read(REPOSITORY / "notebooks" / "03_annotate_features.ipynb", as_version=4)
     parameters = next(cell for cell in content.cells if "parameters" in cell.metadata.get("tags", []))
-    parameters.source = 'MODEL = "tiny-turbo"\nSCALE = "smoke"'
+    parameters.source = parameters.source.replace('"demo"', '"smoke"')
     content.metadata = notebook().metadata
     page.set_default_timeout(400_000)
     with jupyterlab(tmp_path, content) as address:
