@@ -114,7 +114,7 @@ def test_things_are_placed_by_hookpoint_however_they_are_given(unchecked_types):
     for given, said in (
         ([], "f: there are no things"),
         ([one, other, third], "f: 2 of these 3 things are of up.0.1"),
-        ([one, 17], "f: things are each a SimpleNamespace, not 17"),
+        ([one, 17], "f: things are each a SimpleNamespace, not a int"),
     ):
         with pytest.raises(KitError, match=said):
             by_hookpoint("f", "things", SimpleNamespace, given)
