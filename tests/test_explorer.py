@@ -271,8 +271,8 @@ def test_what_does_not_fit_together_is_refused(
     refused: list[tuple[Any, dict[str, Any], str]] = [
         ([other, twin], {}, "2 of these 2 saes are of up.0.1"),
         ([], {}, "there are no saes"),
-        (17, {}, "saes are each a SAE, not 17"),
-        ([one, None], {}, "saes are each a SAE, not None"),
+        (17, {}, "saes are each a SAE, not a int"),
+        ([one, None], {}, "saes are each a SAE, not a NoneType"),
         (one, {"stats": small_stats}, "belong to none of these SAEs"),
         (twin, {}, "does not tell how strongly its latents usually fire"),
         (one, {"n": 0}, "explore: n"),
