@@ -145,9 +145,9 @@ def statistics(stats: FeatureStats, feature: int, similarity: Specificity | None
     """What was measured of a feature over how many, each with its formula and, if it is an estimate, its interval."""
     density, share = float(stats.density[feature]), float(stats.image_density[feature])
     tokens, firing = f"{stats.n_tokens:,} tokens", f"{round(density * stats.n_tokens):,} firing tokens"
-    on = f"{round(share * stats.n_images):,} images"
+    varying = f"{round(float(stats.moran_n[feature])):,} images"
     mean, std, peak = (html.short(float(array[feature])) for array in (stats.mean, stats.std, stats.max))
-    chance = -1 / (stats.grid[0] * stats.grid[1] - 1)
+    chance = html.short(-1 / max(stats.grid[0] * stats.grid[1] - 1, 1))
     moran = _estimate(stats.moran[feature], stats.moran_low[feature], stats.moran_high[feature])
     rows = [
         ("density", percent(density), f"tokens with z > {FIRES} / all tokens", tokens),
@@ -155,7 +155,7 @@ def statistics(stats: FeatureStats, feature: int, similarity: Specificity | None
         ("mean", mean, "mean of z over firing tokens", firing),
         ("standard deviation", std, "standard deviation of z over firing tokens", firing),
         ("maximum", peak, "largest z", tokens),
-        ("Moran's I", moran, f"mean over the images on which it fires; scattered at random: {html.short(chance)}", on),
+        ("Moran's I", moran, f"mean over images where it fires and varies; scattered at random: {chance}", varying),
     ]
     if similarity is not None:
         least, most = similarity.baseline_interval

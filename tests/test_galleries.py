@@ -21,7 +21,7 @@ from PIL import Image
 from reading_html import Reader, read_safely
 from synthetic import SyntheticStats, synthetic_stats
 
-from sdxl_sae_kit.cards import VIEWS
+from sdxl_sae_kit.cards import VIEWS, statistics
 from sdxl_sae_kit.details import Detail
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
@@ -525,3 +525,10 @@ def test_prompts_and_labels_stay_text_everywhere(
         read = read_safely(html)
         assert "script" not in read.tags
     assert labels.get(0) == label.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+def test_morans_i_counts_the_images_on_which_it_is_defined() -> None:
+    counted = STATS.moran_n.copy()
+    counted[3] = 7
+    rows = {row[0]: row for row in statistics(dataclasses.replace(STATS, moran_n=counted), 3)}
+    assert rows["Moran's I"][3] == "7 images"
