@@ -20,11 +20,11 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
-from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.hooks import Call, rewrite
-from sdxl_sae_kit.interventions import check_model
+from sdxl_sae_kit.interventions import check_measured
 from sdxl_sae_kit.layout import encode_picture
 from sdxl_sae_kit.pipelines import generate, scheduler
 from sdxl_sae_kit.sae import SAE
@@ -135,7 +135,8 @@ def draw_icons(
 
     >>> draw_icons(pipe, saes["up.0.1", "k10"], stats)                                             # doctest: +SKIP
     """
-    _check_inputs(pipe, sae, stats)
+    check_measured("draw_icons", pipe, sae, stats)
+    _ = sae.directions  # refuses an SAE that has none
     chosen = [int(f) for f in stats.alive] if features is None else _checked(stats, features)
     given: list[Any] = list(strengths)
     if not given or not all(isinstance(s, Real) and np.isfinite(float(s)) for s in given):
@@ -158,18 +159,6 @@ def draw_icons(
             if not artifact.finished:
                 _draw(pipe, sae, stats, artifact)
     return Icons.open(artifact.folder)
-
-
-def _check_inputs(pipe: Any, sae: SAE, stats: FeatureStats) -> None:
-    if not isinstance(sae, SAE):
-        raise KitError(f"draw_icons takes one SAE, such as saes['up.0.1', 'k10'], not a {type(sae).__name__}.")
-    if (stats.sae, stats.hookpoint) != (sae.name, sae.hookpoint):
-        raise ArtifactError(
-            f"draw_icons: the statistics are of {stats.sae} at {stats.hookpoint}, but the SAE is {sae.name} at "
-            f"{sae.hookpoint}. Measure this SAE with FeatureStats.measure."
-        )
-    _ = sae.directions  # refuses an SAE that has none
-    check_model("draw_icons", pipe, sae)
 
 
 def _checked(stats: FeatureStats, features: Any) -> list[int]:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from sdxl_sae_kit.hookpoints import Hookpoint, resolve
 from sdxl_sae_kit.hooks import Call, rewrite
 from sdxl_sae_kit.pipelines import describe
 from sdxl_sae_kit.sae import SAE
+
+if TYPE_CHECKING:
+    from sdxl_sae_kit.features import FeatureStats
 
 Cfg = Literal["both", "cond", "uncond"]
 Strengths = Mapping[int, float | ArrayLike]
@@ -113,6 +116,22 @@ def check_model(asked: str, pipe: Any, sae: SAE) -> None:
     """
     if differs := _other_model(pipe, sae):
         raise ArtifactError(f"{asked}: {differs}. Load the model it was trained on, or train an SAE on this one.")
+
+
+def check_measured(asked: str, pipe: Any, sae: SAE, stats: FeatureStats) -> None:
+    """Refuse statistics of another SAE, and a pipeline of another model than the SAE was trained on.
+
+    Raises:
+        ArtifactError: they do not belong together, or the SAE says not where it belongs.
+    """
+    if not isinstance(sae, SAE):
+        raise ArtifactError(f"{asked} takes one SAE, such as saes['up.0.1', 'k10'], not a {type(sae).__name__}.")
+    if (stats.sae, stats.hookpoint) != (sae.name, sae.hookpoint):
+        raise ArtifactError(
+            f"{asked}: the statistics are of {stats.sae} at {stats.hookpoint}, but the SAE is {sae.name} at "
+            f"{sae.hookpoint}. Measure this SAE with FeatureStats.measure."
+        )
+    check_model(asked, pipe, sae)
 
 
 def _other_model(pipe: Any, sae: SAE) -> str | None:

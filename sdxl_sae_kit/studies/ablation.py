@@ -16,12 +16,11 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact, Store
-from sdxl_sae_kit.configs import Site
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.hookpoints import resolve
-from sdxl_sae_kit.interventions import check_model, steer
+from sdxl_sae_kit.interventions import check_measured, steer
 from sdxl_sae_kit.metrics import bootstrap_interval
 from sdxl_sae_kit.pipelines import generate, scheduler
 from sdxl_sae_kit.plots import effects_by_group
@@ -193,7 +192,7 @@ def ablate(
     Example:
         >>> ablate(pipe, saes["down.2.1", "k10"], stats, [17, 40]).plot()              # doctest: +SKIP
     """
-    site = _check_inputs(pipe, sae, stats)
+    check_measured("ablate", pipe, sae, stats)
     given = [features] if isinstance(features, int | np.integer) else features
     chosen = most_energetic(stats) if given is None else [int(feature) for feature in given]
     _check_features(stats, chosen)
@@ -203,7 +202,7 @@ def ablate(
         "study": "ablation",
         "sae": sae.digest,
         "sae_name": sae.name,
-        "hookpoint": site.hookpoint,
+        "hookpoint": sae.hookpoint,
         "stats": stats.artifact.digest,
         "features": chosen,
         "prompts_per_feature": prompts_per_feature,
@@ -217,18 +216,6 @@ def ablate(
             if not artifact.finished:
                 _run(pipe, sae, stats, artifact)
     return Ablation.open(artifact.folder)
-
-
-def _check_inputs(pipe: Any, sae: SAE, stats: FeatureStats) -> Site:
-    hookpoint, site = sae.hookpoint, sae.site
-    assert site is not None  # or it would have no hookpoint
-    if (stats.sae, stats.hookpoint) != (sae.name, hookpoint):
-        raise ArtifactError(
-            f"ablate: the statistics are of {stats.sae} at {stats.hookpoint}, but the SAE is {sae.name} at "
-            f"{hookpoint}. Measure this SAE with FeatureStats.measure."
-        )
-    check_model("ablate", pipe, sae)
-    return site
 
 
 def _check_features(stats: FeatureStats, features: Sequence[int]) -> None:

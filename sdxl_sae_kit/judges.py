@@ -1,0 +1,111 @@
+"""Judges of what an edit changed in a picture: how different it looks, and what it shows that it did not.
+
+`WorldJudge` reads pictures of the embedded model. For real images `EmbeddingJudge` takes any embedding, such as a CLIP;
+how different they look is then told in pixels only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch.nn import functional as F
+
+from sdxl_sae_kit.files import hash_file
+from sdxl_sae_kit.pipelines import describe
+from sdxl_sae_kit.tiny import NAMES, WEIGHTS
+from sdxl_sae_kit.tiny.judge import FILE, load_judge
+
+if TYPE_CHECKING:
+    from sdxl_sae_kit.similarity import Embed
+
+Pictures = Float[np.ndarray, "image y x 3"]
+"""Colours 0 to 1."""
+
+
+@runtime_checkable
+class PictureJudge(Protocol):
+    """Tells pictures of an edit from those without it, pair by pair; what it cannot tell is None."""
+
+    @property
+    def name(self) -> str:
+        """Which judge this is, weights included: what results are kept under."""
+
+    def perceptual(self, before: Pictures, after: Pictures) -> Float[np.ndarray, "image y x"] | None:
+        """How different each place looks: 0 where it looks the same."""
+
+    def semantic(self, before: Pictures, after: Pictures) -> Float[np.ndarray, " image"] | None:
+        """How different what they show is: 0 for the same."""
+
+    def factors(self, pictures: Pictures) -> dict[str, Float[np.ndarray, "image answer"]] | None:
+        """The probability of every value of every factor and, last, of none."""
+
+
+class WorldJudge:
+    """The embedded judge, for pictures of 64 × 64 pixels.
+
+    `perceptual` is the squared distance of its features at three scales, each token's made of length 1, averaged over
+    the scales (as LPIPS does it, without learnt weights): 0 to 4. `semantic` is 1 − the mean over factors of Σ √(p q),
+    where p and q are the probabilities of the factor's values in either picture (Bhattacharyya): 0 to 1.
+    """
+
+    def __init__(self) -> None:
+        self._judge = load_judge()
+        self.name = f"world judge {hash_file(WEIGHTS / 'judge' / FILE)[:8]}"
+
+    def factors(self, pictures: Pictures) -> dict[str, Float[np.ndarray, "image answer"]]:
+        """The calibrated probability of every value of every factor of `FACTORS` and, last, of none."""
+        return self._judge.probabilities(_as_bytes(pictures))
+
+    def semantic(self, before: Pictures, after: Pictures) -> Float[np.ndarray, " image"]:
+        """1 − the mean over factors of Bhattacharyya's coefficient."""
+        pairs = zip(self.factors(before).values(), self.factors(after).values(), strict=True)
+        alike = np.mean([np.sqrt(p * q).sum(axis=1) for p, q in pairs], axis=0)
+        return np.maximum(1 - alike, 0)
+
+    @torch.no_grad()
+    def perceptual(self, before: Pictures, after: Pictures) -> Float[np.ndarray, "image y x"]:
+        """Squared distance of the judge's features, averaged over its three scales."""
+        size = before.shape[1:3]
+        maps = [
+            F.interpolate((one - other).square().sum(1, keepdim=True), size=size, mode="bilinear", align_corners=False)
+            for one, other in zip(self._features(before), self._features(after), strict=True)
+        ]
+        seen: Float[np.ndarray, "image y x"] = torch.stack(maps).mean(0)[:, 0].cpu().numpy()
+        return seen
+
+    def _features(self, pictures: Pictures) -> list[Float[torch.Tensor, "image channel row column"]]:
+        x = torch.from_numpy(_as_bytes(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        at_32 = self._judge.at_32(x.to(self._judge.temperature.device))
+        at_16 = self._judge.at_16(at_32)
+        return [F.normalize(each, dim=1) for each in (at_32, at_16, self._judge.at_8(at_16))]
+
+
+class EmbeddingJudge:
+    """What an embedding tells, such as `ClipEmbed`: `semantic` is 1 − the cosine; it knows no places and no factors."""
+
+    def __init__(self, embed: Embed) -> None:
+        self._embed, self.name = embed, embed.name
+
+    def perceptual(self, before: Pictures, after: Pictures) -> None:
+        """None: an embedding is of a whole picture."""
+
+    def factors(self, pictures: Pictures) -> None:
+        """None: an embedding names nothing."""
+
+    def semantic(self, before: Pictures, after: Pictures) -> Float[np.ndarray, " image"]:
+        """1 − the cosine of the two embeddings."""
+        one, other = (self._embed([Image.fromarray(p) for p in _as_bytes(pictures)]) for pictures in (before, after))
+        return np.asarray(1 - (one * other).sum(axis=1), dtype=np.float32)
+
+
+def judge_of(pipe: Any) -> PictureJudge | None:
+    """The judge that comes with a model: the embedded one's; others have none."""
+    return WorldJudge() if describe(pipe).name in NAMES else None
+
+
+def _as_bytes(pictures: Pictures) -> Any:
+    return (np.clip(pictures, 0, 1) * 255).round().astype(np.uint8)

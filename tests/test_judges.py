@@ -1,0 +1,60 @@
+"""Judges: the same picture is at no distance, distances are symmetric, and the world's judge sees what changed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sdxl_sae_kit.judges import EmbeddingJudge, PictureJudge, WorldJudge, judge_of
+from sdxl_sae_kit.pipelines import describe
+from sdxl_sae_kit.similarity import WorldEmbed
+from sdxl_sae_kit.tiny.world import Scene, object_mask, render
+
+SCENES = [
+    Scene("circle", "red", "plain", "black", "plain", "flat", "upright", position="on the left"),
+    Scene("star", "blue", "plain", "white", "grid", "neon", "upright", position="at the top"),
+    Scene("heart", "green", "striped", "teal", "plain", "flat", "tilted", size="large"),
+]
+BEFORE = np.stack([render(scene) for scene in SCENES]).astype(np.float32) / 255
+AFTER = np.roll(BEFORE, 1, axis=0)
+
+
+@pytest.fixture(scope="module")
+def judge() -> WorldJudge:
+    return WorldJudge()
+
+
+def test_the_same_pictures_are_at_no_distance_and_distances_are_symmetric(judge) -> None:
+    for distance in (judge.perceptual, judge.semantic):
+        assert np.abs(distance(BEFORE, BEFORE)).max() < 1e-5
+        assert np.allclose(distance(BEFORE, AFTER), distance(AFTER, BEFORE), atol=1e-6)
+        assert distance(BEFORE, AFTER).mean() > 0.1
+
+
+def test_what_looks_different_is_where_it_changed(judge) -> None:
+    scene = SCENES[0]
+    recoloured = BEFORE[:1].copy()
+    where = object_mask(scene)
+    recoloured[0][where] = [0.17, 0.37, 0.92]
+    seen = judge.perceptual(BEFORE[:1], recoloured)[0]
+    assert seen[where].mean() > 3 * seen[~where].mean()
+
+
+def test_the_semantic_distance_is_one_minus_the_similarity_of_what_is_shown(judge) -> None:
+    embedding = EmbeddingJudge(WorldEmbed())
+    assert np.allclose(judge.semantic(BEFORE, AFTER), embedding.semantic(BEFORE, AFTER), atol=1e-5)
+    assert embedding.perceptual(BEFORE, AFTER) is None
+    assert embedding.factors(BEFORE) is None
+
+
+def test_factors_are_those_of_the_world(judge) -> None:
+    told = judge.factors(BEFORE)
+    assert np.allclose(told["colour"].sum(axis=1), 1, atol=1e-5)
+    assert (told["colour"].argmax(axis=1) == [0, 2, 1]).all()
+
+
+def test_only_the_embedded_model_brings_a_judge(pipe, monkeypatch) -> None:
+    assert isinstance(judge_of(pipe), WorldJudge)
+    assert isinstance(judge_of(pipe), PictureJudge)
+    monkeypatch.setattr(pipe, "sdxl_sae_kit_model", replace(describe(pipe), name="stabilityai/sdxl-turbo"))
+    assert judge_of(pipe) is None
