@@ -64,7 +64,7 @@ class WorldJudge:
         """1 − the mean over factors of Bhattacharyya's coefficient."""
         pairs = zip(self.factors(before).values(), self.factors(after).values(), strict=True)
         alike = np.mean([np.sqrt(p * q).sum(axis=1) for p, q in pairs], axis=0)
-        return np.maximum(1 - alike, 0)
+        return np.asarray(np.maximum(1 - alike, 0))
 
     @torch.no_grad()
     def perceptual(self, before: Pictures, after: Pictures) -> Float[np.ndarray, "image y x"]:
