@@ -53,7 +53,12 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.similarity import specificity as specificity
     from sdxl_sae_kit.streaming import stream as stream
     from sdxl_sae_kit.studies.ablation import ablate as ablate
+    from sdxl_sae_kit.studies.attribution import attribute as attribute
+    from sdxl_sae_kit.studies.block_ranking import rank_blocks as rank_blocks
     from sdxl_sae_kit.studies.specialization import specialize as specialize
+    from sdxl_sae_kit.studies.splicing import splice as splice
+    from sdxl_sae_kit.targets import FactorScore as FactorScore
+    from sdxl_sae_kit.targets import RegionColour as RegionColour
     from sdxl_sae_kit.tokens import Tokens as Tokens
     from sdxl_sae_kit.training import train as train
 
@@ -86,7 +91,11 @@ _NAMES = {
     "similarity": ["ClipEmbed", "WorldEmbed", "specificity"],
     "streaming": ["stream"],
     "studies.ablation": ["ablate"],
+    "studies.attribution": ["attribute"],
+    "studies.block_ranking": ["rank_blocks"],
     "studies.specialization": ["specialize"],
+    "studies.splicing": ["splice"],
+    "targets": ["FactorScore", "RegionColour"],
     "tokens": ["Tokens"],
     "training": ["train"],
 }

@@ -37,21 +37,25 @@ def list_hookpoints(unet: Any) -> dict[str, Hookpoint]:
     Raises:
         HookpointError: it is no U-Net of SDXL's shape.
     """
+    found = [
+        Hookpoint(f"{name}.{i}", f"{path}.attentions.{i}", attention.proj_out.out_features, 2**level)
+        for name, path, stage, level in _stages(unet)
+        for i, attention in enumerate(getattr(stage, "attentions", ()))
+    ]
+    return {hookpoint.name: hookpoint for hookpoint in found}
+
+
+def _stages(unet: Any) -> list[tuple[str, str, Any, int]]:
+    """Name, path and module of what the U-Net goes through one after the other, and how often its grid was halved."""
     unet = getattr(unet, "unet", unet)
     if not hasattr(unet, "down_blocks"):
         raise HookpointError(f"This takes a pipeline or its U-Net, such as load_pipeline('tiny-turbo'), not {unet!r}.")
     lowest = len(unet.config.block_out_channels) - 1
-    blocks = [
-        *((f"down.{i}", f"down_blocks.{i}", block, i) for i, block in enumerate(unet.down_blocks)),
+    return [
+        *((f"down.{i}", f"down_blocks.{i}", stage, i) for i, stage in enumerate(unet.down_blocks)),
         ("mid", "mid_block", unet.mid_block, lowest),
-        *((f"up.{i}", f"up_blocks.{i}", block, lowest - i) for i, block in enumerate(unet.up_blocks)),
+        *((f"up.{i}", f"up_blocks.{i}", stage, lowest - i) for i, stage in enumerate(unet.up_blocks)),
     ]
-    found = [
-        Hookpoint(f"{name}.{i}", f"{path}.attentions.{i}", attention.proj_out.out_features, 2**level)
-        for name, path, block, level in blocks
-        for i, attention in enumerate(getattr(block, "attentions", ()))
-    ]
-    return {hookpoint.name: hookpoint for hookpoint in found}
 
 
 def resolve(unet: Any, name: str) -> Hookpoint:
@@ -67,6 +71,47 @@ def resolve(unet: Any, name: str) -> Hookpoint:
         raise HookpointError(
             f"No hookpoint {name!r} in this U-Net; it has {', '.join(known)}.{did_you_mean(name, known)}"
         )
+    return found
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block that adds something to what it gets: a transformer block, which is a hookpoint, or a resnet."""
+
+    name: str
+    """`down.2.1` for a hookpoint, `down.2.resnet.1` for a resnet."""
+    path: str
+    adds: str
+    """Path of the layer whose output is added to the block's input, or to a resnet's shortcut."""
+
+
+def list_blocks(unet: Any) -> dict[str, Block]:
+    """All blocks of a U-Net, or of a pipeline's, by name, in the order of the forward pass: SDXL has 17 + 11 = 28.
+
+    Raises:
+        HookpointError: it is no U-Net of SDXL's shape.
+    """
+    found = []
+    for name, path, stage, _ in _stages(unet):
+        for i in range(len(stage.resnets)):
+            resnet, attention = f"{path}.resnets.{i}", f"{path}.attentions.{i}"
+            found.append(Block(f"{name}.resnet.{i}", resnet, f"{resnet}.conv2"))
+            if i < len(getattr(stage, "attentions", ())):
+                found.append(Block(f"{name}.{i}", attention, f"{attention}.proj_out"))
+    return {block.name: block for block in found}
+
+
+def resolve_block(unet: Any, name: str) -> Block:
+    """The block with this name or module path.
+
+    Raises:
+        HookpointError: the U-Net has no such block; the message lists those it has.
+    """
+    known, name = list_blocks(unet), str(name)
+    paths = {block.path: block for block in known.values()}
+    found = known.get(name) or paths.get(name.removeprefix("unet."))
+    if found is None:
+        raise HookpointError(f"No block {name!r} in this U-Net; it has {', '.join(known)}.{did_you_mean(name, known)}")
     return found
 
 

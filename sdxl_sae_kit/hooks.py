@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sdxl_sae_kit.errors import HookpointError
-from sdxl_sae_kit.hookpoints import list_hookpoints, resolve
+from sdxl_sae_kit.hookpoints import list_hookpoints, resolve, resolve_block
 
 Half = Literal["uncond", "cond"]
 Update = Float[Tensor, "batch height width d_in"]
@@ -232,3 +232,31 @@ class _Tap:
         call = Call(self.name, self.clock.step, self.clock.n_steps, self.clock.guided)
         changed = self.function(output.unflatten(1, self.grid), call)
         return None if changed is None else changed.to(output.dtype).flatten(1, 2)
+
+
+@contextmanager
+def silence(pipe: Any, blocks: Iterable[str]) -> Iterator[None]:
+    """Let blocks add nothing, at every step, in images made inside the with block: each passes on what it got.
+
+    A transformer block's update becomes 0; of a resnet only its shortcut is left.
+
+    Args:
+        pipe: an SDXL pipeline of diffusers.
+        blocks: names such as `list_blocks(pipe)` gives, or module paths; one name alone will do.
+
+    Raises:
+        HookpointError: the U-Net has no such block.
+
+    >>> with silence(pipe, ["up.0.resnet.1", "mid.0"]):                                   # doctest: +SKIP
+    ...     image = generate(pipe, ["a red circle"], [0])[0]
+    """
+    names = [blocks] if isinstance(blocks, str) else blocks
+    layers = [pipe.unet.get_submodule(resolve_block(pipe.unet, name).adds) for name in names]
+    handles: list[Any] = []
+    try:
+        for layer in layers:
+            handles.append(layer.register_forward_hook(lambda _module, _args, added: torch.zeros_like(added)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -241,3 +241,64 @@ def _most_confused(names: Sequence[str], factors: Sequence[str], shares: Float[n
     row, column = divmod(int(np.where(kin, shares, -1).argmax()), len(names))
     most = f"most often that for {names[row]} of {names[column]} ({shares[row, column]:.0%})"
     return f"They tell it of {shares[kin].mean():.0%} of those of their factor's other values, {most}."
+
+
+def ranked_bars(
+    names: Sequence[str],
+    kinds: Sequence[str],
+    points: Sequence[tuple[float, float, float]],
+    line: tuple[str, float],
+    *,
+    title: str,
+    x: str,
+) -> go.Figure:
+    """Bars (value, low, high) from the largest down, coloured by kind, with their intervals; a line is a yardstick."""
+    values, low, high = np.array(points, dtype=float).reshape(-1, 3).T
+    told = "; ".join(f"{n} {v:.3g} [{a:.3g}, {b:.3g}]" for n, v, a, b in zip(names, values, low, high, strict=True))
+    alt = f"{title}: bars of {x} with 95 % intervals, largest first. {told}. The line is {line[0]}, {line[1]:.3g}."
+    made = figure(alt, title=title, x=x, height=160 + 22 * len(names))
+    for kind in dict.fromkeys(kinds):
+        at = np.flatnonzero(np.array(kinds) == kind)
+        made.add_bar(
+            y=[names[i] for i in at], x=values[at], name=kind, orientation="h", hoverinfo="x+y+name",
+            error_x={"type": "data", "symmetric": False, "array": (high - values)[at], "arrayminus": (values - low)[at]},
+        )  # fmt: skip
+    made.add_vline(line[1], line={"dash": "dot"}, annotation_text=line[0], annotation_position="bottom right")
+    made.update_yaxes(categoryorder="array", categoryarray=list(names)[::-1], automargin=True, dtick=1)
+    return made
+
+
+def share_map(
+    rows: Sequence[str], columns: Sequence[str], shares: Float[np.ndarray, "row column"], *, title: str
+) -> go.Figure:
+    """A heat map of shares, a row for each thing and a column for each factor, with the numbers written in."""
+    row, column = divmod(int(shares.argmax()), len(columns))
+    alt = f"{title}: heat map of {len(rows)} rows and {len(columns)} columns, mean {shares.mean():.0%}."
+    highest = f"Highest: {rows[row]}, {columns[column]}, {shares[row, column]:.0%}."
+    made = figure(f"{alt} {highest}", title=title, height=200 + 22 * len(rows))
+    texts = [[f"{share:.0%}" for share in line] for line in shares]
+    made.add_heatmap(
+        z=shares, x=list(columns), y=list(rows), text=texts, texttemplate="%{text}", colorscale="Viridis", zmin=0,
+        hoverinfo="x+y+z",
+    )  # fmt: skip
+    made.update_yaxes(autorange="reversed", automargin=True, dtick=1)
+    return made
+
+
+def predicted_and_true(
+    series: Mapping[str, Sequence[tuple[float, float, str]]], told: str, *, title: str, x: str, y: str
+) -> go.Figure:
+    """Points (predicted, true, name), one series each, with the line on which they are equal."""
+    counts = ", ".join(f"{len(points)} of {name}" for name, points in series.items())
+    made = figure(f"{title}: scatter of {y} over {x}, {counts}, with the line of equality. {told}", title=title, x=x, y=y)
+    ends = [value for points in series.values() for point in points for value in point[:2]] or [0.0]
+    made.add_scatter(
+        x=[min(ends), max(ends)], y=[min(ends), max(ends)], mode="lines", name="equal", hoverinfo="skip",
+        line={"dash": "dot", "color": "grey"},
+    )  # fmt: skip
+    for at, (name, points) in enumerate(series.items()):
+        made.add_scatter(
+            x=[point[0] for point in points], y=[point[1] for point in points], name=name, mode="markers",
+            hovertext=[point[2] for point in points], hoverinfo="text+x+y", marker={"symbol": at, "size": 8},
+        )  # fmt: skip
+    return made

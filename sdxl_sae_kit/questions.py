@@ -61,12 +61,23 @@ def ask_of(
     )
 
 
+def expected(factors: Mapping[str, str]) -> dict[str, str]:
+    """What a judge should say of an image that shows these factors of its prompt, where it can be seen.
+
+    Of a whole scene of the world the left or upper object counts as the first, as the judge has it; other factors are
+    taken as they are.
+    """
+    if set(factors) not in _SCENES:
+        return dict(factors)
+    scene = Scene(**{factor: value for factor, value in factors.items() if factor != "count"})  # type: ignore[arg-type]
+    return {factor: value for factor, value in expected_answers(scene).items() if value is not None}
+
+
 def _shown(factors: Mapping[str, str]) -> dict[str, set[str]]:
     """The values of every factor that an image shows, if it shows what its prompt says."""
+    answers = expected(factors)
     if set(factors) not in _SCENES:
-        return {factor: {value} for factor, value in factors.items()}
-    scene = Scene(**{factor: value for factor, value in factors.items() if factor != "count"})  # type: ignore[arg-type]
-    answers = {factor: value for factor, value in expected_answers(scene).items() if value is not None}
+        return {factor: {value} for factor, value in answers.items()}
     seconds = {factor: answers.pop(f"{factor}2", answers[factor]) for factor in ("shape", "colour")}
     return {factor: {value, seconds.get(factor, value)} for factor, value in answers.items()}
 
