@@ -1,15 +1,115 @@
-"""Gradients of pictures: an ordinary pipeline, drawn so that what is computed from the picture can be differentiated."""
+"""Gradients of a number read off a picture, to the updates of transformer blocks that made it."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.hooks import Call, rewrite
+
+Rows = Float[Tensor, "image row height width d_in"]
+"""Rows go step by step, uncond before cond, as those of an activation cache."""
+
+
+@dataclass(frozen=True)
+class Differentiated:
+    """Some pictures, a number of each, and its gradient to every token of every update."""
+
+    pictures: Float[Tensor, "image 3 y x"]
+    values: Float[Tensor, " image"]
+    updates: Mapping[str, Rows]
+    gradients: Mapping[str, Rows]
+    graph_bytes: int
+    """What the graph kept for the backward pass, weights not counted."""
+
+
+def differentiate(
+    pipe: Any,
+    hookpoints: Sequence[str],
+    target: Callable[[Float[Tensor, "image 3 y x"]], Float[Tensor, " image"]],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    **settings: Any,
+) -> Differentiated:
+    """Draw pictures, and take the gradient of each one's number to all updates that made it, in one backward pass.
+
+    Each update gets a zero added to it, whose gradient is the update's with everything that follows in the same step
+    and in later ones, other hookpoints included.
+
+    Args:
+        pipe: an SDXL pipeline of diffusers.
+        hookpoints: short names.
+        target: from pictures, colours 0 to 1, to a number for each.
+        prompts, seeds: one of each for every picture.
+        settings: the pipeline's, such as num_inference_steps.
+
+    Raises:
+        KitError: the target gives something else or does not depend on the picture, or a gradient is not finite.
+    """
+    kept: dict[str, list[tuple[Tensor, Tensor, bool]]] = {hookpoint: [] for hookpoint in hookpoints}
+
+    def keep(update: Tensor, call: Call) -> Tensor:
+        zero = torch.zeros_like(update).requires_grad_()
+        kept[call.hookpoint].append((update.detach(), zero, call.guided))
+        return update + zero
+
+    counter = _Counter(pipe)
+    with differentiable(pipe), rewrite(pipe, dict.fromkeys(hookpoints, keep)):
+        with torch.autograd.graph.saved_tensors_hooks(counter, lambda saved: saved):
+            pictures = draw_with_graph(pipe, prompts, seeds, **settings)
+            values = target(pictures)
+        _check(values, len(prompts))
+        zeros = [zero for calls in kept.values() for _, zero, _ in calls]
+        found = iter(torch.autograd.grad(values.float().sum(), zeros))
+    gradients = {h: _rows([(next(found), guided) for _, _, guided in calls]) for h, calls in kept.items()}
+    if not all(gradient.isfinite().all() for gradient in gradients.values()):
+        raise KitError(
+            f"A gradient is not finite in {str(pipe.unet.dtype).removeprefix('torch.')}. Load the pipeline in bfloat16 or "
+            "float32, or scale the target down."
+        )
+    updates = {h: _rows([(update, guided) for update, _, guided in calls]) for h, calls in kept.items()}
+    return Differentiated(pictures.detach(), values.detach(), updates, gradients, counter.nbytes)
+
+
+def _check(values: Any, n: int) -> None:
+    if not isinstance(values, Tensor) or values.shape != (n,):
+        found = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else repr(values)
+        raise KitError(f"The target must give one number for each of {n} pictures, shape ({n},); it gave {found}.")
+    if not values.requires_grad:
+        raise KitError(
+            "The target's numbers do not depend on the pictures in a way that torch can differentiate. Compute them with "
+            "torch alone, without detach, numpy or rounding."
+        )
+
+
+def _rows(calls: Sequence[tuple[Tensor, bool]]) -> Rows:
+    """Of each call of a hookpoint the one or two rows of every image, in float32."""
+    rows = [row for each, guided in calls for row in (each.chunk(2) if guided else (each,))]
+    return torch.stack([row.float() for row in rows], dim=1)
+
+
+class _Counter:
+    """Counts the bytes of what autograd saves, each storage once; weights are there anyway."""
+
+    def __init__(self, pipe: Any) -> None:
+        networks = [network for network in pipe.components.values() if isinstance(network, nn.Module)]
+        self.seen = {weight.untyped_storage().data_ptr() for network in networks for weight in network.parameters()}
+        self.nbytes = 0
+
+    def __call__(self, saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.nbytes += storage.nbytes()
+        return saved
 
 
 @contextmanager

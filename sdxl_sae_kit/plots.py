@@ -290,7 +290,9 @@ def predicted_and_true(
 ) -> go.Figure:
     """Points (predicted, true, name), one series each, with the line on which they are equal."""
     counts = ", ".join(f"{len(points)} of {name}" for name, points in series.items())
-    made = figure(f"{title}: scatter of {y} over {x}, {counts}, with the line of equality. {told}", title=title, x=x, y=y)
+    made = figure(
+        f"{title}: scatter of {y} over {x}, {counts}, with the line of equality. {told}", title=title, x=x, y=y
+    )
     ends = [value for points in series.values() for point in points for value in point[:2]] or [0.0]
     made.add_scatter(
         x=[min(ends), max(ends)], y=[min(ends), max(ends)], mode="lines", name="equal", hoverinfo="skip",

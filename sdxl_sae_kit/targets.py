@@ -34,7 +34,9 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class FactorScore:
-    """The embedded judge's log-probability that a picture shows a value of a factor, such as ("colour", "red").
+    """The embedded judge's log-odds that a picture shows a value of a factor, such as ("colour", "red"): ln p / (1 − p).
+
+    Where p is near 1 the logarithm of p itself has no slope left to tell latents apart by; that of the odds has.
 
     For pictures of the embedded model, which have 64 × 64 pixels.
 
@@ -42,7 +44,7 @@ class FactorScore:
         KitError: no such factor or value.
 
     >>> FactorScore("colour", "red").name.partition(",")[0]
-    'log p(colour = red)'
+    'log-odds of colour = red'
     """
 
     factor: str
@@ -62,10 +64,10 @@ class FactorScore:
     @property
     def name(self) -> str:
         """Factor, value and which judge."""
-        return f"log p({self.factor} = {self.value}), world judge {hash_file(WEIGHTS / 'judge' / FILE)[:8]}"
+        return f"log-odds of {self.factor} = {self.value}, world judge {hash_file(WEIGHTS / 'judge' / FILE)[:8]}"
 
     def __call__(self, pictures: Float[Tensor, "image 3 y x"]) -> Float[Tensor, " image"]:
-        """ln p of each picture, 0 at most.
+        """ln p / (1 − p) of each picture.
 
         Raises:
             KitError: pictures of another size.
@@ -75,8 +77,10 @@ class FactorScore:
                 f"FactorScore reads pictures of {SIZE}×{SIZE} pixels, not {pictures.shape[3]}×{pictures.shape[2]}. "
                 "Take RegionColour, or a function of your own."
             )
-        told = _judge(pictures.device).log_probabilities(pictures.float())[self.factor]
-        return told[:, FACTORS[self.factor].index(self.value)]
+        logits = _judge(pictures.device).logits(pictures.float())[self.factor]
+        at = FACTORS[self.factor].index(self.value)
+        others = torch.cat([logits[:, :at], logits[:, at + 1 :]], dim=1)
+        return logits[:, at] - others.logsumexp(1)
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,10 @@ class RegionColour:
         if direction.shape != (3,) or not np.isfinite(direction).all() or not direction.any():
             raise KitError(f"RegionColour: the direction is red, green, blue, not all 0, not {self.direction!r}.")
         if self.where is not None and (
-            self._mask.ndim != 2 or not np.isfinite(self._mask).all() or not (self._mask >= 0).all() or not self._mask.any()
+            self._mask.ndim != 2
+            or not np.isfinite(self._mask).all()
+            or not (self._mask >= 0).all()
+            or not self._mask.any()
         ):
             raise KitError("RegionColour: where must be a 2-D mask of finite numbers from 0 on, and not all 0.")
 
@@ -116,7 +123,9 @@ class RegionColour:
         region = "whole picture"
         if self.where is not None:
             digest = sha256(np.ascontiguousarray(self._mask).tobytes())[:8]
-            region = f"{self._mask.mean():.0%} of the picture (mask {self._mask.shape[0]}×{self._mask.shape[1]} {digest})"
+            region = (
+                f"{self._mask.mean():.0%} of the picture (mask {self._mask.shape[0]}×{self._mask.shape[1]} {digest})"
+            )
         return f"colour along ({direction}), {region}"
 
     def __call__(self, pictures: Float[Tensor, "image 3 y x"]) -> Float[Tensor, " image"]:

@@ -168,7 +168,9 @@ class BlockRanking:
     def _on_factors(self) -> str:
         if not self.factors:
             return ""
-        told = (f"{row['block']} {row['most changed']} ({written(row, 'share', share=True)})" for row in self.rows()[:3])
+        told = (
+            f"{row['block']} {row['most changed']} ({written(row, 'share', share=True)})" for row in self.rows()[:3]
+        )
         return f" The factor to which the judge's answer changes most often: {', '.join(told)}."
 
     def plot(self) -> Any:

@@ -61,7 +61,9 @@ def draw(pipe: Any, prompts: Prompts, settings: Mapping[str, Any]) -> Pictures:
 def batches(prompts: Prompts, size: int) -> dict[str, Prompts]:
     """The prompts in batches, by the name that a batch's results are kept under."""
     starts = range(0, len(prompts), size)
-    return {f"images {start} to {min(start + size, len(prompts)) - 1}": prompts[start : start + size] for start in starts}
+    return {
+        f"images {start} to {min(start + size, len(prompts)) - 1}": prompts[start : start + size] for start in starts
+    }
 
 
 def distances(judge: PictureJudge | None, clean: Pictures, changed: Pictures) -> dict[str, list[float]]:
@@ -83,7 +85,11 @@ def answers(judge: PictureJudge | None, pictures: Pictures) -> dict[str, Int[np.
 def adherence(given: Mapping[str, Int[np.ndarray, " image"]], prompts: Prompts) -> list[float | None]:
     """Share of each prompt's visible factors that the judge's answers name; None where nothing is known to compare."""
     told = [
-        [given[f][i] == FACTORS[f].index(v) for f, v in expected(factors).items() if v in FACTORS.get(f, ()) and f in given]
+        [
+            given[f][i] == FACTORS[f].index(v)
+            for f, v in expected(factors).items()
+            if v in FACTORS.get(f, ()) and f in given
+        ]
         for i, factors in enumerate(prompts.factors)
     ]
     return [float(np.mean(each)) if each else None for each in told]

@@ -71,9 +71,9 @@ class Splicing:
         if recipe["study"] != "splicing":
             raise ArtifactError(f"{artifact.name} is a study of {recipe['study']}, not of splicing. Call splice.")
         results = Lines(artifact, _FILE)
-        first = next(iter(results.values()))["changed"][ALL if len(recipe["saes"]) > 1 else next(iter(recipe["saes"]))]
-        measures = tuple(measure for measure in MEASURES if measure in first["zero"])
-        return cls(artifact, tuple(recipe["saes"]), measures, sum(len(r["texts"]) for r in results.values()), results)
+        first = next(iter(results.values()))["changed"][recipe["hookpoints"][0]]["zero"]
+        measures, images = tuple(m for m in MEASURES if m in first), sum(len(r["texts"]) for r in results.values())
+        return cls(artifact, tuple(recipe["hookpoints"]), measures, images, results)
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -264,7 +264,8 @@ def splice(
         raise KitError("splice: there are no prompts. Collect some that are held out, or pass prompts=.")
     recipe = {
         "study": "splicing",
-        "saes": {hookpoint: sae.digest for hookpoint, sae in placed.items()},
+        "hookpoints": list(placed),
+        "saes": [sae.digest for sae in placed.values()],
         "cache": cache.digest,
         "prompts": chosen.digest,
         "batch_size": whole_number("splice: batch_size", batch_size),

@@ -113,11 +113,10 @@ class Judge(nn.Module):
         told = ((each / t).softmax(1).cpu().numpy() for each, t in zip(logits, self.temperature, strict=True))
         return dict(zip(FACTORS, told, strict=True))
 
-    def log_probabilities(self, pictures: Float[Tensor, "picture 3 64 64"]) -> dict[str, Float[Tensor, "picture _"]]:
-        """Logarithms of what `probabilities` gives, with gradients, of pictures whose colours are 0 to 1."""
-        logits = self._logits(self.at_8(self.at_16(self.at_32(pictures * 2 - 1))))
-        told = ((each / t).log_softmax(1) for each, t in zip(logits, self.temperature, strict=True))
-        return dict(zip(FACTORS, told, strict=True))
+    def logits(self, pictures: Float[Tensor, "picture 3 64 64"]) -> dict[str, Float[Tensor, "picture _"]]:
+        """Factor → what `probabilities` is the softmax of, with gradients, of pictures whose colours are 0 to 1."""
+        told = self._logits(self.at_8(self.at_16(self.at_32(pictures * 2 - 1))))
+        return {factor: each / t for factor, each, t in zip(FACTORS, told, self.temperature, strict=True)}
 
     @torch.no_grad()
     def read(self, pictures: Sequence[Image.Image] | UInt8[np.ndarray, "picture 64 64 3"]) -> Verdicts:
