@@ -72,8 +72,8 @@ def differentiate(
     gradients = {h: _rows([(next(found), guided) for _, _, guided in calls]) for h, calls in kept.items()}
     if not all(gradient.isfinite().all() for gradient in gradients.values()):
         raise KitError(
-            f"A gradient is not finite in {str(pipe.unet.dtype).removeprefix('torch.')}. Load the pipeline in bfloat16 or "
-            "float32, or scale the target down."
+            f"A gradient is not finite in {str(pipe.unet.dtype).removeprefix('torch.')}. Load the pipeline in bfloat16 "
+            "or float32, or scale the target down."
         )
     updates = {h: _rows([(update, guided) for update, _, guided in calls]) for h, calls in kept.items()}
     return Differentiated(pictures.detach(), values.detach(), updates, gradients, counter.nbytes)
@@ -85,8 +85,8 @@ def _check(values: Any, n: int) -> None:
         raise KitError(f"The target must give one number for each of {n} pictures, shape ({n},); it gave {found}.")
     if not values.requires_grad:
         raise KitError(
-            "The target's numbers do not depend on the pictures in a way that torch can differentiate. Compute them with "
-            "torch alone, without detach, numpy or rounding."
+            "The target's numbers do not depend on the pictures in a way that torch can differentiate. Compute them "
+            "with torch alone, without detach, numpy or rounding."
         )
 
 

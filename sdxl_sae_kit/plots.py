@@ -257,11 +257,12 @@ def ranked_bars(
     told = "; ".join(f"{n} {v:.3g} [{a:.3g}, {b:.3g}]" for n, v, a, b in zip(names, values, low, high, strict=True))
     alt = f"{title}: bars of {x} with 95 % intervals, largest first. {told}. The line is {line[0]}, {line[1]:.3g}."
     made = figure(alt, title=title, x=x, height=160 + 22 * len(names))
+    above, below = high - values, values - low
     for kind in dict.fromkeys(kinds):
         at = np.flatnonzero(np.array(kinds) == kind)
         made.add_bar(
-            y=[names[i] for i in at], x=values[at], name=kind, orientation="h", hoverinfo="x+y+name",
-            error_x={"type": "data", "symmetric": False, "array": (high - values)[at], "arrayminus": (values - low)[at]},
+            y=[names[i] for i in at.tolist()], x=values[at], name=kind, orientation="h", hoverinfo="x+y+name",
+            error_x={"type": "data", "symmetric": False, "array": above[at], "arrayminus": below[at]},
         )  # fmt: skip
     made.add_vline(line[1], line={"dash": "dot"}, annotation_text=line[0], annotation_position="bottom right")
     made.update_yaxes(categoryorder="array", categoryarray=list(names)[::-1], automargin=True, dtick=1)
@@ -290,9 +291,8 @@ def predicted_and_true(
 ) -> go.Figure:
     """Points (predicted, true, name), one series each, with the line on which they are equal."""
     counts = ", ".join(f"{len(points)} of {name}" for name, points in series.items())
-    made = figure(
-        f"{title}: scatter of {y} over {x}, {counts}, with the line of equality. {told}", title=title, x=x, y=y
-    )
+    alt = f"{title}: scatter of {y} over {x}, {counts}, with the line of equality. {told}"
+    made = figure(alt, title=title, x=x, y=y)
     ends = [value for points in series.values() for point in points for value in point[:2]] or [0.0]
     made.add_scatter(
         x=[min(ends), max(ends)], y=[min(ends), max(ends)], mode="lines", name="equal", hoverinfo="skip",

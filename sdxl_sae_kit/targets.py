@@ -34,7 +34,7 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class FactorScore:
-    """The embedded judge's log-odds that a picture shows a value of a factor, such as ("colour", "red"): ln p / (1 − p).
+    """The embedded judge's log-odds that a picture shows a value of a factor: ln p / (1 − p).
 
     Where p is near 1 the logarithm of p itself has no slope left to tell latents apart by; that of the odds has.
 

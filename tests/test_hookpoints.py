@@ -8,7 +8,14 @@ from diffusers import UNet2DConditionModel
 
 from sdxl_sae_kit import hookpoints
 from sdxl_sae_kit.errors import HookpointError, KitError
-from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, by_hookpoint, list_hookpoints, resolve
+from sdxl_sae_kit.hookpoints import (
+    DEFAULT_HOOKPOINTS,
+    by_hookpoint,
+    list_blocks,
+    list_hookpoints,
+    resolve,
+    resolve_block,
+)
 
 SDXL = {
     "in_channels": 4,
@@ -118,3 +125,38 @@ def test_things_are_placed_by_hookpoint_however_they_are_given(unchecked_types):
     ):
         with pytest.raises(KitError, match=said):
             by_hookpoint("f", "things", SimpleNamespace, given)
+
+
+def test_sdxl_has_17_resnets_and_11_transformer_blocks_in_forward_order(sdxl):
+    called, blocks = [], list_blocks(sdxl)
+    handles = [
+        sdxl.get_submodule(block.adds).register_forward_hook(lambda _m, _a, _o, name=name: called.append(name))
+        for name, block in blocks.items()
+    ]
+    meta = {"device": "meta"}
+    added = {"text_embeds": torch.empty(1, 1280, **meta), "time_ids": torch.empty(1, 6, **meta)}
+    sample, text = torch.empty(1, 4, 64, 64, **meta), torch.empty(1, 77, 2048, **meta)
+    sdxl(sample, torch.zeros((), **meta), encoder_hidden_states=text, added_cond_kwargs=added)
+    for handle in handles:
+        handle.remove()
+    assert called == list(blocks)
+    assert (len(blocks), sum("resnet" in name for name in blocks)) == (28, 17)
+    assert [name for name in blocks if "resnet" not in name] == list(list_hookpoints(sdxl))
+    every = {
+        path
+        for path, module in sdxl.named_modules()
+        if type(module).__name__ in ("ResnetBlock2D", "Transformer2DModel")
+    }
+    assert {block.path for block in blocks.values()} == every
+
+
+def test_the_embedded_model_has_the_same_blocks_but_fewer_of_them(pipe, sdxl):
+    blocks = list_blocks(pipe)
+    assert set(blocks) < set(list_blocks(sdxl))
+    assert (len(blocks), sum("resnet" in name for name in blocks)) == (22, 13)
+
+
+def test_a_block_has_a_name_and_a_path(pipe):
+    named = resolve_block(pipe.unet, "up.0.resnet.2")
+    assert named == resolve_block(pipe.unet, "unet.up_blocks.0.resnets.2")
+    assert pipe.unet.get_submodule(named.adds) is pipe.unet.up_blocks[0].resnets[2].conv2

@@ -6,8 +6,8 @@ import torch
 from diffusers import HeunDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
 
 from sdxl_sae_kit.errors import HookpointError
-from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, list_hookpoints, resolve
-from sdxl_sae_kit.hooks import record, rewrite
+from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, list_blocks, list_hookpoints, resolve
+from sdxl_sae_kit.hooks import record, rewrite, silence
 from sdxl_sae_kit.pipelines import generate, load_pipeline
 
 PROMPTS, SEEDS = (
@@ -187,3 +187,45 @@ def test_images_of_several_calls_add_up(pipe):
     with record(pipe, ["mid.0"]) as together:
         generate(pipe, PROMPTS, SEEDS)
     assert torch.allclose(recording.update("mid.0"), together.update("mid.0"), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["down.1.resnet.0", "mid.resnet.1", "up.2.resnet.0", "down.2.1", "up.1.1"])
+def test_a_silent_block_passes_on_what_it_got(pipe, name):
+    seen = {}
+    block = pipe.unet.get_submodule(list_blocks(pipe)[name].path)
+    handle = block.register_forward_hook(
+        lambda _m, args, _k, out: seen.update(given=args[0], made=out[0] if isinstance(out, tuple) else out),
+        with_kwargs=True,
+    )
+    try:
+        with silence(pipe, [name]):
+            generate(pipe, PROMPTS, SEEDS)
+    finally:
+        handle.remove()
+    shortcut = getattr(block, "conv_shortcut", None)
+    with torch.no_grad():
+        assert torch.equal(seen["made"], seen["given"] if shortcut is None else shortcut(seen["given"]))
+
+
+def test_a_silent_transformer_block_is_one_whose_update_is_0_at_every_step(pipe):
+    settings = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    with rewrite(pipe, {"up.0.1": lambda update, call: torch.zeros_like(update)}):
+        expected = image(pipe, **settings)
+    with silence(pipe, "up.0.1"):
+        assert np.array_equal(image(pipe, **settings), expected)
+    assert not np.array_equal(image(pipe, **settings), expected)
+
+
+def test_blocks_are_silent_no_longer_than_the_with_block_however_it_ends(pipe):
+    before, clean = n_hooks(pipe), image(pipe)
+    with pytest.raises(KeyboardInterrupt), silence(pipe, list_blocks(pipe)):
+        assert n_hooks(pipe) == before + len(list_blocks(pipe))
+        raise KeyboardInterrupt
+    assert n_hooks(pipe) == before and np.array_equal(image(pipe), clean)
+
+
+def test_a_block_that_is_not_there_is_refused_and_nothing_is_silent(pipe):
+    before = n_hooks(pipe)
+    with pytest.raises(HookpointError, match=r"No block 'mid.resnet.2' .*Did you mean 'mid.resnet.\d'\?"):
+        silence(pipe, ["mid.0", "mid.resnet.2"]).__enter__()
+    assert n_hooks(pipe) == before

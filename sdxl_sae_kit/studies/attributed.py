@@ -124,8 +124,8 @@ class Attributed:
         ranked = self.ranked()
         if len(ranked) < 3 * n:
             raise KitError(
-                f"Only {len(ranked)} latents fire on these images, fewer than the {3 * n} to be checked. Give more prompts "
-                f"or checked={max(len(ranked) // 3, 2)}."
+                f"Only {len(ranked)} latents fire on these images, fewer than the {3 * n} to be checked. Give more "
+                f"prompts or checked={max(len(ranked) // 3, 2)}."
             )
         others = np.random.default_rng(seed).choice(len(ranked) - 2 * n, size=n, replace=False)
         return {"top": ranked[:n], "bottom": ranked[-n:], "random": [ranked[n + at] for at in sorted(others.tolist())]}

@@ -135,25 +135,28 @@ class Attribution:
 
     def sentence(self) -> str:
         """What the numbers say."""
-        rows, agreement = self.rows(1), {row["order"]: row for row in self.agreement()}
-        first, last = rows[0], rows[-1]
-        own = agreement["attribution"]
-        activation, size = agreement["activation alone, sizes"], agreement["|attribution|, sizes"]
-        low = own["ρ interval"][0]
-        verdict = "predicts" if low > agreement["random order"]["ρ interval"][1] else "does not clearly predict"
+        orders = {row["order"]: row for row in self.agreement()}
+        own, size, activation = (
+            orders[name] for name in ("attribution", "|attribution|, sizes", "activation alone, sizes")
+        )
+        chance = orders["random order"]["ρ interval"]
+        verdict = "predicts" if own["ρ interval"][0] > chance[1] else "does not clearly predict"
         better = "better than" if size["ρ interval"][0] > activation["ρ interval"][1] else "not clearly better than"
-        strongest = {kind: float(np.abs(self._checked(kind)[1].mean(0)).max()) for kind in KINDS}
+        told = {name: written(row, "ρ") for name, row in orders.items()}
+        largest = {kind: html.short(float(np.abs(self._checked(kind)[1].mean(axis=0)).max())) for kind in KINDS}
+        highest, *_, lowest = (
+            f"{r['hookpoint']} latent {r['latent']}, {written(r, 'attribution')}" for r in self.rows(1)
+        )
         return (
-            f"For {self.target} (mean {html.short(float(self.values.mean()))} over {len(self.values)} images of "
-            f"{len(set(self.prompts))} prompts) the highest attribution is that of {_told(first)}, the lowest that of "
-            f"{_told(last)}. Attribution {verdict} what turning a latent off does: Spearman's ρ is {written(own, 'ρ')} over "
-            f"{own['latents']} checked latents, {written(agreement['attribution, random latents only'], 'ρ')} over the "
-            f"random ones of them, {written(agreement['attribution, untrained SAE'], 'ρ')} for the untrained SAE's, "
-            f"against [{', '.join(f'{end:.2f}' for end in agreement['random order']['ρ interval'])}] for 95 % of random "
-            f"orders. Of sizes alone, attribution tells {written(size, 'ρ')}, {better} activation without gradient, "
-            f"{written(activation, 'ρ')}. The largest true change is {html.short(strongest['trained'])}; for the "
-            f"untrained SAE's latents {html.short(strongest['untrained'])}. In brackets 95 % bootstrap intervals over "
-            "prompts."
+            f"For {self.target} (mean {html.short(float(self.values.mean()))} over {len(self.values)} images), the "
+            f"highest attribution is that of {highest}, the lowest that of {lowest}. Attribution {verdict} what "
+            f"turning a latent off does: Spearman's ρ is {told['attribution']} over {own['latents']} checked latents, "
+            f"{told['attribution, random latents only']} over the random ones of them and "
+            f"{told['attribution, untrained SAE']} for latents of untrained SAEs; 95 % of random orders lie within "
+            f"{chance[0]:.2f} and {chance[1]:.2f}. Of the sizes of changes it tells {told['|attribution|, sizes']}, "
+            f"{better} activation without gradient, {told['activation alone, sizes']}. The largest true change is "
+            f"{largest['trained']}, of untrained SAEs' latents {largest['untrained']}. In brackets 95 % bootstrap "
+            f"intervals over {len(set(self.prompts))} prompts."
         )
 
     def plot(self) -> Any:
@@ -165,7 +168,8 @@ class Attribution:
                 name = GROUPS[groups[at]] if kind == "trained" else "untrained SAE"
                 point = (float(predicted[:, at].mean()), float(true[:, at].mean()), f"{hookpoint}, latent {latent}")
                 series[name].append(point)
-        told = f"Spearman's ρ of the SAE's {self.agreement()[0]['latents']} latents is {written(self.agreement()[0], 'ρ')}."
+        first = self.agreement()[0]
+        told = f"Spearman's ρ of the SAE's {first['latents']} latents is {written(first, 'ρ')}."
         title = f"Turning latents off: change of {self.target.partition(',')[0]}"
         return predicted_and_true(
             series, told, title=title, x="predicted change, −Σ gradient × activation", y="true change"
@@ -184,8 +188,8 @@ class Attribution:
         ranked = self._found["trained"].ranked()
         cards = [self._card(*each) for each in [*ranked[:_SHOWN], *ranked[::-1][:_SHOWN]]]
         facts = (
-            f"The {_SHOWN} latents of the highest and of the lowest attribution, each on the images where it is largest: "
-            "where in the picture it comes from, in the scale of the latent's own peak."
+            f"The {_SHOWN} latents of the highest and of the lowest attribution, each on the images where it is "
+            "largest: where in the picture it comes from, in the scale of the latent's own peak."
         )
         return html.fragment(
             f"<h3>What {html.words(self.target)} hangs on</h3><p>{html.escape(self.sentence())}</p>",
@@ -220,10 +224,6 @@ class Attribution:
         return *(by_prompt(each, self.prompts) for each in (predicted, true, activation)), groups  # type: ignore[return-value]
 
 
-def _told(row: Mapping[str, Any]) -> str:
-    return f"{row['hookpoint']} latent {row['latent']}, {written(row, 'attribution')}"
-
-
 def attribute(
     pipe: Any,
     saes: SAE | Mapping[Any, SAE] | Iterable[SAE],
@@ -242,9 +242,9 @@ def attribute(
 
     One backward pass through the VAE and all steps gives the gradient to every update, and so to every latent at every
     token, at all hookpoints at once. The SAE's error stays in the update, so the picture is the clean one. Checked are
-    the latents of the highest and the lowest attribution and random others that fire, of all hookpoints together, and as
-    many of untrained SAEs: each is turned off (`steer` with scale 0), and the change of the number is measured. Killed at
-    any moment, it goes on at the batch or latent in hand.
+    the latents of the highest and the lowest attribution and random others that fire, of all hookpoints together, and
+    as many of untrained SAEs: each is turned off (`steer` with scale 0), and the change of the number is measured.
+    Killed at any moment, it goes on at the batch or latent in hand.
 
     The backward pass needs memory: the graph keeps what the networks computed since the first hookpoint, at every step,
     and in the VAE; the first batch measures it and tells how much it is per image. `batch_size` divides it.
@@ -323,9 +323,9 @@ def _run(pipe: Any, saes: Mapping[str, SAE], prompts: Prompts, target: Function,
     checks = Lines(artifact, _CHECKS)
     n_checked = len(KINDS) * len(GROUPS) * recipe["checked"]
     tqdm.write(
-        f"Attributing {recipe['target']} to latents of {len(saes)} SAEs: {sum(len(parts[at]) for at in missing):,} pictures "
-        f"with gradients, then {max(n_checked - len(checks), 0) * len(prompts):,} with a latent turned off, as "
-        f"{artifact.name}."
+        f"Attributing {recipe['target']} to latents of {len(saes)} SAEs: {sum(len(parts[at]) for at in missing):,} "
+        f"pictures with gradients, then {max(n_checked - len(checks), 0) * len(prompts):,} with a latent turned off, "
+        f"as {artifact.name}."
     )
     write_atomically(artifact.file("prompts.jsonl"), prompts.to_jsonl().encode())
     for at in tqdm(missing, desc="gradients", unit="batch"):

@@ -160,9 +160,9 @@ class BlockRanking:
         return (
             f"Of {len(rows)} blocks, leaving out what one adds moves pictures furthest at {first} ({measure} distance "
             f"from the clean picture) and least at {rows[-1]['block']}, {written(rows[-1], measure)}; in brackets 95 % "
-            f"bootstrap intervals over {self._n_prompts} prompts ({self.n_images} images). Another seed's picture of the "
-            f"same prompt is {written(self.other_seed(), measure)} away: {beyond} of the blocks are worth more than "
-            f"that. {steady[0].upper() + steady[1:]}.{self._on_factors()}"
+            f"bootstrap intervals over {self._n_prompts} prompts ({self.n_images} images). Another seed's picture of "
+            f"the same prompt is {written(self.other_seed(), measure)} away: {beyond} of the blocks are worth more "
+            f"than that. {steady[0].upper() + steady[1:]}.{self._on_factors()}"
         )
 
     def _on_factors(self) -> str:
