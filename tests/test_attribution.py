@@ -31,7 +31,7 @@ def chosen(small_saes):
 
 @pytest.fixture(scope="module")
 def prompts(small_cache):
-    return small_cache.prompts.take(small_cache.images("held_out")[:3])
+    return small_cache.prompts.take(small_cache.images("held_out")[:3].tolist())
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def values(pipe, prompts, target=TARGET, **settings):
 
 @pytest.mark.parametrize("settings", [{}, {"num_inference_steps": 2, "guidance_scale": 2.0}], ids=["plain", "guided"])
 def test_it_is_the_slope_of_the_value_as_a_latent_is_scaled(pipe, chosen, prompts, result, tmp_path, settings) -> None:
-    """∂value/∂s at s = 1, where the latent's activation is s · z at every token, step and half: by finite differences."""
+    """∂value/∂s at s = 1, where the activation is s · z at every token, step and half: by finite differences."""
     made = attribute(pipe, chosen, prompts, TARGET, **CHECKED, store=tmp_path, **settings) if settings else result
     sae = chosen[1]
     totals = made.totals(sae.hookpoint)
@@ -58,7 +58,7 @@ def test_it_is_the_slope_of_the_value_as_a_latent_is_scaled(pipe, chosen, prompt
         for scale in (0.95, 1.05):
             with steer(pipe, sae, scale={latent: scale}):
                 ends.append(values(pipe, prompts, **settings))
-        if not settings:  # with more steps an edit also moves later codes
+        if not settings:  # an edit also moves later codes
             np.testing.assert_allclose((ends[1] - ends[0]) / 0.1, totals[:, latent], rtol=0.05, atol=5e-5)
         else:
             assert np.corrcoef((ends[1] - ends[0]) / 0.1, totals[:, latent])[0, 1] > 0.8

@@ -25,7 +25,7 @@ PLACES = ("down.2.1", "up.0.1", ALL)
 
 @pytest.fixture(scope="module")
 def prompts(small_cache):
-    return small_cache.prompts.take(small_cache.images("held_out")[:6])
+    return small_cache.prompts.take(small_cache.images("held_out")[:6].tolist())
 
 
 @pytest.fixture(scope="module")

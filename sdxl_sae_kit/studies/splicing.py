@@ -258,7 +258,7 @@ def splice(
         >>> splice(pipe, chosen, cache).plot()                                           # doctest: +SKIP
     """
     placed, judge = _in_order(pipe, saes, cache), judge or judge_of(pipe)
-    given = cache.prompts.take(cache.images("held_out")) if prompts is None else as_prompts(prompts)
+    given = cache.prompts.take(cache.images("held_out").tolist()) if prompts is None else as_prompts(prompts)
     chosen = given[: whole_number("splice: n", n)]
     if not len(chosen):
         raise KitError("splice: there are no prompts. Collect some that are held out, or pass prompts=.")
