@@ -93,13 +93,12 @@ def test_the_graph_begins_at_the_first_hookpoint(pipe):
     assert 0 < late < early < both.graph_bytes
 
 
-def test_a_half_precision_vae_that_computes_in_float32_is_differentiated_there(monkeypatch):
+def test_a_half_precision_vae_that_computes_in_float32_is_differentiated_there():
     pipe = load_pipeline("tiny-turbo", device="cpu", dtype="float16")
-    monkeypatch.setitem(pipe.vae.config, "force_upcast", True)
     pipe.vae.register_to_config(force_upcast=True)
-    made = differentiate(pipe, ["up.0.1"], redness, PROMPTS, SEEDS, **PLAIN)
+    made = differentiate(pipe, ["up.0.1"], redness, PROMPTS[:1], SEEDS[:1], **PLAIN)
     exact = load_pipeline("tiny-turbo", device="cpu", dtype="float32")
-    expected = differentiate(exact, ["up.0.1"], redness, PROMPTS, SEEDS, **PLAIN)
+    expected = differentiate(exact, ["up.0.1"], redness, PROMPTS[:1], SEEDS[:1], **PLAIN)
     one, other = made.gradients["up.0.1"].flatten(), expected.gradients["up.0.1"].flatten()
     assert torch.cosine_similarity(one, other, dim=0) > 0.95
     assert pipe.vae.dtype == torch.float16 and n_hooks(pipe.vae) == 0

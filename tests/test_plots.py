@@ -27,6 +27,25 @@ FIGURES = {
         ),
         "2 of mid.0",
     ),
+    "ranking": (
+        lambda: plots.ranked_bars(
+            ["b", "a"],
+            ["resnet", "transformer block"],
+            [(0.75, 0.5, 1), (0.25, 0, 0.5)],
+            ("line", 0.125),
+            title="t",
+            x="x",
+        ),
+        "b 0.75 [0.5, 1]; a 0.25 [0, 0.5]. The line is line, 0.125.",
+    ),
+    "share map": (
+        lambda: plots.share_map(["a", "b"], ["shape", "colour"], np.array([[0, 0.5], [0, 0]]), title="t"),
+        "mean 12%. Highest: a, colour, 50%.",
+    ),
+    "predictions": (
+        lambda: plots.predicted_and_true({"top": [(1.0, 2.0, "p")]}, "ρ is 1.", title="t", x="x", y="y"),
+        "y over x, 1 of top, with the line of equality. ρ is 1.",
+    ),
     "shares": (lambda: plots.cluster_shares(["mid.0"], ["a", "b"], np.array([[0.25, 0.75]])), "mid.0: b 75%"),
 }
 

@@ -195,7 +195,7 @@ class Attribution:
             f"<h3>What {html.words(self.target)} hangs on</h3><p>{html.escape(self.sentence())}</p>",
             html.table(table, "Highest and lowest mean attribution; in brackets 95 % bootstrap intervals over prompts"),
             html.table(orders, "Agreement with the true changes of the checked latents when they are turned off"),
-            html.heading("Where it comes from", html.escape(facts)),
+            f"<h4>Where it comes from</h4>{html.quiet(facts)}",
             html.grid(cards),
         )
 

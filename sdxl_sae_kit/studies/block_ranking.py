@@ -199,14 +199,13 @@ class BlockRanking:
         caption = f"In brackets 95 % bootstrap intervals over {self._n_prompts} prompts"
         prompt = next(iter(self._results.values()))["texts"][0]
         drawn = [("clean", "clean"), *((row["block"], f"{row['rank']}. {row['block']}") for row in self.rows())]
+        damage = "Share of images to which the judge's answer changes"
         pictures = [(self._picture(name, title), "", title) for name, title in drawn]
         return html.fragment(
             f"<h3>What each block is worth</h3><p>{html.escape(self.sentence())}</p>",
             html.table([self._readable(row) for row in self.rows()], caption),
-            html.table(self.damage(), "Share of images to which the judge's answer changes, by block and factor")
-            if self.factors
-            else "",
-            f'<p class="sae-quiet">One picture without each block: {html.words(prompt)}</p>',
+            html.folded("Block by factor", html.table(self.damage(), damage)) if self.factors else "",
+            f"<h4>Without each block: {html.words(prompt)}</h4>",
             html.figures(pictures),
         )
 

@@ -178,8 +178,9 @@ class Splicing:
             f"<h3>Reconstruction in the loop</h3><p>{html.escape(self.sentence())}</p>",
             html.table([self._readable(row) for row in self.rows()], caption),
             html.table(variances, "Explained variance of the live updates of these images"),
+            f"<h4>{html.words(prompt)}</h4>",
             html.picture(self.artifact.file(_PICTURE).read_bytes(), alt),
-            f'<p class="sae-quiet">Columns: {columns}. Rows: {", ".join(self.places)}. {html.words(prompt)}</p>',
+            html.quiet(f"Columns: {columns}. Rows: {', '.join(self.places)}."),
         )
 
     def _readable(self, row: Mapping[str, Any]) -> dict[str, Any]:
