@@ -144,6 +144,9 @@ class Attribution:
         better = "better than" if size["ρ interval"][0] > activation["ρ interval"][1] else "not clearly better than"
         told = {name: written(row, "ρ") for name, row in orders.items()}
         largest = {kind: html.short(float(np.abs(self._checked(kind)[1].mean(axis=0)).max())) for kind in KINDS}
+        predicted, true = (each.mean(axis=0) for each in self._checked("trained")[:2])
+        worst = int(np.abs(true - predicted).argmax())
+        hookpoint, latent = self._chosen("trained")[worst]
         highest, *_, lowest = (
             f"{r['hookpoint']} latent {r['latent']}, {written(r, 'attribution')}" for r in self.rows(1)
         )
@@ -154,9 +157,10 @@ class Attribution:
             f"{told['attribution, random latents only']} over the random ones of them and "
             f"{told['attribution, untrained SAE']} for latents of untrained SAEs; 95 % of random orders lie within "
             f"{chance[0]:.2f} and {chance[1]:.2f}. Of the sizes of changes it tells {told['|attribution|, sizes']}, "
-            f"{better} activation without gradient, {told['activation alone, sizes']}. The largest true change is "
-            f"{largest['trained']}, of untrained SAEs' latents {largest['untrained']}. In brackets 95 % bootstrap "
-            f"intervals over {len(set(self.prompts))} prompts."
+            f"{better} activation without gradient, {told['activation alone, sizes']}. It is furthest off for "
+            f"{hookpoint} latent {latent}: {html.short(predicted[worst])} predicted, {html.short(true[worst])} true. "
+            f"The largest true change is {largest['trained']}, of untrained SAEs' latents {largest['untrained']}. In "
+            f"brackets 95 % bootstrap intervals over {len(set(self.prompts))} prompts."
         )
 
     def plot(self) -> Any:
