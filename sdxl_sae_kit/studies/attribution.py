@@ -335,7 +335,7 @@ def _run(pipe: Any, saes: Mapping[str, SAE], prompts: Prompts, target: Function,
     for at in tqdm(missing, desc="gradients", unit="batch"):
         _differentiate(pipe, placed, parts[at], target, artifact, at)
     found = {kind: _attributed(artifact, kind) for kind in KINDS}
-    units = {
+    units: dict[str, dict[str, Any]] = {
         _unit(kind, *latent): {"kind": kind, "group": group, "hookpoint": latent[0], "latent": latent[1]}
         for kind in KINDS
         for group, latents in found[kind].choose(recipe["checked"], recipe["seed"]).items()

@@ -145,12 +145,13 @@ class Splicing:
             shares = {"with x̂": own, "clean": self.clean_adherence(), "with the update at 0": zero}
             told = ", ".join(f"{how} {written(row, 'adherence', share=True)}" for how, row in shares.items())
             adhering = f" Of what the prompts say, the judge sees: {told}."
-        alone = ", ".join(f"{h} {written(rows[h, 'x̂'], 'repaired', share=True)}" for h in self.hookpoints)
+        told = ", ".join(f"{h} {written(rows[h, 'x̂'], 'repaired', share=True)}" for h in self.hookpoints)
+        alone = f" Alone: {told}." if place == ALL else ""
         return (
             f"With x̂ for the update {where}, pictures move by {written(own, measure)} from the clean ones ({measure} "
             f"distance), against {written(mean, measure)} with the mean update and {written(zero, measure)} with 0: "
             f"x̂ repairs {written(own, 'repaired', share=True)} of the zero-ablation damage (1 − d(x̂) / d(zero)), the "
-            f"untrained SAE's x̂ {written(control, 'repaired', share=True)}. Alone: {alone}. Paired by prompt, x̂'s "
+            f"untrained SAE's x̂ {written(control, 'repaired', share=True)}.{alone} Paired by prompt, x̂'s "
             f"pictures are {verdict}. In brackets 95 % bootstrap intervals over {self._n_prompts} prompts "
             f"({self.n_images} images).{adhering}"
         )
@@ -311,7 +312,7 @@ def _run(
     places = {hookpoint: (hookpoint,) for hookpoint in saes} | ({ALL: tuple(saes)} if len(saes) > 1 else {})
     missing = [name for name in parts if name not in results]
     cost = sum(len(parts[name]) for name in missing) * (1 + len(places) * len(REPLACEMENTS))
-    tqdm.write(f"Splicing {len(saes)} SAEs: {cost:,} pictures to make, as {artifact.name}.")
+    tqdm.write(f"Splicing at {', '.join(places)}: {cost:,} pictures to make, as {artifact.name}.")
     device = pipe.unet.device
     placed = {"x̂": {h: copy.deepcopy(sae).to(device) for h, sae in saes.items()}}
     placed["untrained x̂"] = {h: sae.untrained() for h, sae in placed["x̂"].items()}
