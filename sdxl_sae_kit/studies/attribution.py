@@ -209,7 +209,7 @@ class Attribution:
         images = np.argsort(-sign * totals, kind="stable")[:_PICTURES].tolist()
         maps = [np.maximum(sign * self.heat_map(hookpoint, latent, image), 0) for image in images]
         pictures = [self.artifact.file(_PICTURE.format(image)).read_bytes() for image in images]
-        strip = html.strip(list(zip(pictures, maps, strict=True)), max(each.max() for each in maps), _TILE)
+        strip = html.strip(list(zip(pictures, maps, strict=True)), max(float(each.max()) for each in maps), _TILE)
         told = html.short(float(totals.mean()))
         alt = f"{hookpoint}, latent {latent}, attribution {told}: {'; '.join(self.prompts[image] for image in images)}"
         return html.card(f"{hookpoint}, latent {latent}", "", told, html.picture(strip, alt))

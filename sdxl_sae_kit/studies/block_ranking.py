@@ -241,7 +241,7 @@ class BlockRanking:
     def _by_block(self, measure: str) -> Float[np.ndarray, "prompt block"]:
         return np.stack([self._values(block, measure) for block in self.blocks], axis=1)
 
-    def _rank_intervals(self, values: Float[np.ndarray, "prompt block"]) -> NDArray[np.float64]:
+    def _rank_intervals(self, values: Float[np.ndarray, "prompt block"]) -> Int[np.ndarray, "2 block"]:
         """Lowest and highest rank of each block in 95 % of bootstrap samples of the prompts."""
         rng, n = np.random.default_rng(0), len(values)
         ranks = [_ranks(values[rng.integers(n, size=n)].mean(axis=0)) for _ in range(_SAMPLES)]
