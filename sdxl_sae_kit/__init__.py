@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.studies.ablation import ablate as ablate
     from sdxl_sae_kit.studies.attribution import attribute as attribute
     from sdxl_sae_kit.studies.block_ranking import rank_blocks as rank_blocks
+    from sdxl_sae_kit.studies.selectivity import screen as screen
     from sdxl_sae_kit.studies.specialization import specialize as specialize
     from sdxl_sae_kit.studies.splicing import splice as splice
     from sdxl_sae_kit.targets import FactorScore as FactorScore
@@ -93,6 +94,7 @@ _NAMES = {
     "studies.ablation": ["ablate"],
     "studies.attribution": ["attribute"],
     "studies.block_ranking": ["rank_blocks"],
+    "studies.selectivity": ["screen"],
     "studies.specialization": ["specialize"],
     "studies.splicing": ["splice"],
     "targets": ["FactorScore", "RegionColour"],

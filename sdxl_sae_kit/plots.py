@@ -304,3 +304,24 @@ def predicted_and_true(
             hovertext=[point[2] for point in points], hoverinfo="text+x+y", marker={"symbol": at, "size": 8},
         )  # fmt: skip
     return made
+
+
+def selectivity_map(points: Mapping[str, Sequence[tuple[float, float, str]]], moved: float, kept: float) -> go.Figure:
+    """Points (least share kept, share moved, name) of several conditions; the corner that passes is framed."""
+    told = "; ".join(
+        f"{name}: {sum(y >= moved and x >= kept for x, y, _ in line)} of {len(line)}" for name, line in points.items()
+    )
+    made = figure(
+        f"Scatter of edits by the share of prompts that move as expected and the lowest share that stay the same in "
+        f"another factor. In the corner that passes: {told}.",
+        title="Which edits move their own factor and no other", x="lowest share kept among the other factors",
+        y="share moved as expected", height=480,
+    )  # fmt: skip
+    for at, (name, line) in enumerate(points.items()):
+        made.add_scatter(
+            x=[x for x, _, _ in line], y=[y for _, y, _ in line], name=name, mode="markers", hoverinfo="text+name",
+            hovertext=[f"{text}: moved {y:.0%}, kept {x:.0%}" for x, y, text in line],
+            marker={"symbol": at, "size": 9, "opacity": 0.75},
+        )  # fmt: skip
+    made.add_shape(type="rect", x0=kept, x1=1.02, y0=moved, y1=1.04, line={"width": 1, "dash": "dot"}, layer="below")
+    return made

@@ -190,15 +190,16 @@ def _strengths(
     untrained, parts = sae.untrained(), list[dict[str, Tensor]]()
     for part in cache.parts(sae.hookpoint, images):
         x = cache.read(sae.hookpoint, part)[:, row].to(axes)  # (image, token, d_in)
-        found = {_SAE: _strongest(sae, x)}
+        found = {_SAE: strongest(sae, x)}
         if controls:
-            found |= {"untrained SAE": _strongest(untrained, x)}
+            found |= {"untrained SAE": strongest(untrained, x)}
             found |= {"channel": _either_end(x), "PCA axis": _either_end(x @ axes)}
         parts.append({kind: strength.cpu() for kind, strength in found.items()})
     return {kind: torch.cat([part[kind] for part in parts]).numpy() for kind in parts[0]}
 
 
-def _strongest(sae: SAE, x: Float[Tensor, "image token d_in"]) -> Float[Tensor, "image d_sae"]:
+def strongest(sae: SAE, x: Float[Tensor, "image token d_in"]) -> Float[Tensor, "image d_sae"]:
+    """Every latent's maximum over each image's tokens."""
     indices, values = (code.flatten(1) for code in sae.encode_sparse(x))
     return values.new_zeros(len(x), sae.d_sae).scatter_reduce(1, indices, values, "amax")
 
