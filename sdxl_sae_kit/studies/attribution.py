@@ -31,8 +31,8 @@ from sdxl_sae_kit.plots import predicted_and_true
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.studies.attributed import KINDS, Attributed, pack
+from sdxl_sae_kit.studies.distances import batches, by_prompt, drawing, estimate, made_by, written
 from sdxl_sae_kit.studies.lines import Lines
-from sdxl_sae_kit.studies.pairs import batches, by_prompt, drawing, estimate, made_by, written
 from sdxl_sae_kit.studies.rank_agreement import rank_correlation, shuffled_range
 from sdxl_sae_kit.targets import FactorScore
 

@@ -25,8 +25,7 @@ from sdxl_sae_kit.judges import PictureJudge, judge_of
 from sdxl_sae_kit.observation import as_prompts
 from sdxl_sae_kit.plots import ranked_bars, share_map
 from sdxl_sae_kit.prompts import Prompts
-from sdxl_sae_kit.studies.lines import Lines
-from sdxl_sae_kit.studies.pairs import (
+from sdxl_sae_kit.studies.distances import (
     MEASURES,
     answers,
     batches,
@@ -39,6 +38,7 @@ from sdxl_sae_kit.studies.pairs import (
     sheet,
     written,
 )
+from sdxl_sae_kit.studies.lines import Lines
 
 OTHER_SEED = "another seed"
 """The yardstick: another picture of the same prompt, with every block at work."""

@@ -14,8 +14,8 @@ from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.errors import ArtifactError
 from sdxl_sae_kit.plots import selectivity_map
+from sdxl_sae_kit.studies.distances import estimate, written
 from sdxl_sae_kit.studies.lines import Lines
-from sdxl_sae_kit.studies.pairs import estimate, written
 
 FILE = "selectivity.jsonl"
 CONTROLS = ("random direction", "other feature", "untrained SAE")

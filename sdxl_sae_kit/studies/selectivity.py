@@ -27,8 +27,8 @@ from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.questions import ask_of, expected
 from sdxl_sae_kit.recovery import strongest
 from sdxl_sae_kit.sae import FIRES, SAE
+from sdxl_sae_kit.studies.distances import draw, drawing, made_by
 from sdxl_sae_kit.studies.lines import Lines
-from sdxl_sae_kit.studies.pairs import draw, drawing, made_by
 from sdxl_sae_kit.studies.selected import CONDITIONS, CONTROLS, FILE, KEPT, Labelled, Outcome, Selectivity
 from sdxl_sae_kit.tiny.world import FACTORS
 

@@ -29,8 +29,7 @@ from sdxl_sae_kit.observation import as_prompts
 from sdxl_sae_kit.plots import effects_by_group
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.sae import SAE
-from sdxl_sae_kit.studies.lines import Lines
-from sdxl_sae_kit.studies.pairs import (
+from sdxl_sae_kit.studies.distances import (
     MEASURES,
     adherence,
     answers,
@@ -43,6 +42,7 @@ from sdxl_sae_kit.studies.pairs import (
     sheet,
     written,
 )
+from sdxl_sae_kit.studies.lines import Lines
 
 REPLACEMENTS = ("zero", "mean", "untrained x̂", "x̂")
 """What the update becomes: 0; the mean update of training tokens; the untrained SAE's reconstruction; the SAE's."""
