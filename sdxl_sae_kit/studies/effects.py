@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import NDArray
 
 from sdxl_sae_kit.metrics import bootstrap_interval
 from sdxl_sae_kit.search import MIN_IMAGES
-from sdxl_sae_kit.studies.controls import CONDITIONS, CONTROLS
+from sdxl_sae_kit.studies.controls import CONDITIONS, CONTROLS, at_dose
 from sdxl_sae_kit.studies.measures import DOSED
 from sdxl_sae_kit.studies.statistics import by_cluster, rank_correlation, sign_flip_p
 
-Values = Float[np.ndarray, "cluster"]
+Values = Float[NDArray[np.float64], "cluster"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,16 @@ class FeatureEffects:
         """The same for several conditions, averaged over the images of each prompt."""
         return by_cluster(np.stack([self.values(c, measure) for c in conditions], axis=1), self.prompts)
 
+    def inside(self, condition: str, measure: str) -> Values:
+        """The effect inside the region by prompt."""
+        return by_cluster(self.values(condition, measure)[:, 0], self.prompts)
+
+    def response(self, condition: str, dose: float, measure: str) -> Values:
+        """The same at a dose: nothing at 1, which is the image as it is."""
+        if dose == 1:
+            return np.zeros(len(set(self.prompts)))
+        return self.inside(condition if dose == 0 else at_dose(condition, dose), measure)
+
     def changed(self, condition: str, factor: str) -> Values:
         """The share of each prompt's images in which the judge's answer to a factor changed."""
         flags = [factor in line["effects"][condition]["changed"] for line in self.lines]
@@ -81,8 +92,8 @@ class FeatureEffects:
     def in_order(self, doses: Sequence[float], condition: str) -> tuple[Values, Values]:
         """By prompt: the share of images whose readings rise with every dose, and their mean Spearman's ρ."""
         readings = self.readings(condition)
-        rises = (np.diff(readings, axis=1) > 0).all(axis=1).astype(np.float64)
-        rho = np.array([rank_correlation(doses, each) for each in readings])
+        rises = np.asarray((np.diff(readings, axis=1) > 0).all(axis=1), np.float64)
+        rho = np.array([rank_correlation(doses, each) for each in readings], np.float64)
         return by_cluster(rises, self.prompts), by_cluster(rho, self.prompts)
 
 
@@ -154,7 +165,7 @@ def order_of_all(features: Sequence[FeatureEffects], doses: Sequence[float]) -> 
 
 def mean_of(values: Sequence[Values]) -> Values:
     """Over features: the mean of each."""
-    return np.array([each.mean() for each in values])
+    return np.array([each.mean() for each in values], np.float64)
 
 
 def estimate(name: str, values: Float[np.ndarray, "unit"]) -> dict[str, Any]:
@@ -163,7 +174,7 @@ def estimate(name: str, values: Float[np.ndarray, "unit"]) -> dict[str, Any]:
 
 
 def _with_outside(clusters: Float[np.ndarray, "cluster condition 2"]) -> Float[np.ndarray, "paired condition 2"]:
-    return clusters[np.isfinite(clusters[:, 0, 1])]
+    return np.asarray(clusters[np.isfinite(clusters[:, 0, 1])])
 
 
 def _ratio(means: Float[np.ndarray, "*draw 2"]) -> Float[np.ndarray, "*draw"]:

@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
 from sdxl_sae_kit.plots import dose_responses, effects_by_group
 from sdxl_sae_kit.studies import wording
-from sdxl_sae_kit.studies.controls import CONDITIONS, HARDEST, at_dose, at_step
+from sdxl_sae_kit.studies.controls import CONDITIONS, HARDEST, at_step
 from sdxl_sae_kit.studies.effects import (
     FeatureEffects,
+    Values,
     compare_all,
     compare_feature,
     estimate,
@@ -29,7 +29,7 @@ from sdxl_sae_kit.studies.effects import (
 )
 from sdxl_sae_kit.studies.lines import Lines
 from sdxl_sae_kit.studies.measures import DOSED, MEASURES, MIN_DOSES
-from sdxl_sae_kit.studies.statistics import benjamini_hochberg, by_cluster
+from sdxl_sae_kit.studies.statistics import benjamini_hochberg
 from sdxl_sae_kit.studies.strips import columns
 
 LINES, PLAN, STRIP = "ablation.jsonl", "plan.json", "feature-{:05d}-{:05d}.webp"
@@ -137,26 +137,23 @@ class Ablation:
     def dose_rows(self, measure: str = "pixel") -> list[dict[str, Any]]:
         """One row per dose: the effect inside the region of the feature and of the control, over features."""
         self._check(measure)
-        return [{"dose": dose} | self._beside(measure, partial(_at, dose=dose)) for dose in self.doses]
+        return [
+            {"dose": dose} | self._beside(lambda effects, c, d=dose: effects.response(c, d, measure))  # type: ignore[misc]
+            for dose in self.doses
+        ]
 
     def step_rows(self, measure: str = "pixel") -> list[dict[str, Any]]:
         """One row per denoising step that was changed alone (`by_step=True`): the effect of the feature and control."""
         self._check(measure)
-        return [{"step": step} | self._beside(measure, partial(at_step, step=step)) for step in self.steps]
-
-    def _beside(self, measure: str, name: Callable[[str], str]) -> dict[str, Any]:
-        """The feature's effect inside, its control's, and the paired difference, over features."""
-        means = [
-            mean_of([by_cluster(self._inside(effects, name(c), measure), effects.prompts) for effects in self.measured])
-            for c in DOSED
+        return [
+            {"step": step} | self._beside(lambda effects, c, s=step: effects.inside(at_step(c, s), measure))  # type: ignore[misc]
+            for step in self.steps
         ]
-        row = estimate("ablated", means[0]) | estimate(HARDEST, means[1])
-        return row | estimate(f"ablated − {HARDEST}", means[0] - means[1])
 
-    def _inside(self, effects: FeatureEffects, condition: str, measure: str) -> Float[np.ndarray, "image"]:
-        if condition == _at("ablated", 1):  # as it is
-            return np.zeros(len(effects.images))
-        return effects.values(condition, measure)[:, 0]
+    def _beside(self, effect: Callable[[FeatureEffects, str], Values]) -> dict[str, Any]:
+        """An effect of the features, of their control, and the paired difference, over features."""
+        own, control = (mean_of([effect(effects, condition) for effects in self.measured]) for condition in DOSED)
+        return estimate("feature", own) | estimate(HARDEST, control) | estimate(f"feature − {HARDEST}", own - control)
 
     def factor_rows(self, feature: int | None = None) -> list[dict[str, Any]]:
         """One row per factor: the share of images in which the judge's likeliest answer changed, in every condition.
@@ -245,11 +242,10 @@ class Ablation:
     def plot_doses(self, measure: str = "pixel") -> Any:
         """Effect inside the region over the dose: means over features with intervals, and each feature (plotly)."""
         rows = self.dose_rows(measure) if self.measured else []
-        means = {c: [(row["dose"], row[c], *row[f"{c} interval"]) for row in rows] for c in DOSED}
+        means = {c: [(row["dose"], row[c], *row[f"{c} interval"]) for row in rows] for c in ("feature", HARDEST)}
         each = {
             f"feature {effects.feature}": [
-                (dose, float(by_cluster(self._inside(effects, _at("ablated", dose), measure), effects.prompts).mean()))
-                for dose in self.doses
+                (dose, float(effects.response("ablated", dose, measure).mean())) for dose in self.doses
             ]
             for effects in self.measured
         }
@@ -259,7 +255,7 @@ class Ablation:
     def plot_steps(self, measure: str = "pixel") -> Any:
         """Effect inside the region of changing one denoising step alone, with 95 % intervals (plotly)."""
         rows = self.step_rows(measure) if self.measured else []
-        series = {c: [(row[c], *row[f"{c} interval"]) for row in rows] for c in DOSED}
+        series = {c: [(row[c], *row[f"{c} interval"]) for row in rows] for c in ("feature", HARDEST)}
         title = f"Turning features of {self.hookpoint} off at one step alone"
         return effects_by_group([f"step {row['step']}" for row in rows], series, title=title, y=wording.axis(measure))
 
@@ -286,8 +282,12 @@ class Ablation:
         tables = [html.table(wording.effect_table(self.rows()), wording.EFFECTS)]
         if len(self.doses) >= MIN_DOSES:
             tables.append(html.table(wording.dose_table({m: self.dose_rows(m) for m in self.measures}), wording.DOSES))
+            order = html.table(wording.order_table(self.rows()), wording.ORDER)
+            tables.append(html.folded("How well pictures follow the dose, feature by feature", order))
         tables += [html.table(wording.step_table(self.step_rows()), wording.STEPS)] if self.steps else []
-        tables += [html.table(wording.factor_table(self.factor_rows()), wording.FACTORS)] if self.factors else []
+        if self.factors:
+            answers = html.table(wording.factor_table(self.factor_rows()), wording.FACTORS)
+            tables.append(html.folded("Which of the judge's answers changed", answers))
         labels = self.label_rows()
         return tables + ([html.table(wording.label_table(labels), wording.LABELS)] if labels else [])
 
@@ -301,10 +301,6 @@ class Ablation:
                 caption = f'<p class="sae-quiet">{html.words(prompt)} (differences ×{line["gain"]:,.0f})</p>'
                 rows.append(f'<div class="sae-wide">{strip}</div>{caption}')
         return f"<h4>Feature {effects.feature}</h4>{html.quiet(f'Columns: {kept}.')}{''.join(rows)}"
-
-
-def _at(condition: str, dose: float) -> str:
-    return condition if dose == 0 else at_dose(condition, dose)
 
 
 def _read(artifact: Artifact) -> tuple[FeatureEffects, ...]:

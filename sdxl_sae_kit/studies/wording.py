@@ -14,7 +14,8 @@ from sdxl_sae_kit.studies.controls import CONDITIONS, CONTROLS, HARDEST
 EFFECTS = (
     "Mean |difference| of colours (0 to 1) inside the region when the feature is off, its ratio to that outside, and "
     "the paired differences from the controls; in brackets 95 % bootstrap intervals over prompts. p: the largest of "
-    "the one-sided sign-flip p-values against the controls; q: corrected for the number of features (Benjamini–Hochberg)."
+    "the one-sided sign-flip p-values against the controls; q: that corrected for the number of features "
+    "(Benjamini–Hochberg)."
 )
 DOSES = (
     "Effect inside the region by dose (the activation's multiple; 1 is the image as it is): mean over features with "
@@ -128,25 +129,29 @@ def effect_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     table = []
     for row in rows:
         shown = {"feature": str(row["feature"]), "images": row["images"], "prompts": row["prompts"]}
-        shown |= {"inside": row["ablated"]}
-        shown |= {title: with_interval(row, name) for title, name in titles.items()} | {"p": row["p"], "q": row["q"]}
-        shown |= {title: with_interval(row, title) for title in ("monotone", "rho") if title in row}
-        table.append(shown)
+        shown |= {"inside": row["ablated"], "p": row["p"], "q": row["q"]}
+        table.append(shown | {title: with_interval(row, name) for title, name in titles.items()})
     return table
+
+
+def order_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row per feature: whether its pictures follow the dose."""
+    names = [f"{name}{of}" for name in ("monotone", "rho") for of in ("", f", {HARDEST}")]
+    return [{"feature": str(row["feature"])} | {name: with_interval(row, name) for name in names} for row in rows]
 
 
 def dose_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """A row per dose, with every measure."""
     return [
         {"dose": f"{row['dose']:g}"}
-        | {f"{m}, {c}": with_interval(rows[m][at], c) for m in rows for c in ("ablated", HARDEST)}
+        | {f"{m}, {c}": with_interval(rows[m][at], c) for m in rows for c in ("feature", HARDEST)}
         for at, row in enumerate(next(iter(rows.values())))
     ]
 
 
 def step_table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row per step."""
-    names = ("ablated", HARDEST, f"ablated − {HARDEST}")
+    names = ("feature", HARDEST, f"feature − {HARDEST}")
     return [{"step": str(row["step"])} | {name: with_interval(row, name) for name in names} for row in rows]
 
 
