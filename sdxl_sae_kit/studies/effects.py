@@ -130,17 +130,20 @@ def compare_feature(effects: FeatureEffects, measure: str) -> dict[str, Any]:
 
 
 def compare_all(features: Sequence[FeatureEffects], measure: str) -> dict[str, Any]:
-    """The same over features, each counting once: intervals resample them, for images of one feature are alike."""
+    """The same over features, each counting once: intervals resample them, for images of one feature are alike.
+
+    Of one feature alone they are over its prompts; `over` says which.
+    """
     clusters = [effects.clustered(measure) for effects in features]
-    inside = np.array([each[..., 0].mean(axis=0) for each in clusters]).reshape(-1, len(CONDITIONS))
-    paired = [both.mean(axis=0) for both in map(_with_outside, clusters) if len(both) >= MIN_IMAGES]
+    inside = as_units([each[..., 0] for each in clusters]).reshape(-1, len(CONDITIONS))
+    paired = as_units([both for both in map(_with_outside, clusters) if len(both) >= MIN_IMAGES])
     overlap = float(np.mean([effects.overlap for effects in features])) if features else float("nan")
-    images = sum(len(effects.images) for effects in features)
-    counts = {"features": len(inside), "images": images, "overlap": overlap}
-    return counts | compare(inside, np.array(paired).reshape(-1, len(CONDITIONS), 2))
+    counts = {"features": len(features), "images": sum(len(effects.images) for effects in features)}
+    over = {"over": f"{len(inside)} {'prompts' if len(features) == 1 else 'features'}", "overlap": overlap}
+    return counts | over | compare(inside, paired.reshape(-1, len(CONDITIONS), 2))
 
 
-def describe_order(orders: Mapping[str, tuple[Values, Values]]) -> dict[str, Any]:
+def describe_order(orders: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]) -> dict[str, Any]:
     """Of the feature and its control: the share `monotone` and `rho` (see `in_order`), with intervals over units."""
     row: dict[str, Any] = {}
     for condition, values in orders.items():
@@ -155,17 +158,19 @@ def order_of(effects: FeatureEffects, doses: Sequence[float]) -> dict[str, Any]:
 
 
 def order_of_all(features: Sequence[FeatureEffects], doses: Sequence[float]) -> dict[str, Any]:
-    """The same over features, each counting once."""
+    """The same over features, each counting once; of one feature alone, over its prompts."""
     orders = {}
     for condition in DOSED:
         rises, rho = zip(*(effects.in_order(doses, condition) for effects in features), strict=True)
-        orders[condition] = mean_of(rises), mean_of(rho)
+        orders[condition] = as_units(rises), as_units(rho)
     return describe_order(orders)
 
 
-def mean_of(values: Sequence[Values]) -> Values:
-    """Over features: the mean of each."""
-    return np.array([each.mean() for each in values], np.float64)
+def as_units(values: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """What intervals are over: features, each by the mean of its prompts; of one feature alone, its prompts."""
+    if len(values) == 1:
+        return values[0]
+    return np.array([each.mean(axis=0) for each in values], np.float64)
 
 
 def estimate(name: str, values: Float[np.ndarray, "unit"]) -> dict[str, Any]:

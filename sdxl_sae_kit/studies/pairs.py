@@ -57,7 +57,7 @@ def draw_pairs(
 ) -> Iterator[Pairs]:
     """Every image ordered that is not `done`, in batches that do not depend on what is done."""
     started: dict[int, Pairs] = {}
-    for batch in _batches(orders, batch_size):
+    for batch in fill_batches(orders, batch_size):
         if all(order.image in done for order, _ in batch):
             continue
         for order, keys, z, pictures in _draw(pipe, sae, stats, batch):
@@ -71,11 +71,11 @@ def draw_pairs(
 
 def count_pictures(orders: Sequence[Order], done: Collection[int], batch_size: int) -> int:
     """How many pictures `draw_pairs` makes."""
-    left = [b for b in _batches(orders, batch_size) if not all(order.image in done for order, _ in b)]
+    left = [b for b in fill_batches(orders, batch_size) if not all(order.image in done for order, _ in b)]
     return sum(1 + len(keys) for batch in left for _, keys in batch)
 
 
-def _batches(orders: Iterable[Order], size: int) -> list[list[tuple[Order, list[Key]]]]:
+def fill_batches(orders: Iterable[Order], size: int) -> list[list[tuple[Order, list[Key]]]]:
     """Full batches; an image whose changes do not fit into one goes on in the next."""
     batches: list[list[tuple[Order, list[Key]]]] = []
     room = 0

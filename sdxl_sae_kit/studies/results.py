@@ -23,7 +23,7 @@ from sdxl_sae_kit.studies.effects import (
     compare_all,
     compare_feature,
     estimate,
-    mean_of,
+    as_units,
     order_of,
     order_of_all,
 )
@@ -113,6 +113,8 @@ class Ablation:
     def overall(self, measure: str = "pixel") -> dict[str, Any]:
         """The same over all features, each counting once; intervals resample features: images of one are alike.
 
+        Of one feature alone they resample its prompts; so do those of the other tables over features.
+
         `passing` is the number of features with q ≤ 0.05: those above every control.
         """
         return self._tabulated(self._check(measure))[1]
@@ -152,7 +154,7 @@ class Ablation:
 
     def _beside(self, effect: Callable[[FeatureEffects, str], Values]) -> dict[str, Any]:
         """An effect of the features, of their control, and the paired difference, over features."""
-        own, control = (mean_of([effect(effects, condition) for effects in self.measured]) for condition in DOSED)
+        own, control = (as_units([effect(effects, condition) for effects in self.measured]) for condition in DOSED)
         return estimate("feature", own) | estimate(HARDEST, control) | estimate(f"feature − {HARDEST}", own - control)
 
     def factor_rows(self, feature: int | None = None) -> list[dict[str, Any]]:
@@ -189,7 +191,7 @@ class Ablation:
         row: dict[str, Any] = {}
         for condition in CONDITIONS:
             if feature is None:
-                shares = mean_of([effects.changed(condition, factor) for effects in self.measured])
+                shares = as_units([effects.changed(condition, factor) for effects in self.measured])
             else:
                 shares = self._of(feature).changed(condition, factor)
             row |= estimate(condition, shares)

@@ -21,6 +21,10 @@ DOSES = (
     "Effect inside the region by dose (the activation's multiple; 1 is the image as it is): mean over features with "
     f"95 % bootstrap intervals over them, beside the control {HARDEST} at the same doses."
 )
+ORDER = (
+    "Monotone: share of images in which the dose read off the picture rises with every dose; rho: mean Spearman "
+    "correlation of reading and dose; with 95 % bootstrap intervals over prompts."
+)
 STEPS = (
     "Effect inside the region of turning the feature off at one denoising step alone, over features, with intervals."
 )
@@ -52,7 +56,7 @@ def effect(row: Mapping[str, Any], images: str) -> str:
     return (
         f"Turning a feature off changes the colours inside its region by {html.short(row['ablated'])} of their "
         f"range ({html.short(255 * row['ablated'])} of 255 levels), {verdict}. Controls: {', '.join(controls)}, in "
-        f"brackets the paired difference with its 95 % interval over {row['features']} features ({row['images']} "
+        f"brackets the paired difference with its 95 % interval over {row['over']} ({row['images']} "
         f"{images}). The other feature fires on {row['overlap']:.0%} of the region."
     )
 
@@ -73,8 +77,8 @@ def locality(row: Mapping[str, Any]) -> str:
     controls = ", ".join(f"{c} {with_interval(row, f'{c} locality')}" for c in CONTROLS)
     own = with_interval(row, "ablated locality")
     return (
-        f"The change inside the region is {own} times that outside; for the controls: {controls} (over the "
-        f"{row['with outside']} features that leave images of {MIN_IMAGES} prompts or more some outside)."
+        f"The change inside the region is {own} times that outside; for the controls: {controls} (over "
+        f"{row['with outside']} of {row['over']}, those with some outside, features on {MIN_IMAGES} prompts or more)."
     )
 
 
