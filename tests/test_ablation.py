@@ -221,7 +221,7 @@ def test_prompts_of_ones_own_are_measured_where_the_feature_fires(micro, chosen,
             generate(micro.pipe, [text], [seed])
         codes.append(micro.sae.encode(seen[0])[0, ..., chosen[0]].numpy() > FIRES)
     fires = [i for i, code in enumerate(codes) if code.any()]
-    assert 4 < len(fires)
+    assert len(fires) > 4
     (effects,) = made.features
     assert list(effects.seeds) == fires
     np.testing.assert_allclose(effects.area, [codes[i].mean() for i in fires])
@@ -245,30 +245,30 @@ def test_without_a_judge_and_with_an_embedding_only_what_they_tell_is_measured(m
     for judge, measures in [(None, ["pixel"]), (EmbeddingJudge(WorldEmbed()), ["pixel", "semantic"])]:
         made = ablate(micro.pipe, micro.sae, micro.stats, chosen[:1], judge=judge, **settings)
         assert made.measures == measures and made.factor_rows() == [] and made.factors == []
-        assert ("By the" in made.sentence()) == (judge is not None)
+        assert ("By the world judge" in made.sentence()) == (judge is not None)
         assert made.judge == (judge and judge.name)
         with pytest.raises(KitError, match="not 'perceptual'"):
             made.rows("perceptual")
         assert made._repr_html_() and "rho" not in made.overall()
 
 
-def test_steps_alone_add_up_to_no_more_than_they_are_and_one_step_is_refused(store, micro) -> None:
-    base = prepare("tiny-base", 24, store, num_inference_steps=3)
+def test_a_step_alone_is_what_steer_makes_of_it_with_guidance_too_and_one_step_is_refused(store, micro) -> None:
+    base = prepare("tiny-base", 20, store, num_inference_steps=2)
     feature = int(np.argmax(base.stats.image_density))
-    prompts = base.stats.prompts.take(np.argsort(-base.stats.image_activations("mean")[:, feature])[:5].tolist())
+    prompts = base.stats.prompts.take(np.argsort(-base.stats.image_activations("mean")[:, feature])[:4].tolist())
     made = ablate(base.pipe, base.sae, base.stats, feature, prompts, doses=(), by_step=True, judge=None, store=store)
     rows = made.step_rows()
-    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert [row["step"] for row in rows] == [0, 1]
     (effects,) = made.features
-    for at, step in itertools.product(range(2), range(3)):
-        arguments, settings = ([effects.prompts[at]], [effects.seeds[at]]), {"num_inference_steps": 3}
+    for at, step in itertools.product(range(2), range(2)):
+        arguments, settings = ([effects.prompts[at]], [effects.seeds[at]]), {"num_inference_steps": 2}
         clean = generate(base.pipe, *arguments, **settings, output_type="np")
         with steer(base.pipe, base.sae, scale={feature: 0.0}, steps=[step]):
             edited = generate(base.pipe, *arguments, **settings, output_type="np")
         inside, outside = effects.values(f"ablated at step {step}", "pixel")[at]
         whole = inside * effects.area[at] + (0 if np.isnan(outside) else outside * (1 - effects.area[at]))
         assert whole == pytest.approx(np.abs(edited - clean).mean(), rel=2e-2, abs=2e-6)
-    assert "step 2" in str(made.plot_steps().layout.xaxis.ticktext)
+    assert "step 1" in str(made.plot_steps().layout.xaxis.ticktext)
     with pytest.raises(KitError, match="made in one step, so by_step=True asks nothing"):
         ablate(micro.pipe, micro.sae, micro.stats, by_step=True, store=store)
 

@@ -136,7 +136,8 @@ def compare_all(features: Sequence[FeatureEffects], measure: str) -> dict[str, A
     """
     clusters = [effects.clustered(measure) for effects in features]
     inside = as_units([each[..., 0] for each in clusters]).reshape(-1, len(CONDITIONS))
-    paired = as_units([both for both in map(_with_outside, clusters) if len(both) >= MIN_IMAGES])
+    enough = [both for both in map(_with_outside, clusters) if len(both) >= MIN_IMAGES]
+    paired = as_units(enough) if len(features) == 1 else np.array([both.mean(axis=0) for both in enough])
     overlap = float(np.mean([effects.overlap for effects in features])) if features else float("nan")
     counts = {"features": len(features), "images": sum(len(effects.images) for effects in features)}
     over = {"over": f"{len(inside)} {'prompts' if len(features) == 1 else 'features'}", "overlap": overlap}

@@ -20,10 +20,10 @@ from sdxl_sae_kit.studies.controls import CONDITIONS, HARDEST, at_step
 from sdxl_sae_kit.studies.effects import (
     FeatureEffects,
     Values,
+    as_units,
     compare_all,
     compare_feature,
     estimate,
-    as_units,
     order_of,
     order_of_all,
 )
