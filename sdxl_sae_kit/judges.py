@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Pictures = Float[np.ndarray, "image y x 3"]
 """Colours 0 to 1."""
+Before = Float[np.ndarray, "#image y x 3"]
+"""As many, or one for all."""
 
 
 @runtime_checkable
@@ -34,10 +36,10 @@ class PictureJudge(Protocol):
     def name(self) -> str:
         """Which judge this is, weights included: what results are kept under."""
 
-    def perceptual(self, before: Pictures, after: Pictures) -> Float[np.ndarray, "image y x"] | None:
+    def perceptual(self, before: Before, after: Pictures) -> Float[np.ndarray, "image y x"] | None:
         """How different each place looks: 0 where it looks the same."""
 
-    def semantic(self, before: Pictures, after: Pictures) -> Float[np.ndarray, " image"] | None:
+    def semantic(self, before: Before, after: Pictures) -> Float[np.ndarray, " image"] | None:
         """How different what they show is: 0 for the same."""
 
     def factors(self, pictures: Pictures) -> dict[str, Float[np.ndarray, "image answer"]] | None:
@@ -60,14 +62,14 @@ class WorldJudge:
         """The calibrated probability of every value of every factor of `FACTORS` and, last, of none."""
         return self._judge.probabilities(_as_bytes(pictures))
 
-    def semantic(self, before: Pictures, after: Pictures) -> Float[np.ndarray, " image"]:
+    def semantic(self, before: Before, after: Pictures) -> Float[np.ndarray, " image"]:
         """1 − the mean over factors of Bhattacharyya's coefficient."""
         pairs = zip(self.factors(before).values(), self.factors(after).values(), strict=True)
         alike = np.mean([np.sqrt(p * q).sum(axis=1) for p, q in pairs], axis=0)
         return np.asarray(np.maximum(1 - alike, 0))
 
     @torch.no_grad()
-    def perceptual(self, before: Pictures, after: Pictures) -> Float[np.ndarray, "image y x"]:
+    def perceptual(self, before: Before, after: Pictures) -> Float[np.ndarray, "image y x"]:
         """Squared distance of the judge's features, averaged over its three scales."""
         size = before.shape[1:3]
         maps = [
@@ -90,13 +92,13 @@ class EmbeddingJudge:
     def __init__(self, embed: Embed) -> None:
         self._embed, self.name = embed, embed.name
 
-    def perceptual(self, before: Pictures, after: Pictures) -> None:
+    def perceptual(self, before: Before, after: Pictures) -> None:
         """None: an embedding is of a whole picture."""
 
     def factors(self, pictures: Pictures) -> None:
         """None: an embedding names nothing."""
 
-    def semantic(self, before: Pictures, after: Pictures) -> Float[np.ndarray, " image"]:
+    def semantic(self, before: Before, after: Pictures) -> Float[np.ndarray, " image"]:
         """1 − the cosine of the two embeddings."""
         one, other = (self._embed([Image.fromarray(p) for p in _as_bytes(pictures)]) for pictures in (before, after))
         return np.asarray(1 - (one * other).sum(axis=1), dtype=np.float32)

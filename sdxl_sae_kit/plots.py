@@ -324,4 +324,32 @@ def selectivity_map(points: Mapping[str, Sequence[tuple[float, float, str]]], mo
             marker={"symbol": at, "size": 9, "opacity": 0.75},
         )  # fmt: skip
     made.add_shape(type="rect", x0=kept, x1=1.02, y0=moved, y1=1.04, line={"width": 1, "dash": "dot"}, layer="below")
+
+
+def dose_responses(
+    means: Mapping[str, Sequence[tuple[float, float, float, float]]],
+    each: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    title: str,
+    y: str,
+) -> go.Figure:
+    """Means (dose, value, low, high) with their intervals, a line per name, over thin lines (dose, value) of `each`."""
+    told = "; ".join(
+        f"{name} " + ", ".join(f"{value:.3g} [{low:.3g}, {high:.3g}] at {dose:g}" for dose, value, low, high in line)
+        for name, line in means.items()
+    )
+    alt = f"{title}: {y} over the dose, means over {len(each)} features with 95 % intervals. {told}."
+    made = figure(alt, title=title, x="dose: multiple of the activation (1 is the image as it is)", y=y)
+    for name, points in each.items():
+        made.add_scatter(
+            x=[dose for dose, _ in points], y=[value for _, value in points], name=name, mode="lines", opacity=0.35,
+            line={"width": 1, "color": COLOURS[0]}, showlegend=False, hoverinfo="x+y+name",
+        )  # fmt: skip
+    for at, (name, line) in enumerate(means.items()):
+        dose, value, low, high = np.array(line, dtype=float).reshape(-1, 4).T
+        made.add_scatter(
+            x=dose, y=value, name=name, mode="lines+markers", marker={"symbol": at, "size": 8},
+            line={"width": 3, "color": COLOURS[at]},
+            error_y={"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low},
+        )  # fmt: skip
     return made

@@ -85,7 +85,7 @@ def test_one_file_can_be_checked_alone(made):
 def test_an_unfinished_foreign_or_newer_artifact_is_not_opened(made, tmp_path):
     with pytest.raises(ArtifactError, match="No finished artifact"):
         Artifact.open(tmp_path / "nothing", "studies")
-    with pytest.raises(ArtifactError, match="holds studies version 1; this kit reads saes"):
+    with pytest.raises(ArtifactError, match="holds studies version 2; this kit reads saes"):
         Artifact.open(made.folder, "saes")
     rewrite_stamp(made.folder, lambda s: s["recipe"].update(version=99))
     with pytest.raises(ArtifactError, match="studies version 99"):

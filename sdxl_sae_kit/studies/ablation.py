@@ -2,159 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral, Real
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
-from PIL import Image
 from tqdm.auto import tqdm
 
-from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import Artifact, Store
-from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
+from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.files import write_atomically
-from sdxl_sae_kit.hookpoints import resolve
-from sdxl_sae_kit.interventions import check_measured, steer
-from sdxl_sae_kit.metrics import bootstrap_interval
-from sdxl_sae_kit.pipelines import generate, scheduler
-from sdxl_sae_kit.plots import effects_by_group
-from sdxl_sae_kit.sae import FIRES, SAE
+from sdxl_sae_kit.interventions import check_measured
+from sdxl_sae_kit.judges import PictureJudge, judge_of
+from sdxl_sae_kit.labels import LabelStore
+from sdxl_sae_kit.pipelines import scheduler
+from sdxl_sae_kit.prompts import Prompts, load_prompts
+from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.search import MIN_IMAGES, held_out_firing, most_energetic
-from sdxl_sae_kit.studies.controls import CONDITIONS, CONTROLS, edits
+from sdxl_sae_kit.studies.controls import HARDEST, Change, at_dose, at_step, choose_other, draw_controls
+from sdxl_sae_kit.studies.lines import Lines
+from sdxl_sae_kit.studies.measures import measure
+from sdxl_sae_kit.studies.pairs import Key, Order, Pairs, count_pictures, draw_pairs, find_firing, token_pixels
+from sdxl_sae_kit.studies.results import LINES, PLAN, SHOWN, STRIP, Ablation
+from sdxl_sae_kit.studies.strips import draw_strip
 
-_SHOWN, _TILE, _GAP = 3, 96, 4
-_FILE, _PICTURE = "ablation.jsonl", "feature-{:05d}.webp"
-
-Pictures = Float[np.ndarray, "image height width 3"]
-
-
-@dataclass(frozen=True)
-class FeatureEffects:
-    """What each edit of one feature changed, image by image: one line of the artifact.
-
-    An effect is the mean of |edited − clean| over pixels and channels, colours being 0 to 1: `inside` the feature's
-    region (the tokens on which it fires; `area` is its share of the image), and `outside`, None where there is none.
-    `other_feature` is the one turned off as a control, `overlap` the share of the region on which it fires too, and
-    `gain` how much the picture exaggerates the difference.
-    """
-
-    feature: int
-    skipped: str = ""
-    """Why nothing was measured; empty when it was."""
-    other_feature: int = -1
-    overlap: float = 0
-    images: Sequence[int] = ()
-    prompts: Sequence[str] = ()
-    seeds: Sequence[int] = ()
-    area: Sequence[float] = ()
-    gain: float = 1
-    inside: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-    outside: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """Effects of turning features off, one at a time, on held-out images, with three controls."""
-
-    artifact: Artifact = field(repr=False)
-    sae: str
-    hookpoint: str
-    features: tuple[FeatureEffects, ...]
-
-    @classmethod
-    def open(cls, folder: Path | str) -> Ablation:
-        """Read what `ablate` made; ArtifactError where there is no finished ablation."""
-        artifact = Artifact.open(folder, "studies")
-        recipe = artifact.recipe
-        if recipe["study"] != "ablation":
-            raise ArtifactError(f"{artifact.name} is a study of {recipe['study']}, not an ablation. Call ablate.")
-        return cls(artifact, recipe["sae_name"], recipe["hookpoint"], tuple(_read(artifact)))
-
-    @property
-    def measured(self) -> list[FeatureEffects]:
-        """The features that were not skipped."""
-        return [effects for effects in self.features if not effects.skipped]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row per measured feature, with 95 % bootstrap intervals over its images.
-
-        Per condition the effect inside the region; outside, and `locality` = inside / outside, both over the images
-        that have an outside (`with outside`; NaN below 4); per control the paired difference ablated − control inside.
-        """
-        return self._rows
-
-    @cached_property
-    def _rows(self) -> list[dict[str, Any]]:
-        rows = []
-        for effects in self.measured:
-            inside, paired = _arrays(effects)
-            paired = paired[: len(paired) if len(paired) >= MIN_IMAGES else 0]
-            rows.append({"feature": effects.feature, "images": len(inside)} | _summarise(inside, paired))
-        return rows
-
-    def overall(self) -> dict[str, Any]:
-        """The same over all features, each counting once; intervals resample features: images of one are alike.
-
-        `clear` is the number of features of which every difference ablated − control has an interval above 0.
-        """
-        return self._overall
-
-    @cached_property
-    def _overall(self) -> dict[str, Any]:
-        arrays = [_arrays(effects) for effects in self.measured]
-        inside = np.array([images.mean(axis=0) for images, _ in arrays])
-        paired = np.array([both.mean(axis=0) for _, both in arrays if len(both) >= MIN_IMAGES])
-        clear = sum(all(row[f"ablated − {c} interval"][0] > 0 for c in CONTROLS) for row in self.rows())
-        overlap = float(np.mean([e.overlap for e in self.measured]))
-        images = sum(len(e.images) for e in self.measured)
-        counts = {"features": len(inside), "images": images, "clear": clear, "overlap": overlap}
-        return counts | _summarise(inside, paired.reshape(-1, len(CONDITIONS), 2))
-
-    def sentence(self) -> str:
-        """What the numbers say."""
-        if not self.measured:
-            return "No feature fires on enough held-out images to be measured."
-        row = self.overall()
-        smaller = [c for c in CONTROLS if row[f"ablated − {c} interval"][0] <= 0]
-        verdict = f"not clearly larger than {' or '.join(smaller)}" if smaller else "larger than every control"
-        controls = (f"{c} {html.short(row[c])} ({_with_interval(row, f'ablated − {c}')})" for c in CONTROLS)
-        return (
-            f"Turning a feature off changes the colours inside its region by {html.short(row['ablated'])} of their "
-            f"range ({html.short(255 * row['ablated'])} of 255 levels), {verdict}. Controls: {', '.join(controls)}, in "
-            f"brackets the paired difference with its 95 % interval over {row['features']} features ({row['images']} "
-            f"held-out images). The other feature fires on {row['overlap']:.0%} of the region. Taken alone, "
-            f"{row['clear']} of the features exceed every control, not corrected for looking at several. "
-            f"{_locality(row)}"
-        )
-
-    def plot(self) -> Any:
-        """Effect inside the region by feature and over all features, with 95 % intervals (plotly)."""
-        rows = [*self.rows(), self.overall()] if self.measured else []
-        groups = [f"feature {row['feature']}" if "feature" in row else "all features" for row in rows]
-        series = {c: [(row[c], *row[f"{c} interval"]) for row in rows] for c in CONDITIONS}
-        title = f"Turning features of {self.hookpoint} off, against controls"
-        return effects_by_group(groups, series, title=title, y="mean |change| inside the region")
-
-    def _repr_html_(self) -> str:
-        skipped = (f"Feature {e.feature} was skipped: {e.skipped}." for e in self.features if e.skipped)
-        paragraphs = "".join(f"<p>{html.escape(text)}</p>" for text in [self.sentence(), *skipped])
-        table = html.table([_readable(row) for row in self.rows()], "in brackets 95 % bootstrap intervals over images")
-        title = f"<h3>Ablation at {html.words(self.hookpoint)}</h3>"
-        return html.fragment(title, paragraphs, table, *map(self._picture, self.measured))
-
-    def _picture(self, effects: FeatureEffects) -> str:
-        columns = f"clean, ablated, and the differences from clean ×{effects.gain:,.0f}: {', '.join(CONDITIONS)}"
-        prompts = effects.prompts[:_SHOWN]
-        alt = f"Images of feature {effects.feature}. Columns: {columns}. Rows: {'; '.join(prompts)}."
-        picture = html.picture(self.artifact.file(_PICTURE.format(effects.feature)).read_bytes(), alt)
-        rows = " · ".join(map(html.words, prompts))
-        return f'<h4>Feature {effects.feature}</h4>{picture}<p class="sae-quiet">Columns: {columns}. Rows: {rows}</p>'
+Labels = LabelStore | Mapping[int, str]
 
 
 def ablate(
@@ -162,42 +41,58 @@ def ablate(
     sae: SAE,
     stats: FeatureStats,
     features: Sequence[int] | int | None = None,
+    prompts: Prompts | Iterable[Any] | str | Path | None = None,
     *,
+    doses: Sequence[float] = (-1.0, 0.0, 1.0, 2.0, 4.0),
     prompts_per_feature: int = 12,
+    by_step: bool = False,
+    judge: PictureJudge | EllipsisType | None = ...,
+    labels: Labels | None = None,
     seed: int = 0,
+    batch_size: int = 32,
     store: Store | Path | str | None = None,
 ) -> Ablation:
-    """Turn features off one at a time on held-out images on which they fire, and measure what changes where.
+    """Turn features off one at a time on images on which they fire, give them other doses, and measure what changes.
 
-    Each image is made again from its prompt and seed in six conditions: clean; ablated (the feature's activation is
-    0); three controls that subtract the same amounts at the same tokens along another direction: a random one, a
-    decoder row of an untrained SAE, and a random mixture of all features in proportion to their spread, which varies
-    as the updates themselves do and is the hardest to beat; and one in which the alive feature of the nearest density
-    is turned off instead. Effects of all are measured in the feature's own region. Killed at any moment, it goes on
-    at the feature in hand.
+    Each image is made from its prompt and seed as it is; with the feature's activation multiplied by every dose (0 is
+    ablated); and with four controls: three subtract the same amounts at the same tokens along another direction, a
+    random one, a decoder row of an untrained SAE, and a random mixture of all features in proportion to their spread,
+    which varies as the updates themselves do and is the hardest to beat (so it is given every other dose too); in the
+    fourth the alive feature of the nearest density is turned off instead. Effects of all are measured inside and
+    outside the feature's own region: the tokens on which it fires in the image as it is, at the step of `stats`.
+    Intervals are over prompts, images of one prompt with several seeds counting as one. Killed at any moment, it goes
+    on at the batch in hand.
 
     Args:
         pipe: the pipeline whose updates the SAE was trained on.
         sae: a trained SAE.
-        stats: its feature statistics; they give the held-out images and the regions.
+        stats: its feature statistics.
         features: latents, or one of them; by default the dozen that `most_energetic` gives.
-        prompts_per_feature: at most so many images for each, those with the highest spatial mean.
+        prompts: what `load_prompts` takes; of them each feature is measured on those on which it fires. By default the
+            held-out images of `stats` on which it fires, at most `prompts_per_feature`, by highest spatial mean.
+        doses: multiples of the activation; 0 and 1 (as it is) are always among them.
+        prompts_per_feature: at most so many images for each feature where no prompts are given.
+        by_step: also turn the feature off at each denoising step alone, beside the hardest control.
+        judge: tells what pictures look like and show; by default the model's own (`judge_of`), None for pixels only.
+        labels: what features are called; on the embedded model's world it is told whether what a label names changes.
+            Pictures do not depend on it, so labels given later cost nothing.
         seed: of the random directions.
+        batch_size: pictures made at once.
         store: folder of artifacts.
 
     Raises:
         ArtifactError: `stats` belong to another SAE, or the SAE to another model.
-        KitError: a latent that does not exist or never fires, or nothing to choose from.
+        KitError: a latent that does not exist or never fires, too few prompts, doses that are no numbers, a model that
+            has one step by step, or an SAE whose latents have no direction that is the same for all tokens.
 
     Example:
-        >>> ablate(pipe, saes["down.2.1", "k10"], stats, [17, 40]).plot()              # doctest: +SKIP
+        >>> ablate(pipe, saes["down.2.1", "k10"], stats, [17, 40]).plot_doses()        # doctest: +SKIP
     """
     check_measured("ablate", pipe, sae, stats)
-    given = [features] if isinstance(features, int | np.integer) else features
-    chosen = most_energetic(stats) if given is None else [int(feature) for feature in given]
-    _check_features(stats, chosen)
-    if prompts_per_feature < MIN_IMAGES:
-        raise KitError(f"ablate: prompts_per_feature={prompts_per_feature}, but {MIN_IMAGES} images are the least.")
+    _ = sae.directions  # refuses an SAE that has none
+    given = None if prompts is None else load_prompts(prompts)
+    judge = judge_of(pipe) if isinstance(judge, EllipsisType) else judge
+    chosen = _choose(stats, features)
     recipe = {
         "study": "ablation",
         "sae": sae.digest,
@@ -205,29 +100,129 @@ def ablate(
         "hookpoint": sae.hookpoint,
         "stats": stats.artifact.digest,
         "features": chosen,
-        "prompts_per_feature": prompts_per_feature,
-        "seed": seed,
+        "prompts": None if given is None else given.digest,
+        "prompts_per_feature": whole_number("ablate: prompts_per_feature", prompts_per_feature, least=MIN_IMAGES),
+        "doses": _read_doses(doses),
+        "steps_alone": _count_steps(sae) if by_step else 0,
+        "judge": None if judge is None else judge.name,
+        "seed": whole_number("ablate: seed", seed, least=0),
+        "batch_size": whole_number("ablate: batch_size", batch_size, least=2),
         "scheduler": scheduler(pipe),
         "compute_dtype": str(pipe.unet.dtype).removeprefix("torch."),
     }
+    if given is not None and len(set(given.texts)) < MIN_IMAGES:
+        raise KitError(
+            f"ablate: intervals are over prompts, and {MIN_IMAGES} are the least; it got {len(set(given.texts))}. "
+            "Give more, each as often as you want seeds of it."
+        )
+    labelled = {} if labels is None else _name(labels, chosen, stats)
     artifact = Store.at(store).artifact("studies", f"ablation_{sae.name.rsplit('-', 1)[0]}", recipe)
     if not artifact.finished:
         with artifact.lock():
             if not artifact.finished:
-                _run(pipe, sae, stats, artifact)
-    return Ablation.open(artifact.folder)
+                _run(pipe, copy.deepcopy(sae).to(pipe.device), stats, given, judge, artifact)
+    return replace(Ablation.open(artifact.folder), labelled=labelled)
 
 
-def _check_features(stats: FeatureStats, features: Sequence[int]) -> None:
-    for feature in features:
-        if not 0 <= feature < stats.d_sae:
-            raise KitError(f"ablate: {stats.sae} has latents 0 to {stats.d_sae - 1}; there is no {feature}.")
+# What is asked --------------------------------------------------------------------------------------------------------
+
+
+def _choose(stats: FeatureStats, features: Any) -> list[int]:
+    if features is None:
+        return most_energetic(stats)
+    given = [features] if isinstance(features, Integral) else list(features)
+    for feature in given:
+        if isinstance(feature, bool) or not isinstance(feature, Integral) or not 0 <= int(feature) < stats.d_sae:
+            raise KitError(f"ablate: {stats.sae} has latents 0 to {stats.d_sae - 1}; there is no {feature!r}.")
         if stats.density[feature] == 0:
             raise KitError(
                 f"ablate: latent {feature} of {stats.sae} is dead on these images. Take some of stats.alive."
             )
-    if not features or len(set(features)) < len(features):
-        raise KitError(f"ablate: features={list(features)} must name one latent or more, each once.")
+    if not given or len(set(given)) < len(given):
+        raise KitError(f"ablate: features={given} must name one latent or more, each once.")
+    return [int(feature) for feature in given]
+
+
+def _read_doses(doses: Any) -> list[float]:
+    given = list(doses)
+    if not all(isinstance(dose, Real) and not isinstance(dose, bool) and np.isfinite(float(dose)) for dose in given):
+        raise KitError(f"ablate: doses must be finite numbers, such as (-1, 0, 1, 2, 4), not {doses!r}.")
+    return sorted({0.0, 1.0, *map(float, given)})
+
+
+def _count_steps(sae: SAE) -> int:
+    assert sae.site is not None
+    if sae.site.num_inference_steps < 2:
+        raise KitError(f"ablate: {sae.name} is of images made in one step, so by_step=True asks nothing. Leave it out.")
+    return sae.site.num_inference_steps
+
+
+def _name(labels: Labels, features: Sequence[int], stats: FeatureStats) -> dict[int, tuple[str, tuple[str, ...]]]:
+    """What features are called, and the factors (as the prompts of `stats` tell them) whose values the label names."""
+    texts = labels.all() if isinstance(labels, LabelStore) else dict(labels)
+    if unknown := [latent for latent in texts if not 0 <= latent < stats.d_sae]:
+        raise KitError(f"ablate: labels of {unknown}, but {stats.sae} has latents 0 to {stats.d_sae - 1}. Drop them.")
+    values: dict[str, set[str]] = {}
+    for told in stats.prompts.factors:
+        for factor, value in told.items():
+            values.setdefault(factor, set()).add(value)
+    return {f: (texts[f], tuple(k for k, v in values.items() if _names(texts[f], v))) for f in features if f in texts}
+
+
+def _names(text: str, values: Iterable[str]) -> bool:
+    """Whether the text has one of the values among its words, in the singular or plural."""
+    return any(re.search(rf"\b{re.escape(value)}s?\b", text, re.IGNORECASE) for value in values)
+
+
+# The work -------------------------------------------------------------------------------------------------------------
+
+
+def _run(
+    pipe: Any, sae: SAE, stats: FeatureStats, prompts: Prompts | None, judge: PictureJudge | None, artifact: Artifact
+) -> None:
+    recipe, lines = artifact.recipe, Lines(artifact, LINES)
+    features, doses, batch_size = recipe["features"], recipe["doses"], recipe["batch_size"]
+    if not artifact.file(PLAN).exists():
+        plan = _plan(pipe, sae, stats, prompts, recipe)
+        write_atomically(artifact.file(PLAN), json.dumps(plan).encode())
+    plan = json.loads(artifact.read_text(PLAN))
+    others = {feature: plan["others"][str(feature)] for feature in features}
+    orders = _order(plan, _changes(draw_controls(sae, stats, features, recipe["seed"]), doses, recipe["steps_alone"]))
+    done = {int(image) for image in lines}
+    cost = count_pictures(orders, done, batch_size)
+    tqdm.write(
+        f"Ablating {len(features)} features of {sae.name} on {len(orders) - len(done):,} images: {cost:,} pictures to "
+        f"make, as {artifact.name}."
+    )
+    pixels = token_pixels(pipe, sae)
+    with tqdm(total=len(orders), initial=len(done), desc="ablate", unit="image") as bar:
+        for pairs in draw_pairs(pipe, sae, stats, orders, done, batch_size):
+            line = measure(pairs, others, doses, judge, pixels)
+            _show(pairs, line, plan, doses, artifact)
+            lines.add(str(pairs.order.image), line)
+            bar.update()
+    artifact.seal(facts={"features": len(features), "images": len(orders)})
+
+
+def _plan(
+    pipe: Any, sae: SAE, stats: FeatureStats, prompts: Prompts | None, recipe: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Which images there are, on which of them each feature is tried, and which other feature is its control."""
+    features = recipe["features"]
+    if prompts is None:
+        prompts = stats.prompts
+        tried = _strongest(stats, features, recipe["prompts_per_feature"])
+    else:
+        tqdm.write(f"Looking on which of {len(prompts):,} images {len(features)} features of {sae.name} fire.")
+        firing = find_firing(pipe, sae, stats, prompts, features, recipe["batch_size"])
+        tried = {feature: np.flatnonzero(firing[:, at]).tolist() for at, feature in enumerate(features)}
+    used = list(dict.fromkeys(image for images in tried.values() for image in images))
+    place = {image: at for at, image in enumerate(used)}
+    return {
+        "images": [[prompts.texts[image], prompts.seeds[image]] for image in used],
+        "features": {str(feature): [place[image] for image in images] for feature, images in tried.items()},
+        "others": {str(feature): choose_other(stats, feature) for feature in features},
+    }
 
 
 def _strongest(stats: FeatureStats, features: Sequence[int], n: int) -> dict[int, list[int]]:
@@ -237,142 +232,36 @@ def _strongest(stats: FeatureStats, features: Sequence[int], n: int) -> dict[int
     return {f: images[firing[images, f]][:n].tolist() for f, images in order.items()}
 
 
-def _run(pipe: Any, sae: SAE, stats: FeatureStats, artifact: Artifact) -> None:
-    recipe = artifact.recipe
-    images = _strongest(stats, recipe["features"], recipe["prompts_per_feature"])
-    done = list(_read(artifact))
-    left = recipe["features"][len(done) :]
-    cost = sum(len(images[f]) for f in left if len(images[f]) >= MIN_IMAGES) * (1 + len(CONDITIONS))
-    tqdm.write(f"Ablating {len(left)} features of {sae.name}: {cost:,} images to make, as {artifact.name}.")
-    for feature in tqdm(left, desc="ablate", unit="feature"):
-        done.append(_measure(pipe, sae, stats, feature, images[feature], artifact))
-        write_atomically(artifact.file(_FILE), "".join(json.dumps(asdict(e)) + "\n" for e in done).encode())
-    artifact.seal(facts={"features": len(done), "skipped": sum(bool(effects.skipped) for effects in done)})
+def _changes(
+    controls: Mapping[int, Mapping[str, Change]], doses: Sequence[float], steps: int
+) -> dict[int, dict[Key, Change]]:
+    """Every change that is made for each feature."""
+    changes: dict[int, dict[Key, Change]] = {}
+    for feature, conditions in controls.items():
+        changes[feature] = {(feature, condition): change for condition, change in conditions.items()}
+        for condition in ("ablated", HARDEST):
+            change = conditions[condition]
+            given = {at_dose(condition, dose): replace(change, dose=dose) for dose in doses if dose not in (0, 1)}
+            alone = {at_step(condition, step): replace(change, step=step) for step in range(steps)}
+            changes[feature] |= {(feature, name): each for name, each in (given | alone).items()}
+    return changes
 
 
-def _measure(
-    pipe: Any, sae: SAE, stats: FeatureStats, feature: int, images: list[int], artifact: Artifact
-) -> FeatureEffects:
-    if len(images) < MIN_IMAGES:
-        return FeatureEffects(feature, f"it fires on {len(images)} held-out images, and {MIN_IMAGES} are the least")
-    conditions, other = edits(sae, stats, feature, artifact.recipe["seed"])
-    drawn = draw_conditions(pipe, sae, stats, images, conditions)
-    gain = float(1 / max(np.abs(drawn["ablated"] - drawn["clean"])[:_SHOWN].max(), 1e-6))
-    write_atomically(artifact.file(_PICTURE.format(feature)), _compose(drawn, gain))
-    fires = np.stack([stats.heat_map(feature, i) for i in images]) > FIRES
-    pixels = drawn["clean"].shape[1] // stats.grid[0]
-    region = fires.repeat(pixels, axis=1).repeat(pixels, axis=2)
-    changes = {c: np.abs(drawn[c] - drawn["clean"]).mean(axis=3) for c in CONDITIONS}
-    inside, outside = ({c: _means(changes[c], where) for c in CONDITIONS} for where in (region, ~region))
-    area = region.mean(axis=(1, 2)).tolist()
-    overlap = float((np.stack([stats.heat_map(other, i) for i in images]) > FIRES)[fires].mean())
-    return FeatureEffects(feature, "", other, overlap, images, *_prompts(stats, images), area, gain, inside, outside)
+def _order(plan: Mapping[str, Any], changes: Mapping[int, Mapping[Key, Change]]) -> list[Order]:
+    """Each image with the changes of all features that are tried on it."""
+    wanted: list[dict[Key, Change]] = [{} for _ in plan["images"]]
+    for feature, images in plan["features"].items():
+        for image in images:
+            wanted[image] |= changes[int(feature)]
+    return [Order(at, text, seed, wanted[at]) for at, (text, seed) in enumerate(plan["images"])]
 
 
-def draw_conditions(
-    pipe: Any, sae: SAE, stats: FeatureStats, images: Sequence[int], conditions: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Pictures]:
-    """The same images, colours 0 to 1, clean and in every condition, which are keyword arguments of `steer`."""
-    assert sae.site is not None
-    pixels = resolve(pipe.unet, sae.site.hookpoint).reduction * pipe.vae_scale_factor  # per token
-    height, width = stats.grid[0] * pixels, stats.grid[1] * pixels
-    steps, guidance = sae.site.num_inference_steps, sae.site.guidance_scale
-    settings = {"num_inference_steps": steps, "guidance_scale": guidance, "height": height, "width": width}
-    texts, seeds = _prompts(stats, images)
-    draw = partial(generate, pipe, texts, seeds, **settings, output_type="np")
-    drawn = {"clean": np.asarray(draw(), dtype=np.float32)}
-    for condition, edit in conditions.items():
-        with steer(pipe, sae, **edit):
-            drawn[condition] = np.asarray(draw(), dtype=np.float32)
-    return drawn
-
-
-def _prompts(stats: FeatureStats, images: Sequence[int]) -> tuple[list[str], list[int]]:
-    return [stats.prompts.texts[i] for i in images], [stats.prompts.seeds[i] for i in images]
-
-
-def _means(change: Float[np.ndarray, "image y x"], where: Bool[np.ndarray, "image y x"]) -> list[float | None]:
-    return [float(c[w].mean(dtype=np.float64)) if w.any() else None for c, w in zip(change, where, strict=True)]
-
-
-def _arrays(
-    effects: FeatureEffects,
-) -> tuple[Float[np.ndarray, "image condition"], Float[np.ndarray, "paired condition 2"]]:
-    """Effects inside for all images; and inside and outside for those that have an outside."""
-    inside, outside = (
-        np.array([by[c] for c in CONDITIONS], dtype=np.float64).T for by in (effects.inside, effects.outside)
-    )
-    return inside, np.stack([inside, outside], axis=2)[np.isfinite(outside[:, 0])]
-
-
-def _summarise(
-    inside: Float[np.ndarray, "unit condition"], paired: Float[np.ndarray, "paired condition 2"]
-) -> dict[str, Any]:
-    """Means, localities and differences with intervals over units, which are images or features.
-
-    What concerns the outside, and the inside beside it, is over the `with outside` units that have one.
-    """
-    row: dict[str, Any] = {"with outside": len(paired)}
-    for at, condition in enumerate(CONDITIONS):
-        row |= _estimate(condition, inside[:, at])
-        means = paired[:, at].mean(axis=0) if len(paired) else np.full(2, np.nan)
-        row[f"{condition} outside"] = float(means[1])
-        row[f"{condition} locality"] = float(_ratio(means))
-        row[f"{condition} locality interval"] = bootstrap_interval(paired[:, at], _ratio)
-    for at, control in enumerate(CONTROLS, 1):
-        row |= _estimate(f"ablated − {control}", inside[:, 0] - inside[:, at])
-    return row
-
-
-def _estimate(name: str, values: Float[np.ndarray, "unit"]) -> dict[str, Any]:
-    return {name: float(values.mean()), f"{name} interval": bootstrap_interval(values)}
-
-
-def _ratio(means: Float[np.ndarray, "*draw 2"]) -> Float[np.ndarray, "*draw"]:
-    inside, outside = means[..., 0], means[..., 1]
-    return np.asarray(np.divide(inside, outside, out=np.full_like(inside, np.nan), where=outside > 0))
-
-
-def _locality(row: Mapping[str, Any]) -> str:
-    if np.isnan(row["ablated locality"]):
-        return "There is no outside to compare with: they fire all over the image, or nothing changes elsewhere."
-    controls = ", ".join(f"{c} {_with_interval(row, f'{c} locality')}" for c in CONTROLS)
-    own = _with_interval(row, "ablated locality")
-    return (
-        f"The change inside the region is {own} times that outside; for the controls: {controls} (over the "
-        f"{row['with outside']} features that leave {MIN_IMAGES} images or more some outside)."
-    )
-
-
-def _with_interval(row: Mapping[str, Any], name: str) -> str:
-    """Value and interval; a dash for what could not be estimated."""
-    value, low, high = ("–" if np.isnan(x) else html.short(x) for x in (row[name], *row[f"{name} interval"]))
-    return value if value == "–" else f"{value} [{low}, {high}]"
-
-
-def _readable(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the table people see."""
-    names = {"inside / outside": "ablated locality"} | {f"ablated − {c}": f"ablated − {c}" for c in CONTROLS}
-    intervals = {title: _with_interval(row, name) for title, name in names.items()}
-    shown = {"feature": str(row["feature"]), "images": row["images"]}
-    return shown | {"inside": row["ablated"], "with outside": row["with outside"]} | intervals
-
-
-def _compose(drawn: Mapping[str, Pictures], gain: float) -> bytes:
-    """A row per image: clean, ablated, and how each condition differs from clean."""
-    differences = [np.clip(np.abs(drawn[c] - drawn["clean"]) * gain, 0, 1) for c in CONDITIONS]
-    columns = [drawn["clean"], drawn["ablated"], *differences]
-    rows, step = min(_SHOWN, len(columns[0])), _TILE + _GAP
-    sheet = Image.new("RGB", (len(columns) * step - _GAP, rows * step - _GAP), "white")
-    for across, pictures in enumerate(columns):
-        for down in range(rows):
-            tile = Image.fromarray((pictures[down] * 255).round().astype(np.uint8))
-            sheet.paste(tile.resize((_TILE, _TILE), Image.Resampling.BICUBIC), (across * step, down * step))
-    return html.to_webp(sheet)
-
-
-def _read(artifact: Artifact) -> Iterator[FeatureEffects]:
-    """The lines written so far; each was written whole."""
-    path = artifact.file(_FILE)
-    if path.exists():
-        yield from (FeatureEffects(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines())
+def _show(
+    pairs: Pairs, line: Mapping[str, Any], plan: Mapping[str, Any], doses: Sequence[float], artifact: Artifact
+) -> None:
+    """Keep a strip of pictures of each feature that fires, where this image is among its first; note its gain."""
+    image = pairs.order.image
+    for feature, found in line["features"].items():
+        if image in plan["features"][feature][:SHOWN]:
+            strip, found["gain"] = draw_strip(pairs, int(feature), doses)
+            write_atomically(artifact.file(STRIP.format(int(feature), image)), strip)
