@@ -110,7 +110,7 @@ class Selectivity:
 
     def passing(self, condition: str = "feature") -> dict[str, Any]:
         """Share of features that pass in a condition, with its 95 % bootstrap interval over features."""
-        return estimate("share", np.array([[f.outcomes[condition].passes] for f in self.features], dtype=float))
+        return estimate("share", np.array([f.outcomes[condition].passes for f in self.features], dtype=float))
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per feature; shares are of held-out prompts, each with its 95 % bootstrap interval over them."""
@@ -124,7 +124,7 @@ class Selectivity:
             row: dict[str, Any] = {"hookpoint": each.hookpoint, "feature": str(labelled.latent)}
             row |= {"label": f"{labelled.factor}: {labelled.value}", "AUC": labelled.area}
             row |= {"edit": f"× {each.dose:g}" if each.verb == "scale" else f"+ {each.dose:g} × mean"}
-            row |= estimate("moved", (np.array(own.moved) > NOTHING)[:, None].astype(float))
+            row |= estimate("moved", (np.array(own.moved) > NOTHING).astype(float))
             row |= {"median log-odds": float(np.median(own.moved)), "flipped": float(np.mean(own.flipped))}
             worst = min(own.kept, key=lambda factor: own.kept[factor])
             row |= {"least kept": own.kept[worst], "of": worst, "passes": "yes" if own.passes else "no"}

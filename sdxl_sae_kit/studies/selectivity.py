@@ -33,9 +33,10 @@ from sdxl_sae_kit.studies.selected import CONDITIONS, CONTROLS, FILE, KEPT, Labe
 from sdxl_sae_kit.tiny.world import FACTORS
 
 DOSES: tuple[tuple[str, float], ...] = (("scale", 0.0), ("scale", -3.0), ("add", 5.0), ("add", 15.0))
-"""The edits that are tried of each feature: its activation times 0 or −3 where its value is shown; and, where another
-is, so many times its mean activation added everywhere."""
-_LEAST_AREA, _IMAGES, _POOL, _FEWEST = 0.75, 1024, 96, 4
+"""The edits that are tried of each feature: its activation times 0 or −3 where it fires and its value is shown; and,
+where another value is, so many times its mean activation added everywhere."""
+_LEAST_AREA, _IMAGES, _POOL, _FEWEST = 0.75, 1024, 240, 6
+_BATCH = 48
 
 Answers = dict[str, Float[np.ndarray, "image answer"]]
 """The judge's probabilities, by factor."""
@@ -47,8 +48,8 @@ def screen(
     cache: Activations,
     *,
     n: int = 20,
-    per_value: int = 3,
-    trials: int = 8,
+    per_value: int = 2,
+    trials: int = 12,
     prompts: int = 24,
     judge: PictureJudge | None = None,
     seed: int = 0,
@@ -57,7 +58,8 @@ def screen(
     """Find the labelled features that move their own factor and nothing else, and confirm them on held-out prompts.
 
     A feature's label is a value of a factor that it tells on training images (AUC of its maximum over tokens, at least
-    0.75). Of every value the best few are tried: each edit of `DOSES` on training prompts of one object. The n features
+    0.75). Of every value the best few are tried: each edit of `DOSES` on training prompts of one object, those that
+    turn it off on prompts on which it fires. The n features
     that pass there with the greatest share moved, then the greatest median change, go on with their best edit; those
     that keep other factors best follow. On held-out prompts they stand beside three controls, each an edit of the same
     amounts at the same tokens: along a random direction, along that of the feature that fires on most nearly as many
@@ -162,7 +164,7 @@ class _Screening:
         """Of every value of every factor the features that tell it best on training images."""
         images = _spread(self.cache.images("train"), _IMAGES)
         questions = ask_of(self.cache, images, np.arange(len(images)) < len(images) * 4 // 5)
-        strengths = [self._strengths(sae, images) for sae in self.saes]
+        strengths = [self.measure(sae, images) for sae in self.saes]
         self.share_firing = [(strength > FIRES).mean(axis=0) for strength in strengths]
         for question in questions:
             if question.factor not in FACTORS:
@@ -177,7 +179,9 @@ class _Screening:
                 found.sort(key=lambda each: -each.area)
                 yield from (each for each in found[: self.recipe["per_value"]] if each.area >= _LEAST_AREA)
 
-    def _strengths(self, sae: SAE, images: Int[np.ndarray, " image"]) -> Float[NDArray[np.float32], "image latent"]:
+    @torch.no_grad()
+    def measure(self, sae: SAE, images: Int[np.ndarray, " image"]) -> Float[NDArray[np.float32], "image latent"]:
+        """Every latent's maximum over each image."""
         parts = self.cache.parts(sae.hookpoint, images)
         row = self.cache.row(0)
         read = (self.cache.read(sae.hookpoint, part)[:, row].to(sae.W_enc) for part in parts)
@@ -222,15 +226,16 @@ class _Screening:
         self, labelled: Labelled, verb: str, dose: float, pool: _Pool, n: int, along: Mapping[int, Any]
     ) -> Outcome | None:
         """Edit prompts that show the value, or lack it where the feature is added; None where there are too few."""
-        images = pool.choose(labelled, shown=verb == "scale", n=n)
+        images = pool.choose(labelled, off=verb == "scale", n=n)
         if len(images) < _FEWEST:
             return None
         edit: dict[str, Any] = {verb: {labelled.latent: dose}}
         with steer(self.pipe, self.saes[labelled.place], along=along, **edit):
-            after = self._read(self.cache.prompts.take(images.tolist()))
+            after = self.read(self.cache.prompts.take(images.tolist()))
         return compare(labelled, pool.answers(images), after, up=verb == "add")
 
-    def _read(self, prompts: Prompts) -> Answers:
+    def read(self, prompts: Prompts) -> Answers:
+        """What the judge says of pictures of these prompts."""
         told = self.judge.factors(draw(self.pipe, prompts, self.settings))
         if told is None:
             raise KitError(f"screen: {self.judge.name} names no factors. Pass a judge that does, such as WorldJudge().")
@@ -245,19 +250,22 @@ class _Pool:
         known = [expected(factors) for factors in cache.prompts.factors]
         images = [i for i in cache.images(split).tolist() if known[i] and known[i].get("count", "one") == "one"]
         rng = np.random.default_rng([screening.recipe["seed"], len(split)])
-        self.images = np.sort(rng.permutation(np.array(images, dtype=np.int64))[: 2 * _POOL])
+        self.images = np.sort(rng.permutation(np.array(images, dtype=np.int64))[:_POOL])
         self.known = {image: known[image] for image in self.images.tolist()}
-        parts = [self.images[start : start + _POOL // 2] for start in range(0, len(self.images), _POOL // 2)]
-        read = [screening._read(cache.prompts.take(part.tolist())) for part in parts]
+        self.strengths = [screening.measure(sae, self.images) for sae in screening.saes]
+        parts = [self.images[start : start + _BATCH] for start in range(0, len(self.images), _BATCH)]
+        read = [screening.read(cache.prompts.take(part.tolist())) for part in parts]
         self._answers = {
             factor: np.concatenate([each[factor] for each in read]) for factor in (read[0] if read else {})
         }
 
-    def choose(self, labelled: Labelled, *, shown: bool, n: int) -> Int[np.ndarray, " image"]:
-        """The first n that show the label's value, or that show another."""
-        values = {image: known.get(labelled.factor) for image, known in self.known.items()}
-        found = [i for i, v in values.items() if v is not None and (v == labelled.value) == shown]
-        return np.array(found[:n], dtype=np.int64)
+    def choose(self, labelled: Labelled, *, off: bool, n: int) -> Int[np.ndarray, " image"]:
+        """The first n that show the label's value while the feature fires (`off`), or that show another value."""
+        values = [self.known[image].get(labelled.factor) for image in self.images.tolist()]
+        shows = np.array([value == labelled.value for value in values])
+        others = np.array([value is not None for value in values]) & ~shows
+        chosen = shows & (self.strengths[labelled.place][:, labelled.latent] > FIRES) if off else others
+        return self.images[chosen][:n]
 
     def answers(self, images: Int[np.ndarray, " image"]) -> Answers:
         at = np.searchsorted(self.images, images)
@@ -267,7 +275,7 @@ class _Pool:
 def compare(labelled: Labelled, before: Answers, after: Answers, *, up: bool) -> Outcome:
     """What an edit did to the judge's answers."""
     column, sign = FACTORS[labelled.factor].index(labelled.value), 1 if up else -1
-    own = [log_odds(answers[labelled.factor][:, column]) for answers in (before, after)]
+    own = [log_odds(answers[labelled.factor], column) for answers in (before, after)]
     says = after[labelled.factor].argmax(axis=1) == column
     changed = {
         factor: (before[factor].argmax(axis=1) != after[factor].argmax(axis=1)).tolist()
@@ -277,16 +285,16 @@ def compare(labelled: Labelled, before: Answers, after: Answers, *, up: bool) ->
     return Outcome((sign * (own[1] - own[0])).tolist(), (says == up).tolist(), changed)
 
 
-def log_odds(p: Float[np.ndarray, "*shape"]) -> Float[NDArray[np.float64], "*shape"]:
-    """ln p / (1 − p), p being held within 1e-6 of 0 and 1."""
-    held = np.clip(p.astype(np.float64), 1e-6, 1 - 1e-6)
-    return np.asarray(np.log(held / (1 - held)))
+def log_odds(told: Float[np.ndarray, "image answer"], column: int) -> Float[NDArray[np.float64], " image"]:
+    """ln p / (1 − p) of an answer, 1 − p being the sum of the others: it does not saturate where p rounds to 1."""
+    p = np.maximum(told.astype(np.float64), 1e-30)
+    return np.asarray(np.log(p[:, column]) - np.log(np.delete(p, column, axis=1).sum(axis=1)))
 
 
 def _merit(outcome: Outcome) -> tuple[float, float, float]:
-    """Edits that keep other factors first; among them by the share moved, then by how far."""
-    least = min(outcome.kept.values())
-    return (min(least, KEPT), outcome.share_moved, float(np.median(outcome.moved)))
+    """Edits that keep other factors first; among them by the share moved, then by how surely (mean / deviation)."""
+    moved = np.array(outcome.moved)
+    return (min(*outcome.kept.values(), KEPT), outcome.share_moved, float(moved.mean() / (moved.std() + 1e-9)))
 
 
 def _spread(images: Int[np.ndarray, " image"], n: int) -> Int[np.ndarray, " image"]:
