@@ -29,6 +29,9 @@ from sdxl_sae_kit.hooks import Call
 from sdxl_sae_kit.masks import as_map, as_mask
 from sdxl_sae_kit.sae import SAE
 
+_Code = tuple[Tensor, Tensor]
+"""Indices and values of each token's active latents."""
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -81,16 +84,17 @@ class Hook:
             raise EditError(f"steer at {call.hookpoint}: {cause}") from None
         if factor == 0:
             return None
-        x, weight = update.float(), factor * plan.weight
-        change = plan.fixed
-        if self.edit.needs_code:
-            z = self._live(x)
+        x, weight, change = update.float(), factor * plan.weight, plan.fixed
+        needed = self.sae is not None and (self.edit.needs_code or self.edit.reconstruct)
+        code = _placed(self.sae, x.device).encode_sparse(x) if self.sae and needed else None
+        if code is not None and self.edit.latents:
+            z = self._live(*code)
             open_ = self._open(z)
             change = (change + plan.slope * z) * open_
             if self.edit.replace:
                 weight = weight * open_.any(dim=-1, keepdim=True)
         if self.edit.overwrites:
-            moved = (1 - weight) * x + weight * self._target(x, change, directions)
+            moved = (1 - weight) * x + weight * self._target(x, code, change, directions)
             touched = weight != 0
         else:
             assert directions is not None
@@ -100,16 +104,16 @@ class Hook:
             moved = moved * (x.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp_min(1e-12))
         return torch.where(touched, moved.to(update.dtype), update)
 
-    def _target(self, x: Tensor, change: Tensor, directions: Tensor | None) -> Tensor:
+    def _target(self, x: Tensor, code: _Code | None, change: Tensor, directions: Tensor | None) -> Tensor:
         """What stands in for the update."""
-        target = _placed(self.sae, x.device)(x) if self.edit.reconstruct and self.sae else torch.zeros_like(x[..., :1])
+        target = torch.zeros_like(x)
+        if self.edit.reconstruct and self.sae and code:
+            target = _placed(self.sae, x.device).decode_sparse(*code, x)
         return target if directions is None else target + change @ directions
 
-    def _live(self, x: Float[Tensor, "row height width d_in"]) -> Float[Tensor, "row height width edited"]:
+    def _live(self, indices: Tensor, values: Tensor) -> Float[Tensor, "row height width edited"]:
         """Activations of the edited latents, without writing out the others'."""
-        assert self.sae is not None
-        indices, values = _placed(self.sae, x.device).encode_sparse(x)
-        edited = torch.tensor(self.edit.latents, device=x.device)
+        edited = torch.tensor(self.edit.latents, device=indices.device)
         return torch.einsum("...k,...ke->...e", values, (indices[..., None] == edited).float())
 
     def _open(self, z: Float[Tensor, "row height width edited"]) -> Bool[Tensor, "row height width edited"]:
@@ -150,7 +154,7 @@ def _plan(edit: Edit, units: Float[Tensor, "edited"], shape: Sequence[int], guid
         return torch.stack(torch.broadcast_tensors(*maps), dim=-1) if maps else torch.zeros(1, 1, 1, 0)
 
     def by_half(uncond: float, cond: float) -> Tensor:
-        pair = torch.tensor([uncond, cond] if guided else [cond])
+        pair = torch.tensor([float(uncond), float(cond)] if guided else [float(cond)])
         return pair.repeat_interleave(n_images).reshape(-1, 1, 1, 1)
 
     sign = by_half(-1, 1) if edit.cfg == "both" else torch.ones(1, 1, 1, 1)
