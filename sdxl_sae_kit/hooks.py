@@ -209,7 +209,7 @@ def _uncompiled(unet: nn.Module, wrapped: bool) -> AbstractContextManager[Any]:
     warnings.warn(
         "The U-Net is compiled, and compiled code calls no hooks: while updates are read or edited it runs uncompiled, "
         "so more slowly.",
-        stacklevel=7,
+        stacklevel=6,
     )
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return stance

@@ -62,7 +62,7 @@ def test_a_triangle_has_its_area(points, side):
     area = abs((c - a) * (f - b) - (e - a) * (d - b)) / 2
     got = as_mask(Polygon(points), (side, side))
     assert float(got.mean()) == pytest.approx(area, abs=3 / (16 * side))  # the outline, one sample wide
-    assert 0 <= got.min() and got.max() <= 1
+    assert got.min() >= 0 and got.max() <= 1
 
 
 def test_a_polygon_in_a_wide_picture_against_pillow():

@@ -40,8 +40,8 @@ def steered(sae, x, guided, step=0, n_steps=1, **settings):
     return x if changed is None else changed
 
 
-def by_formula(sae, x, guided, factor=1.0, add=(), scale=(), clamp=(), replace=(), reconstruct=False, ablate_block=False,
-               where=None, cfg="both", gate=None, keep_norm=False, along=()):  # fmt: skip
+def by_formula(sae, x, guided, factor=1.0, *, add=(), scale=(), clamp=(), replace=(), reconstruct=False,
+               ablate_block=False, where=None, cfg="both", gate=None, keep_norm=False, along=()):  # fmt: skip
     """The definition, one token and one latent at a time."""
     rows, images = len(x), len(x) // 2 if guided else len(x)
     z_all, x_hat = sae.encode(x.float()).double().numpy(), sae(x.float()).double().numpy()
@@ -93,7 +93,7 @@ EDITS = {
     "masked": {"scale": dict.fromkeys(range(24), 0.0), "add": {0: 1.0}, "where": HALF[0]},
     "masked by image": {"clamp": {7: 2.0}, "where": HALF},
     "cond only": {"add": {1: 2.0}, "scale": {2: 0.0}, "cfg": "cond"},
-    "active only": {"add": {i: 1.0 for i in range(24)}, "gate": "active"},
+    "active only": {"add": dict.fromkeys(range(24), 1.0), "gate": "active"},
     "inactive only": {"add": {1: 1.0}, "clamp": {2: 1.0}, "gate": "inactive"},
     "replace": {"replace": {1: 2.0, 9: RAMP}},
     "replace in a mask": {"replace": {1: 2.0}, "where": HALF[1], "cfg": "cond"},
@@ -143,7 +143,7 @@ def test_there_is_no_uncond_half_without_guidance(sae):
 
 
 NOTHING = {
-    "scaling by one": {"scale": {i: 1.0 for i in range(24)}},
+    "scaling by one": {"scale": dict.fromkeys(range(24), 1.0)},
     "adding nothing": {"add": {3: 0.0}},
     "an empty mask": {"scale": {3: 0.0}, "where": np.zeros((9, 2))},
     "an empty mask over all": {"ablate_block": True, "where": np.zeros((1, 1))},
@@ -214,7 +214,9 @@ def test_a_schedule_is_spread_over_the_steps(sae, schedule, n_steps, factors):
 )  # fmt: skip
 def test_steps_are_counted_from_zero_or_given_as_shares_of_all(sae, steps, n_steps, edited):
     x = updates(False)
-    changed = [not torch.equal(steered(sae, x, False, i, n_steps, add={1: 1.0}, steps=steps), x) for i in range(n_steps)]
+    changed = [
+        not torch.equal(steered(sae, x, False, i, n_steps, add={1: 1.0}, steps=steps), x) for i in range(n_steps)
+    ]
     assert [i for i, c in enumerate(changed) if c] == edited
 
 
