@@ -197,7 +197,7 @@ class Edit:
         return f"{form}: {share}"
 
     def _repr_html_(self) -> str:
-        by = f" by {self.sae} (sha256 {self.digest or 'unknown'})" if self.sae else ""
+        by = f" by {self.sae} (sha256 {(self.digest or 'unknown')[:12]})" if self.sae else ""
         picture = ""
         if self.where is not None:
             mask = as_mask(self.where, (SHOWN, SHOWN))[0].numpy()
