@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.comparisons import compare as compare
     from sdxl_sae_kit.configs import SAEConfig as SAEConfig
     from sdxl_sae_kit.configs import Site as Site
+    from sdxl_sae_kit.edits import Edit as Edit
+    from sdxl_sae_kit.edits import read_edits as read_edits
+    from sdxl_sae_kit.edits import write_edits as write_edits
     from sdxl_sae_kit.errors import KitError as KitError
     from sdxl_sae_kit.evaluation import evaluate as evaluate
     from sdxl_sae_kit.evaluation import stability as stability
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.html import show_images as show_images
     from sdxl_sae_kit.html import show_table as show_table
     from sdxl_sae_kit.icons import draw_icons as draw_icons
+    from sdxl_sae_kit.interventions import replay as replay
     from sdxl_sae_kit.interventions import steer as steer
     from sdxl_sae_kit.label_tests import auto_label as auto_label
     from sdxl_sae_kit.label_tests import score_label as score_label
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.labellers import TransformersLabeller as TransformersLabeller
     from sdxl_sae_kit.labellers import WorldLabeller as WorldLabeller
     from sdxl_sae_kit.labels import LabelStore as LabelStore
+    from sdxl_sae_kit.masks import Polygon as Polygon
     from sdxl_sae_kit.pipelines import generate as generate
     from sdxl_sae_kit.pipelines import load_pipeline as load_pipeline
     from sdxl_sae_kit.plans import plan as plan
@@ -64,6 +69,7 @@ _NAMES = {
     "collection": ["collect", "repair"],
     "comparisons": ["compare"],
     "configs": ["SAEConfig", "Site"],
+    "edits": ["Edit", "read_edits", "write_edits"],
     "errors": ["KitError"],
     "evaluation": ["evaluate", "stability"],
     "explorer": ["explore"],
@@ -73,10 +79,11 @@ _NAMES = {
     "hooks": ["record", "rewrite"],
     "html": ["show_images", "show_table"],
     "icons": ["draw_icons"],
-    "interventions": ["steer"],
+    "interventions": ["replay", "steer"],
     "label_tests": ["auto_label", "score_label", "test_label"],
     "labellers": ["EndpointLabeller", "TransformersLabeller", "WorldLabeller"],
     "labels": ["LabelStore"],
+    "masks": ["Polygon"],
     "pipelines": ["generate", "load_pipeline"],
     "plans": ["plan"],
     "prompts": ["load_prompts"],

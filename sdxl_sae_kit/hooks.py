@@ -7,8 +7,9 @@ there changes the block's output by the same amount. Nothing here knows what an 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,8 +30,10 @@ class Call:
 
     hookpoint: str
     step: int
-    """Denoising step, from 0."""
+    """Denoising step, from 0: the first that is really made, which for image-to-image is in the middle of the
+    scheduler's."""
     n_steps: int
+    """Steps that are really made."""
     guided: bool
     """With guidance the batch is [uncond ; cond], each half of the images; without it every row is cond."""
 
@@ -88,6 +91,7 @@ def record(
     dtype: torch.dtype | None = None,
     steps: Collection[int] | None = None,
     stop_early: bool = False,
+    edited: bool = False,
 ) -> Iterator[Recording]:
     """Record the updates of these hookpoints for every image made inside the with block.
 
@@ -96,11 +100,14 @@ def record(
     there: for when only updates are wanted.
 
     Args:
-        pipe: an SDXL pipeline of diffusers.
+        pipe: the SDXL pipeline of diffusers that is called.
         hookpoints: short names or module paths.
         dtype: what to keep them in; by default what the model computes in.
         steps: denoising steps to read, from 0; by default all.
         stop_early: skip the rest of the U-Net and the VAE.
+        edited: read what `steer` and `rewrite` blocks that are open already make of the updates.
+
+    Warns where the U-Net is compiled: inside the with block it runs uncompiled.
 
     Raises:
         HookpointError: the U-Net has no such hookpoint.
@@ -113,7 +120,7 @@ def record(
     """
     recording = Recording()
     readers = _readers(pipe, recording, hookpoints, dtype, steps, stop_early)
-    with suppress(_Stopped), _hooked(pipe, readers, first=True):
+    with suppress(_Stopped), _hooked(pipe, readers, first=not edited):
         yield recording
 
 
@@ -180,18 +187,41 @@ def _hooked(
     pipe: Any, functions: Mapping[str, Callable[[Tensor, Call], Tensor | None]], *, first: bool
 ) -> Iterator[None]:
     """Hold the hooks for as long as the with block lasts, and remove them however it ends."""
-    clock = _Clock(pipe)
-    handles = [pipe.unet.register_forward_pre_hook(clock, with_kwargs=True)]
+    unet, clock, handles = getattr(pipe.unet, "_orig_mod", pipe.unet), _Clock(pipe), []  # a compiled one wraps it
     try:
-        for name, function in functions.items():
-            block = pipe.unet.get_submodule(resolve(pipe.unet, name).path)
-            tap = _Tap(name, function, clock)
-            handles.append(block.register_forward_pre_hook(tap.see_input, with_kwargs=True))
-            handles.append(block.proj_out.register_forward_hook(tap.see_update, prepend=first))
-        yield
+        with _uncompiled(unet, wrapped=unet is not pipe.unet):
+            handles.append(unet.register_forward_pre_hook(clock, with_kwargs=True))
+            for name, function in functions.items():
+                block = unet.get_submodule(resolve(unet, name).path)
+                tap = _Tap(name, function, clock)
+                handles.append(block.register_forward_pre_hook(tap.see_input, with_kwargs=True))
+                handles.append(block.proj_out.register_forward_hook(tap.see_update, prepend=first))
+            yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _uncompiled(unet: nn.Module, wrapped: bool) -> AbstractContextManager[Any]:
+    """Run what is compiled as it was written: compiled code calls no hooks, or those of the day it was compiled."""
+    if not (wrapped or any(map(_is_compiled, unet.modules()))):
+        return nullcontext()
+    warnings.warn(
+        "The U-Net is compiled, and compiled code calls no hooks: while updates are read or edited it runs uncompiled, "
+        "so more slowly.",
+        stacklevel=6,
+    )
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """By `torch.compile(module)` in another, by `module.compile()`, or its `forward` by `torch.compile`."""
+    return (
+        "_orig_mod" in module._modules
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+    )
 
 
 class _Clock:
@@ -199,21 +229,30 @@ class _Clock:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.step, self.n_steps, self.guided = pipe, 0, 1, False
+        self._timesteps: Tensor | None = None
+        self._first = self._last = 0
 
     def __call__(self, _unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).flatten()[0]
-        timesteps = self.pipe.scheduler.timesteps
+        scheduler, timesteps = self.pipe.scheduler, self.pipe.scheduler.timesteps
         (found,) = (timesteps.cpu() == timestep.cpu()).nonzero(as_tuple=True)
         if not len(found):
             raise HookpointError(
                 f"The U-Net ran at timestep {timestep.item():g}, which the pipeline's scheduler does not visit. "
                 "Call the pipeline, not its U-Net."
             )
-        # Second-order schedulers visit a timestep twice; which visit this is, they say themselves.
-        current = getattr(self.pipe.scheduler, "step_index", None)
+        # Some schedulers visit a timestep twice; which visit this is, most say themselves.
         visits: list[int] = found.tolist()
-        self.step = current if current in visits else visits[0]
-        self.n_steps = len(timesteps)
+        current: int | None = getattr(scheduler, "step_index", None)
+        begun = timesteps is self._timesteps  # every image has a tensor of its own
+        place = next((v for v in visits if v == current or (current is None and begun and v > self._last)), visits[0])
+        if not begun:
+            self._timesteps, self._first = timesteps, place
+        self._last = place
+        # Image-to-image starts in the middle, and most schedulers are told where.
+        start = scheduler.begin_index or 0 if hasattr(scheduler, "begin_index") else self._first
+        self.step = place - start
+        self.n_steps = getattr(self.pipe, "num_timesteps", None) or len(timesteps) - start
         self.guided = bool(getattr(self.pipe, "do_classifier_free_guidance", False))
 
 

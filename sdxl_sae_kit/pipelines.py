@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import operator
@@ -99,25 +100,24 @@ def load_pipeline(
     _check_sdxl(str(name), folder)
     pipe = _load(str(name), folder, numbers, on_hub=local is None)
     pipe.set_progress_bar_config(disable=True)
-    pipe.sdxl_sae_kit_model = _model(pipe, str(name), _revision(folder))
+    pipe.sdxl_sae_kit_model = pipe.unet.sdxl_sae_kit_model = _model(pipe, str(name), _revision(folder))
     return pipe if device == "cpu" else pipe.to(device)
 
 
 def describe(pipe: StableDiffusionXLPipeline) -> Model:
     """Return which model this is, as `load_pipeline` noted it or, for a pipeline made elsewhere, as it is configured.
 
-    Weights that were changed after loading (LoRA, fine-tuning) are not noticed.
+    One made of another's components is of its model. Weights changed after loading (LoRA, …) are not noticed.
     """
     if not hasattr(pipe, "unet"):
         raise ModelError(f"This takes a pipeline, such as load_pipeline('tiny-turbo') gives, not {pipe!r}.")
-    noted: Model | None = getattr(pipe, "sdxl_sae_kit_model", None)
-    if noted is not None:
+    noted: Model | None = getattr(pipe, "sdxl_sae_kit_model", None) or getattr(pipe.unet, "sdxl_sae_kit_model", None)
+    if noted:
         return noted
     source = str(pipe.config.get("_name_or_path") or "unnamed")
-    folder = Path(source)
-    revision = _revision(folder) if folder.is_dir() else "unknown"
-    pipe.sdxl_sae_kit_model = _model(pipe, source, revision)  # noted, because hashing gigabytes takes seconds
-    return describe(pipe)
+    model = _model(pipe, source, _revision(Path(source)) if Path(source).is_dir() else "unknown")
+    pipe.sdxl_sae_kit_model = pipe.unet.sdxl_sae_kit_model = model  # noted, because hashing gigabytes takes seconds
+    return model
 
 
 def scheduler(pipe: StableDiffusionXLPipeline) -> str:
@@ -171,7 +171,14 @@ def generate(
 
 
 def draw(pipe: StableDiffusionXLPipeline, prompts: Sequence[str], seeds: Sequence[int], **settings: Any) -> Any:
-    """One call of the pipeline, each image with its own CPU generator; `settings` are the pipeline's."""
+    """One call of the pipeline, each image with its own CPU generator; `settings` are the pipeline's.
+
+    Raises KitError for a setting that the pipeline does not know: diffusers itself would ignore it.
+    """
+    known = inspect.signature(pipe.__call__).parameters.keys() - {"kwargs"}
+    for name in settings.keys() - known:
+        hint = did_you_mean(name, known)
+        raise KitError(f"{type(pipe).__name__} takes no {name!r}, and would ignore it. Leave it out.{hint}")
     generators = [torch.Generator().manual_seed(_seed(seed)) for seed in seeds]
     return pipe(list(prompts), generator=generators, **settings).images
 

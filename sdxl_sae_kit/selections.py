@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import ipywidgets as widgets
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.forms import line, widget
+from sdxl_sae_kit.masks import SAMPLES, Polygon, as_mask
 
 SIDE = 420
 """Pixels of the longer side of a picture with tokens to select."""
@@ -25,8 +27,6 @@ STYLE = "<style>.sae-picture .selectionlayer path { pointer-events: none !import
 
 BAR = 34
 """Pixels above the picture, for the buttons that choose what a drag does."""
-SAMPLES = 8
-"""Points along a token's side at which it is asked whether a shape covers it."""
 
 _PEN = {"line": {"width": 2, "color": "white"}, "fillcolor": "rgba(255,255,255,0.15)"}
 _NOWHERE = {"type": "rect", "xref": "x", "yref": "y", "x0": -9, "x1": -9, "y0": -9, "y1": -9}
@@ -39,7 +39,7 @@ class _Picture(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self.figure = figure
         self.whole = widget(widgets.Button, "whole", 120, description="Whole picture")
         self.told = widget(widgets.HTML, "told")
-        super().__init__([figure, self.told, *controls, line([*buttons, self.whole])])
+        super().__init__([self.told, *controls, line([*buttons, self.whole])])
         self.add_class("sae-picture")
         self.layout.flex = f"0 0 {figure.layout.width + 10}px"
 
@@ -47,6 +47,10 @@ class _Picture(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         """Show this image, and below it `told`, which is HTML. What is chosen stays."""
         self.figure.layout.images[0].source = html.data_uri(html.to_webp(image))
         self.told.value = STYLE + told
+        if self.figure not in self.children:
+            self.prepare()
+            self.figure.open()
+            self.children = [self.figure, *self.children]
 
     def prepare(self) -> None:
         """To be called before it is shown as part of another widget.
@@ -178,12 +182,14 @@ def covered(shapes: Iterable[Mapping[str, Any]], grid: tuple[int, int]) -> Float
     within half a token.
     """
     height, width = grid
-    y, x = (np.mgrid[: height * SAMPLES, : width * SAMPLES] + 0.5) / SAMPLES
-    any_of = np.zeros(x.shape, dtype=bool)
+    points = np.zeros((height * SAMPLES, width * SAMPLES), dtype=bool)
     for shape in shapes:
-        any_of |= _near(x, y, _corners(shape)) if _is_open(shape) else _inside(x, y, _corners(shape))
-    parts = any_of.reshape(height, SAMPLES, width, SAMPLES)
-    return np.asarray(parts.mean(axis=(1, 3)).round(2))
+        corners = _corners(shape)
+        if _is_open(shape):
+            points |= _near(corners, grid)
+        elif len(corners) > 2:
+            points |= Polygon(np.clip(corners / [width, height], 0, 1).tolist()).shares(grid)
+    return np.asarray(points.reshape(height, SAMPLES, width, SAMPLES).mean(axis=(1, 3)).round(2))
 
 
 def _is_open(shape: Mapping[str, Any]) -> bool:
@@ -198,23 +204,11 @@ def _corners(shape: Mapping[str, Any]) -> Float[np.ndarray, "corner 2"]:
     return np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
 
 
-def _inside(
-    x: Float[np.ndarray, "*at"], y: Float[np.ndarray, "*at"], corners: Float[np.ndarray, "corner 2"]
-) -> Bool[np.ndarray, "*at"]:
-    """Which points a line to the right leaves through an odd number of sides."""
-    odd = np.zeros(x.shape, dtype=bool)
-    for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
-        if y0 != y1:
-            odd ^= ((y0 > y) != (y1 > y)) & (x < x0 + (y - y0) / (y1 - y0) * (x1 - x0))
-    return odd
-
-
-def _near(
-    x: Float[np.ndarray, "*at"], y: Float[np.ndarray, "*at"], corners: Float[np.ndarray, "corner 2"]
-) -> Bool[np.ndarray, "*at"]:
-    """Which points are at most half a token from the line through these corners."""
+def _near(corners: Float[np.ndarray, "corner 2"], grid: tuple[int, int]) -> Bool[np.ndarray, "fine_height fine_width"]:
+    """Which of the tokens' points are at most half a token from the line through these corners."""
+    y, x = (np.mgrid[: grid[0] * SAMPLES, : grid[1] * SAMPLES] + 0.5) / SAMPLES
     near = np.zeros(x.shape, dtype=bool)
-    for (x0, y0), (x1, y1) in zip(corners[:-1], corners[1:], strict=True):
+    for (x0, y0), (x1, y1) in pairwise(corners):
         across, down = x1 - x0, y1 - y0
         along = np.clip(((x - x0) * across + (y - y0) * down) / max(across**2 + down**2, 1e-12), 0, 1)
         near |= (x - x0 - along * across) ** 2 + (y - y0 - along * down) ** 2 <= 0.25
@@ -227,25 +221,8 @@ def at_grid(selected: Bool[np.ndarray, "height width"], grid: tuple[int, int]) -
     >>> at_grid(np.array([[True, False], [True, False]]), (1, 1))
     array([[ True]])
     """
-    shares = resized(selected.astype(float), grid)
+    shares = as_mask(selected, grid)[0].numpy()
     return np.asarray(shares >= min(0.5, shares.max()) - 1e-6)
-
-
-def resized(mask: Float[np.ndarray, "height width"], grid: tuple[int, int]) -> Float[np.ndarray, "rows columns"]:
-    """Means of the mask over the parts of another grid, coarser or finer, by area.
-
-    >>> resized(np.array([[1.0, 0.0]]), (1, 4))
-    array([[1., 1., 0., 0.]])
-    """
-    rows, columns = (_overlap(parts, of) for parts, of in zip(grid, mask.shape, strict=True))
-    return np.asarray(rows @ mask @ columns.T)
-
-
-def _overlap(n: int, of: int) -> Float[np.ndarray, "n of"]:
-    """How much of each of n parts of a line lies in each of `of` parts of it; rows sum to 1."""
-    start, other = np.arange(n)[:, None] / n, np.arange(of) / of
-    shared = np.minimum(start + 1 / n, other + 1 / of) - np.maximum(start, other)
-    return np.asarray(n * np.clip(shared, 0, None))
 
 
 def _slider(name: str, last: int, side: int) -> Any:
@@ -301,7 +278,7 @@ def _canvas(grid: tuple[int, int], side: int) -> go.Figure:
 
 def _with_buttons(made: go.Figure, *buttons: str) -> go.FigureWidget:
     """The figure as a widget that offers these of plotly's buttons and nothing else."""
-    shown = go.FigureWidget(made)
+    shown = _late(go.FigureWidget)(made)
     shown._config = {
         "displaylogo": False,
         "displayModeBar": True,
@@ -309,3 +286,20 @@ def _with_buttons(made: go.Figure, *buttons: str) -> go.FigureWidget:
         "editSelection": False,
     }
     return shown
+
+
+def _late(kind: type[go.FigureWidget]) -> type[go.FigureWidget]:
+    """The same widget, of which a page hears when `open` is called once more, and not while it is being made.
+
+    On a slow computer a page shows a figure as it was when the page first heard of it, and misses what came soon after.
+    """
+
+    class Late(kind):  # type: ignore[misc]
+        _made = False
+
+        def open(self) -> None:
+            if self._made:
+                super().open()
+            self._made = True
+
+    return Late

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.differences import Difference, top_of
-from sdxl_sae_kit.selections import BAR, DRAWN_SIDE, resized
+from sdxl_sae_kit.masks import as_mask
+from sdxl_sae_kit.selections import BAR, DRAWN_SIDE
 from sdxl_sae_kit.steerings import Steering
 
 FEATURES, CONTROL = "features", "random direction"
@@ -44,8 +44,8 @@ class Steered:
         """How it differs from the picture without edits, inside and outside the mask."""
         if self.asked.where is None:
             return Difference.between(before, self.image)
-        mask = np.array(self.asked.where)
-        return Difference.between(before, self.image, resized(mask, (before.height, before.width)))
+        mask = as_mask(self.asked.where, (before.height, before.width))[0].double().numpy()
+        return Difference.between(before, self.image, mask)
 
 
 def view(before: Image.Image, steered: Steered, control: Steered | None, first: str = "") -> str:

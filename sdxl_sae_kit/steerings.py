@@ -58,12 +58,10 @@ class Steering:
         along that row; another number gives other directions.
         """
         with ExitStack() as edited:
-            recorded = [
-                edited.enter_context(
-                    steer(pipe, saes[hookpoint], **verbs, **self._place, **_along(saes[hookpoint], verbs, control))
-                )
-                for hookpoint, verbs in self.edits.items()
-            ]
+            recorded = []
+            for hookpoint, verbs in self.edits.items():
+                told: dict[str, Any] = {**verbs, **self._place, **_along(saes[hookpoint], verbs, control)}
+                recorded.append(edited.enter_context(steer(pipe, saes[hookpoint], **told)))
             (image,) = generate(pipe, [self.prompt], [self.seed])
         return image, recorded
 

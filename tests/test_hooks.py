@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import HeunDiscreteScheduler, StableDiffusionXLImg2ImgPipeline
+from diffusers import HeunDiscreteScheduler, PNDMScheduler, StableDiffusionXLImg2ImgPipeline
 
 from sdxl_sae_kit.errors import HookpointError
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, list_hookpoints, resolve
@@ -76,7 +76,7 @@ def test_image_to_image_records_the_steps_it_runs(pipe):
     images = generate(pipe, PROMPTS, SEEDS)
     with record(redraw, ["mid.0"]) as recording:
         redraw(PROMPTS, image=images, strength=0.5, num_inference_steps=4, guidance_scale=0.0)
-    assert recording.steps == [2, 3]
+    assert recording.steps == [0, 1]  # two steps are really made
 
 
 def test_the_uncond_half_does_not_depend_on_the_prompt(pipe):
@@ -187,3 +187,81 @@ def test_images_of_several_calls_add_up(pipe):
     with record(pipe, ["mid.0"]) as together:
         generate(pipe, PROMPTS, SEEDS)
     assert torch.allclose(recording.update("mid.0"), together.update("mid.0"), atol=1e-4)
+
+
+def test_a_scheduler_that_does_not_say_which_visit_it_is_has_its_steps_told_apart(pipe):
+    base = load_pipeline("tiny-base", device="cpu")
+    base.scheduler = PNDMScheduler.from_config(base.scheduler.config, skip_prk_steps=True)
+    calls = []
+    with rewrite(base, {"mid.0": lambda _u, call: calls.append((call.step, call.n_steps))}):
+        for _ in range(2):
+            generate(base, PROMPTS[:1], SEEDS[:1], num_inference_steps=3, guidance_scale=0.0)
+    timesteps = base.scheduler.timesteps.tolist()
+    assert len(set(timesteps)) < len(timesteps) == 4
+    assert calls == [(i, 4) for i in range(4)] * 2
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+def test_a_failure_while_hooks_are_set_leaves_none(pipe, monkeypatch, failing):
+    before, made = n_hooks(pipe), []
+    for name in ("register_forward_hook", "register_forward_pre_hook"):
+        original = getattr(torch.nn.Module, name)
+
+        def register(self, *args, original=original, **kwargs):
+            made.append(self)
+            if len(made) == failing:
+                raise KeyboardInterrupt
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.nn.Module, name, register)
+    with pytest.raises(KeyboardInterrupt), record(pipe, ["mid.0", "up.0.0"]):
+        pass
+    assert n_hooks(pipe) == before
+
+
+def compiled_in_place(pipe):
+    """As diffusers compiles repeated blocks."""
+    pipe.unet.mid_block.attentions[0].compile(backend="eager")
+
+
+def compiled_forward(pipe):
+    block = pipe.unet.mid_block.attentions[0]
+    block.forward = torch.compile(block.forward, backend="eager")
+
+
+def compiled_in_another(pipe):
+    pipe.unet.mid_block.attentions[0] = torch.compile(pipe.unet.mid_block.attentions[0], backend="eager")
+
+
+@pytest.mark.parametrize("compile", [compiled_in_place, compiled_forward, compiled_in_another])
+def test_a_compiled_block_is_read_and_rewritten_too_and_says_that_it_runs_uncompiled(compile):
+    torch._dynamo.reset()
+    pipe = load_pipeline("tiny-turbo", device="cpu")
+    clean = image(pipe)
+    with record(pipe, ["mid.0"]) as expected, rewrite(pipe, {"mid.0": lambda u, _: u * 0}):
+        zeroed = image(pipe)
+    compile(pipe)
+    for _ in range(2):  # before it is compiled, and after
+        warns = pytest.warns(UserWarning, match="The U-Net is compiled, .* it runs uncompiled")
+        with warns as warned, record(pipe, ["mid.0"]) as recording:
+            assert np.array_equal(image(pipe), clean)
+        assert [w.filename for w in warned if w.category is UserWarning] == [__file__]
+        assert torch.equal(recording.update("mid.0"), expected.update("mid.0"))
+        with pytest.warns(UserWarning), rewrite(pipe, {"mid.0": lambda u, _: u * 0}):
+            assert np.array_equal(image(pipe), zeroed)
+        assert np.abs(image(pipe).astype(int) - clean).max() <= 1  # compiled; no hook was compiled into it
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_a_whole_compiled_unet_is_read_too(pipe, monkeypatch):
+    with record(pipe, ["mid.0"]) as expected:
+        generate(pipe, PROMPTS, SEEDS)
+    unet = pipe.unet
+    pipe.unet = torch.compile(unet, backend="eager")
+    try:
+        with pytest.warns(UserWarning, match="The U-Net is compiled"), record(pipe, ["mid.0"]) as recording:
+            generate(pipe, PROMPTS, SEEDS)
+    finally:
+        pipe.unet = unet
+    assert torch.equal(recording.update("mid.0"), expected.update("mid.0"))
+    assert n_hooks(pipe) == 0

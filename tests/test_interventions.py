@@ -1,16 +1,26 @@
 """Steering: exact where nothing is asked, exactly the formula where something is."""
 
+import warnings
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 import torch
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+)
+from PIL import Image
 
 from sdxl_sae_kit.configs import SAEConfig
-from sdxl_sae_kit.errors import ArtifactError, EditError
+from sdxl_sae_kit.edits import read_edits, write_edits
+from sdxl_sae_kit.errors import ArtifactError, EditError, HookpointError
 from sdxl_sae_kit.hooks import record, rewrite
-from sdxl_sae_kit.interventions import steer
-from sdxl_sae_kit.pipelines import generate, load_pipeline
+from sdxl_sae_kit.interventions import replay, steer
+from sdxl_sae_kit.masks import Polygon
+from sdxl_sae_kit.pipelines import describe, draw, generate, load_pipeline
 from sdxl_sae_kit.sae import SAE
 
 PROMPTS, SEEDS = (
@@ -68,8 +78,9 @@ def test_an_edit_that_changes_nothing_changes_not_a_bit(pipe, edits, sae, latent
             assert np.array_equal(images(pipe, **settings), before)
 
 
-def test_nor_in_bfloat16(sae, latent):
-    half = load_pipeline("tiny-turbo", device="cpu", dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_nor_in_half_precision(sae, latent, dtype):
+    half = load_pipeline("tiny-turbo", device="cpu", dtype=dtype)
     draw = lambda: np.asarray(generate(half, PROMPTS[:1], SEEDS[:1], output_type="latent").float())  # noqa: E731
     before = draw()
     for edits in NOTHING.values():
@@ -178,12 +189,12 @@ def test_an_edit_of_one_image_does_not_depend_on_the_others_in_its_batch(pipe, s
         ({"scale": {0: 0.0}, "cfg": "neither"}, "cfg is 'both', 'cond' or 'uncond', not 'neither'"),
         ({"scale": {0: 0.0}, "along": {1: np.zeros(96)}}, "for a latent that is edited"),
         ({"scale": {0: 0.0}, "along": {0: np.zeros(3)}}, "vector of 96 numbers"),
-        (
-            {"scale": {0: 0.0}, "where": np.ones((32, 32))},
-            r"where has shape \(32, 32\), but up.0.1 is 8×8 for this image. Resize it to \(8, 8\)",
-        ),
+        ({"scale": {0: 0.0}, "where": np.ones(8)}, r"where has shape \(8,\), but a mask is \(height, width\)"),
+        ({"scale": {0: 0.0}, "where": -np.ones((8, 8))}, "where has numbers down to -1, but shares start at 0"),
         ({"scale": {0: 0.0}, "where": np.full((8, 8), np.nan)}, "where must be a map of finite numbers"),
-        ({"scale": {0: np.ones((8, 9))}}, r"scale\[0\] has shape \(8, 9\)"),
+        ({"scale": {0: np.ones(3)}}, r"scale\[0\] is for 3 image\(s\), one each, but this batch makes 2"),
+        ({"scale": {0: 0.0}, "where": np.ones((1, 8, 8))}, r"where is for 1 image\(s\), one each, .* makes 2"),
+        ({"scale": {0: np.ones((2, 8, 8, 3))}}, r"scale\[0\] must be a finite number or a map"),
         ({"scale": {0: 0.0}, "clamp": {0: 1.0}}, r"latents \[0\] are both scaled and clamped"),
         ({"scale": {0.5: 0.0}}, r"latents of scale, such as scale=\{17: 2.0\}, must be integers, not \[0.5\]"),
         ({"add": [1, 2]}, r"add must say how strongly for each latent, .* not \[1, 2\]"),
@@ -244,3 +255,173 @@ def test_an_sae_that_fits_elsewhere_is_refused(pipe, sae):
         steer(pipe, SAE(SAEConfig(k=2), 24, sae.site), scale={0: 0.0}),
     ):
         pass
+
+
+def sibling(kind, pipe):
+    """A pipeline that starts from an image, of the same components."""
+    made = kind(**pipe.components)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def redrawn(made, start, **settings):
+    """Drawn again from an image; inpainting is given a mask of the left half."""
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    if isinstance(made, StableDiffusionXLInpaintPipeline):
+        settings["mask_image"] = Image.fromarray(np.repeat([[255] * 32 + [0] * 32], 64, 0).astype(np.uint8))
+    settings = {"num_inference_steps": 4, "guidance_scale": 0.0, "height": 64, "width": 64} | settings
+    if not isinstance(made, StableDiffusionXLInpaintPipeline):
+        del settings["height"], settings["width"]
+    return np.asarray(made(PROMPTS, image=start, generator=generators, output_type="np", **settings).images)
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline])
+def test_pipelines_that_start_from_an_image_are_steered_from_their_first_step_on(pipe, sae, latent, kind):
+    made, start, calls = sibling(kind, pipe), generate(pipe, PROMPTS, SEEDS), []
+    assert describe(made) == describe(pipe)
+    clean = redrawn(made, start, strength=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is the SAE's own model
+        with steer(made, sae, scale={latent: 1.0}):
+            assert np.array_equal(redrawn(made, start, strength=0.5), clean)
+        with steer(made, sae, add={latent: 3.0}, steps=[0]), rewrite(made, {HOOKPOINT: lambda u, c: calls.append(c)}):
+            first = redrawn(made, start, strength=0.5)
+        with steer(made, sae, add={latent: 3.0}, steps=(0.0, 0.5)):
+            assert np.array_equal(redrawn(made, start, strength=0.5), first)
+    assert not np.array_equal(first, clean)
+    assert [(call.step, call.n_steps) for call in calls] == [(0, 2), (1, 2)]
+    refused = pytest.raises(EditError, match=r"steps=\[2\], but this image is made in 2 step")
+    with refused, steer(made, sae, add={latent: 1.0}, steps=[2]):
+        redrawn(made, start, strength=0.5)
+
+
+def test_whatever_the_scheduler_and_wherever_it_starts_and_ends(pipe):
+    base = load_pipeline("tiny-base", device="cpu")
+    made, start = sibling(StableDiffusionXLImg2ImgPipeline, base), generate(base, PROMPTS, SEEDS, num_inference_steps=1)
+    made.scheduler = DDIMScheduler.from_config(base.scheduler.config)  # does not know where it begins
+    settings = {"num_inference_steps": 6, "guidance_scale": 3.0}
+    cases = (({"strength": 0.5}, 3), ({"denoising_start": 0.7}, None), ({"denoising_end": 0.5, "strength": 1.0}, None))
+    for more, expected in cases:
+        calls = []
+        with rewrite(made, {"mid.0": lambda _u, call, calls=calls: calls.append(call)}):
+            for _ in range(2):
+                redrawn(made, start, **settings, **more)
+        n = len(calls) // 2
+        assert expected in (None, n) and 0 < n <= 6
+        assert [(call.step, call.n_steps) for call in calls] == [(i, n) for i in range(n)] * 2
+        assert all(call.guided for call in calls)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+def test_several_images_of_a_prompt_are_edited_each_by_its_own_strength(pipe, sae, latent, guidance):
+    settings = {"num_inference_steps": 1, "num_images_per_prompt": 2, "output_type": "np", "guidance_scale": guidance}
+
+    def drawn(**edits):
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3, 4)]
+        with steer(pipe, sae, **edits):
+            return np.asarray(pipe(PROMPTS, generator=generators, **settings).images)
+
+    clean, edited = drawn(), drawn(add={latent: [0.0, 3.0, 0.0, 0.0]})
+    assert [np.array_equal(a, b) for a, b in zip(clean, edited, strict=True)] == [True, False, True, True]
+    masks = np.zeros((4, 16, 16))
+    masks[2] = 1
+    edited = drawn(ablate_block=True, where=masks)
+    assert [np.array_equal(a, b) for a, b in zip(clean, edited, strict=True)] == [True, True, False, True]
+
+
+def test_a_mask_covers_the_picture_whatever_its_size(pipe, sae, latent, clean):
+    mask = np.zeros((8, 8))
+    mask[:, :4] = 1
+    expected = edited_update(pipe, sae, add={latent: 2.0}, where=mask)[0]
+    same = [np.kron(mask, np.ones((8, 8))) > 0, Image.fromarray((255 * mask).astype(np.uint8)).resize((64, 64), 0)]
+    same += [Polygon([(0, 0), (0.5, 0), (0.5, 1), (0, 1)]), 7.5 * mask]
+    for where in same:
+        assert torch.equal(edited_update(pipe, sae, add={latent: 2.0}, where=where)[0], expected)
+    assert torch.equal(expected[:, :, 4:], clean[:, :, 4:]) and not torch.equal(expected, clean)
+
+
+def test_a_block_is_ablated_by_name_alone(pipe, sae):
+    with rewrite(pipe, {HOOKPOINT: lambda update, _: torch.zeros_like(update)}):
+        zeroed = images(pipe)
+    with steer(pipe, HOOKPOINT, ablate_block=True) as edit:
+        assert np.array_equal(images(pipe), zeroed)
+    assert (edit.hookpoint, edit.sae) == (HOOKPOINT, None)
+    with steer(pipe, sae, ablate_block=True):
+        assert np.array_equal(images(pipe), zeroed)
+    with replay(pipe, [], edit):
+        assert np.array_equal(images(pipe), zeroed)
+    with pytest.raises(EditError, match="takes an SAE, .* for all but ablate_block"), steer(pipe, HOOKPOINT):
+        pass
+    with pytest.raises(HookpointError, match="Did you mean"), steer(pipe, "up.0.l", ablate_block=True):
+        pass
+
+
+def test_a_recorded_edit_made_again_draws_the_same(pipe, small_saes, sae, latent, tmp_path):
+    other = small_saes["down.2.1", "k8"]
+    polygon = Polygon([(0, 0), (0.7, 0), (0.5, 1)])
+    with (
+        steer(pipe, sae, add={latent: np.linspace(0, 2, 9).reshape(3, 3)}, where=polygon) as first,
+        steer(pipe, other, scale={1: 3.0}, steps=[0], keep_norm=True) as second,
+    ):
+        drawn = images(pipe)
+    write_edits(tmp_path / "edits.json", [first, second])
+    assert read_edits(tmp_path / "edits.json") == [first, second]
+    before = images(pipe)
+    for saes in (small_saes, [other, sae]):
+        with replay(pipe, saes, tmp_path / "edits.json") as edits:
+            assert np.array_equal(images(pipe), drawn)
+    assert edits == [first, second] and np.array_equal(images(pipe), before)
+    with replay(pipe, sae, first), steer(pipe, other, scale={1: 3.0}, steps=[0], keep_norm=True):
+        assert np.array_equal(images(pipe), drawn)
+
+
+def test_an_edit_is_not_made_with_another_sae(pipe, small_saes, sae, latent):
+    with steer(pipe, sae, scale={latent: 0.0}) as edit:
+        pass
+    assert (edit.hookpoint, edit.sae, edit.digest) == (sae.hookpoint, sae.name, sae.digest)
+    other = small_saes["down.2.1", "k8"]
+    complaint = rf"edit 0 was made with {sae.name} \({sae.digest[:8]}\), but the SAEs given are {other.name} \("
+    with pytest.raises(ArtifactError, match=complaint), replay(pipe, other, edit):
+        pass
+    with pytest.raises(ArtifactError, match="the SAEs given are none"), replay(pipe, [], [edit]):
+        pass
+    elsewhere, beyond = replace(edit, hookpoint="mid.0"), replace(edit, scale={999: 0.0})
+    with pytest.raises(EditError, match="edit 0 is of mid.0, but its SAE is of up.0.1"), replay(pipe, sae, elsewhere):
+        pass
+    refused = pytest.raises(EditError, match="edit 1: .* has latents 0 to 191; there is no 999")
+    with refused, replay(pipe, sae, [edit, beyond]):
+        pass
+
+
+def test_edited_updates_are_recorded_only_where_asked(pipe, sae, clean, latent):
+    amount = (2 * sae.mean_activation[latent] * sae.W_dec[latent]).expand_as(clean)
+    with (
+        record(pipe, [HOOKPOINT]) as before,
+        steer(pipe, sae, add={latent: 2.0}),
+        record(pipe, [HOOKPOINT]) as own,
+        record(pipe, [HOOKPOINT], edited=True) as edited,
+        steer(pipe, sae, scale={latent: 0.0}),  # opened later, so not in it
+    ):
+        generate(pipe, PROMPTS, SEEDS)
+    assert torch.equal(own.update(HOOKPOINT), clean) and torch.equal(before.update(HOOKPOINT), clean)
+    assert torch.allclose(edited.update(HOOKPOINT) - clean, amount, atol=1e-4)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_nothing_stays_hooked_after_a_failure_in_the_middle_of_an_image(pipe, sae, latent, failure):
+    before, hooks = images(pipe), sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pipe.unet.modules())
+
+    def fail(_update, _call):
+        raise failure
+
+    with pytest.raises(failure), steer(pipe, sae, scale={latent: 0.0}), rewrite(pipe, {"mid.0": fail}):
+        images(pipe)
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pipe.unet.modules()) == hooks
+    assert np.array_equal(images(pipe), before)
+
+
+def test_a_setting_that_the_pipeline_would_ignore_is_refused(pipe):
+    with pytest.raises(
+        Exception, match=r"StableDiffusionXLPipeline takes no 'generatr', .* Did you mean 'generator'\?"
+    ):
+        draw(pipe, PROMPTS, SEEDS, generatr=None)
