@@ -39,7 +39,9 @@ class _Picture(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self.figure = figure
         self.whole = widget(widgets.Button, "whole", 120, description="Whole picture")
         self.told = widget(widgets.HTML, "told")
-        super().__init__([self.told, *controls, line([*buttons, self.whole])])
+        self._below = [self.told, *controls, line([*buttons, self.whole])]
+        self._seen = False
+        super().__init__(self._below)
         self.add_class("sae-picture")
         self.layout.flex = f"0 0 {figure.layout.width + 10}px"
 
@@ -47,10 +49,10 @@ class _Picture(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         """Show this image, and below it `told`, which is HTML. What is chosen stays."""
         self.figure.layout.images[0].source = html.data_uri(html.to_webp(image))
         self.told.value = STYLE + told
-        if self.figure not in self.children:
+        if not self._seen:
             self.prepare()
             self.figure.open()
-            self.children = [self.figure, *self.children]
+            self.children, self._seen = [self.figure, *self._below], True
 
     def prepare(self) -> None:
         """To be called before it is shown as part of another widget.
@@ -125,7 +127,7 @@ class MaskedPicture(_Picture):
         self._grid, self._on_draw = grid, on_draw
         height, width = grid
         self.columns, self.rows = _slider("columns", width, DRAWN_SIDE), _slider("rows", height, DRAWN_SIDE)
-        self.add = widget(widgets.Button, "add-rectangle", 110, description="Add rectangle")
+        self.add = widget(widgets.Button, "add-rectangle", 130, description="Add rectangle")
         self.remove = widget(widgets.Button, "remove-shape", 110, description="Remove last")
         super().__init__(_drawable(grid), [self.columns, self.rows], [self.add, self.remove])
         self.figure.layout.on_change(lambda layout, shapes: self._changed(), "shapes")
@@ -278,7 +280,7 @@ def _canvas(grid: tuple[int, int], side: int) -> go.Figure:
 
 def _with_buttons(made: go.Figure, *buttons: str) -> go.FigureWidget:
     """The figure as a widget that offers these of plotly's buttons and nothing else."""
-    shown = _late(go.FigureWidget)(made)
+    shown = _figure_widget()(made)
     shown._config = {
         "displaylogo": False,
         "displayModeBar": True,
@@ -288,18 +290,40 @@ def _with_buttons(made: go.Figure, *buttons: str) -> go.FigureWidget:
     return shown
 
 
-def _late(kind: type[go.FigureWidget]) -> type[go.FigureWidget]:
-    """The same widget, of which a page hears when `open` is called once more, and not while it is being made.
+def _figure_widget() -> type[go.FigureWidget]:
+    """FigureWidget, which takes long to import, with two changes of what passes between it and a page."""
 
-    On a slow computer a page shows a figure as it was when the page first heard of it, and misses what came soon after.
-    """
-
-    class Late(kind):  # type: ignore[misc]
+    class Figure(go.FigureWidget):  # type: ignore[misc]
         _made = False
 
         def open(self) -> None:
+            """A page hears of it when this is called once more, and not while it is being made.
+
+            A slow page shows a figure as it was when the page first heard of it, and misses what came soon after.
+            """
             if self._made:
                 super().open()
             self._made = True
 
-    return Late
+        def plotly_relayout(self, relayout_data: Mapping[str, Any], **source: Any) -> None:
+            """A dragged shape is told in parts, which plotly refuses where a page drew the shape."""
+            shapes = self.layout.to_plotly_json().get("shapes", [])
+            super().plotly_relayout(_with_whole_shapes(relayout_data, shapes), **source)
+
+    return Figure
+
+
+def _with_whole_shapes(changes: Mapping[str, Any], shapes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Changes of a layout in which parts of shapes (`shapes[0].x1`) are all the shapes, changed.
+
+    >>> _with_whole_shapes({"shapes[0].x1": 5, "dragmode": "drawrect"}, [{"x0": 0, "x1": 1}])
+    {'dragmode': 'drawrect', 'shapes': [{'x0': 0, 'x1': 5}]}
+    """
+    parts = {key: found for key in changes if (found := re.fullmatch(r"shapes\[(\d+)\]\.(\w+)", key))}
+    whole = {key: value for key, value in changes.items() if key not in parts}
+    if parts:
+        whole["shapes"] = [dict(shape) for shape in shapes]
+    for key, found in parts.items():
+        if int(found[1]) < len(shapes):
+            whole["shapes"][int(found[1])][found[2]] = changes[key]
+    return whole

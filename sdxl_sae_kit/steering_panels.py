@@ -194,7 +194,9 @@ class SteeringPanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
         """Write the edits of the picture shown to a new file."""
         self.draw()
         name = self.file.value.strip()
-        if self.steered is None or not self.steered.edits:
+        if self.steered is None or self.steered.asked != self._asked():
+            return  # the notice says why it could not be drawn
+        if not self.steered.edits:
             self.notice.value = "Nothing is changed, so there is no edit to save. Move a slider first."
         elif not name or Path(name).exists():
             self.notice.value = f"There is already {html.escape(name or 'a folder')}. Choose another name of a file."
@@ -261,7 +263,7 @@ class SteeringPanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
         self._warned = html.escape(" ".join(str(told.message) for told in said))
         self.steered = self.control = None
         self._codes.clear()
-        self.picture.show(self.clean.image, html.fragment(self._told(), html.quiet(HOW)))
+        self.picture.show(scaled(self.clean.image, DRAWN_SIDE), html.fragment(self._told(), html.quiet(HOW)))
         self.rows.tell()
         return True
 

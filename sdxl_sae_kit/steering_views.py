@@ -62,7 +62,7 @@ def numbers(differences: Mapping[str, Difference]) -> str:
     columns = {name: difference.numbers() for name, difference in differences.items()}
     names = next(iter(columns.values()))
     rows = [{"": name} | {column: _written(name, told[name]) for column, told in columns.items()} for name in names]
-    return html.table(rows, FORMULA)
+    return html.table(rows, "How much it changed") + html.quiet(FORMULA)
 
 
 def sentence(difference: Difference) -> str:

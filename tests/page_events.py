@@ -22,6 +22,20 @@ def leave(figure: Any) -> None:
     _send(figure, "plotly_deselect", [], None)
 
 
+def draw(figure: Any, *shapes: dict[str, Any]) -> None:
+    """These shapes are on the picture now."""
+    _relayout(figure, {"shapes": list(shapes)})
+
+
+def move(figure: Any, at: int, **places: Any) -> None:
+    """A shape that was drawn has been dragged."""
+    _relayout(figure, {f"shapes[{at}].{name}": place for name, place in places.items()})
+
+
+def _relayout(figure: Any, changes: dict[str, Any]) -> None:
+    figure._js2py_relayout = {"relayout_data": changes, "source_view_id": "page"}
+
+
 def _send(figure: Any, event: str, tokens: Sequence[int], selector: Any) -> None:
     (markers,) = figure.data
     points = {
