@@ -29,6 +29,7 @@ BAR = 34
 """Pixels above the picture, for the buttons that choose what a drag does."""
 
 _PEN = {"line": {"width": 2, "color": "white"}, "fillcolor": "rgba(255,255,255,0.15)"}
+_NEEDED = ("type", "x0", "x1", "y0", "y1", "path", "line", "fillcolor", "editable")
 _NOWHERE = {"type": "rect", "xref": "x", "yref": "y", "x0": -9, "x1": -9, "y0": -9, "y1": -9}
 
 
@@ -156,7 +157,8 @@ class MaskedPicture(_Picture):
 
     def _add(self) -> None:
         (left, right), (top, bottom) = self.columns.value, self.rows.value
-        self._set([*self.shapes, {"type": "rect", "x0": left - 1, "x1": right, "y0": top - 1, "y1": bottom, **_PEN}])
+        rectangle = {"type": "rect", "x0": left - 1, "x1": right, "y0": top - 1, "y1": bottom}
+        self._set([*self.shapes, {**rectangle, **_PEN, "editable": True}])
 
     def _set(self, shapes: list[dict[str, Any]]) -> None:
         self.figure.plotly_relayout({"shapes": shapes})
@@ -306,7 +308,7 @@ def _figure_widget() -> type[go.FigureWidget]:
             self._made = True
 
         def plotly_relayout(self, relayout_data: Mapping[str, Any], **source: Any) -> None:
-            """A dragged shape is told in parts, which plotly refuses where a page drew the shape."""
+            """What a page tells of shapes is made whole and plain: see `_with_whole_shapes`."""
             shapes = self.layout.to_plotly_json().get("shapes", [])
             super().plotly_relayout(_with_whole_shapes(relayout_data, shapes), **source)
 
@@ -314,7 +316,10 @@ def _figure_widget() -> type[go.FigureWidget]:
 
 
 def _with_whole_shapes(changes: Mapping[str, Any], shapes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Changes of a layout in which parts of shapes (`shapes[0].x1`) are all the shapes, changed.
+    """Changes of a layout in which all shapes stand whole, with nothing but what is needed to draw them.
+
+    A page tells of a dragged shape in parts (`shapes[0].x1`), which plotly refuses where the page drew it, and of a new
+    one with attributes that are not defined, which equal nothing.
 
     >>> _with_whole_shapes({"shapes[0].x1": 5, "dragmode": "drawrect"}, [{"x0": 0, "x1": 1}])
     {'dragmode': 'drawrect', 'shapes': [{'x0': 0, 'x1': 5}]}
@@ -322,7 +327,9 @@ def _with_whole_shapes(changes: Mapping[str, Any], shapes: list[dict[str, Any]])
     parts = {key: found for key in changes if (found := re.fullmatch(r"shapes\[(\d+)\]\.(\w+)", key))}
     whole = {key: value for key, value in changes.items() if key not in parts}
     if parts:
-        whole["shapes"] = [dict(shape) for shape in shapes]
+        whole["shapes"] = shapes
+    if "shapes" in whole:
+        whole["shapes"] = [{key: shape[key] for key in _NEEDED if key in shape} for shape in whole["shapes"]]
     for key, found in parts.items():
         if int(found[1]) < len(shapes):
             whole["shapes"][int(found[1])][found[2]] = changes[key]
