@@ -263,7 +263,9 @@ class SteeringPanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
         self._warned = html.escape(" ".join(str(told.message) for told in said))
         self.steered = self.control = None
         self._codes.clear()
-        self.picture.show(scaled(self.clean.image, DRAWN_SIDE), html.fragment(self._told(), html.quiet(HOW)))
+        self.picture.show(
+            scaled(self.clean.image, DRAWN_SIDE), html.fragment("<p><b>Before</b></p>", self._told(), html.quiet(HOW))
+        )
         self.rows.tell()
         return True
 

@@ -39,6 +39,7 @@ def test_what_is_slid_and_drawn_is_what_is_steered(page: Any, tmp_path: Path) ->
         shown.locator(".js-plotly-plot .nsewdrag").first.wait_for()
         untouched = beside.locator(".sae-result").inner_html()
 
+        assert page.faults == []  # a figure that was not ready in two seconds hears nothing of Python
         slider = shown.locator(".sae-row-strength [role=slider]").first
         before = result.locator("img").first.get_attribute("alt")
         slider.focus()
