@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Real
 from pathlib import Path
@@ -20,7 +21,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.errors import ArtifactError, EditError, did_you_mean
+from sdxl_sae_kit.errors import ArtifactError, EditError, KitError, did_you_mean
 from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.masks import Polygon, Where, as_mask, numbers, plain_map, plain_mask, shortened
 
@@ -111,14 +112,16 @@ class Edit:
 
     def _chosen(self, n_steps: int) -> list[int]:
         steps = list(self.steps or ())
-        made = f"but this image is made in {n_steps} step(s), numbered from 0."
         if isinstance(steps[0], float):
             start, end = steps
             if chosen := [i for i in range(n_steps) if start <= i / n_steps < end]:
                 return chosen
-            raise EditError(f"steps={tuple(steps)} is no step i with {start:g} ≤ i / {n_steps} < {end:g}, {made}")
+            raise EditError(
+                f"steps={tuple(steps)} is none of this image's {n_steps} step(s): there is no i with {start:g} ≤ "
+                f"i / {n_steps} < {end:g}."
+            )
         if outside := [i for i in steps if i >= n_steps]:
-            raise EditError(f"steps={outside}, {made}")
+            raise EditError(f"steps={outside}, but this image is made in {n_steps} step(s), numbered from 0.")
         return [int(i) for i in steps]
 
     def to_json(self) -> dict[str, Any]:
@@ -194,7 +197,7 @@ class Edit:
         return f"{form}: {share}"
 
     def _repr_html_(self) -> str:
-        by = f" by {self.sae} (sha256 {self.digest or 'unknown'})" if self.sae else ""
+        by = f" by {self.sae} (sha256 {(self.digest or 'unknown')[:12]})" if self.sae else ""
         picture = ""
         if self.where is not None:
             mask = as_mask(self.where, (SHOWN, SHOWN))[0].numpy()
@@ -254,11 +257,18 @@ def read_edits(path: Path | str) -> list[Edit]:
         )
     edits = []
     for number, record in enumerate(content["edits"]):
-        try:
+        with explained(f"{path}, edit {number}", ArtifactError):
             edits.append(Edit.from_json(record))
-        except EditError as cause:
-            raise ArtifactError(f"{path}, edit {number}: {cause}") from None
     return edits
+
+
+@contextmanager
+def explained(asked: str, kind: type[KitError] = EditError) -> Iterator[None]:
+    """Say in front of a refusal what was asked."""
+    try:
+        yield
+    except KitError as cause:
+        raise kind(f"{asked}: {cause}") from None
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

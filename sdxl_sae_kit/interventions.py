@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
-from sdxl_sae_kit.edits import Cfg, Edit, Gate, Strengths, read_edits
+from sdxl_sae_kit.edits import Cfg, Edit, Gate, Strengths, explained, read_edits
 from sdxl_sae_kit.errors import ArtifactError, EditError
 from sdxl_sae_kit.hookpoints import Hookpoint, resolve
 from sdxl_sae_kit.hooks import rewrite
@@ -92,11 +92,9 @@ def steer(
     verbs: Any = {"add": add, "scale": scale, "clamp": clamp, "replace": replace, "along": along}
     settings: Any = {"where": where, "steps": steps, "cfg": cfg, "schedule": schedule, "gate": gate}
     settings |= {"reconstruct": reconstruct, "ablate_block": ablate_block, "keep_norm": keep_norm}
-    try:
+    with explained("steer"):
         edit = Edit(**place, **{name: {} if each is None else each for name, each in verbs.items()}, **settings)
         hook = Hook.of(edit, sae if isinstance(sae, SAE) else None)
-    except EditError as cause:
-        raise EditError(f"steer: {cause}") from None
     with _hooked(pipe, hook):
         yield edit
 
@@ -126,10 +124,8 @@ def replay(pipe: Any, saes: Any, edits: Edit | Sequence[Edit] | Path | str) -> I
         sae = None if edit.ablate_block else _recorded(number, edit, by_digest)
         if sae is not None and check_fit(pipe, sae).name != edit.hookpoint:
             raise EditError(f"replay: edit {number} is at {edit.hookpoint}, its SAE at {sae.hookpoint}. Mend it.")
-        try:
+        with explained(f"replay: edit {number}"):
             hooks.append(Hook.of(edit, sae))
-        except EditError as cause:
-            raise EditError(f"replay: edit {number}: {cause}") from None
     with ExitStack() as stack:
         for hook in hooks:
             stack.enter_context(_hooked(pipe, hook))

@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sdxl_sae_kit.edits import Edit
-from sdxl_sae_kit.errors import EditError, KitError
+from sdxl_sae_kit.edits import Edit, explained
+from sdxl_sae_kit.errors import EditError
 from sdxl_sae_kit.hooks import Call
 from sdxl_sae_kit.masks import as_map, as_mask
 from sdxl_sae_kit.sae import SAE
@@ -62,26 +62,21 @@ class Hook:
         """Check an edit against its SAE.
 
         Raises:
-            EditError: they do not fit.
+            KitError: they do not fit.
         """
         if sae is None or not edit.latents:
             return cls(edit, sae, None, torch.zeros(0))
         _check_latents(edit, sae)
-        try:
-            directions = sae.directions.detach()[edit.latents].float().cpu()
-        except KitError as cause:
-            raise EditError(str(cause)) from None
+        directions = sae.directions.detach()[edit.latents].float().cpu()
         for latent, vector in edit.along.items():
             directions[edit.latents.index(latent)] = torch.tensor(vector)
         return cls(edit, sae, directions, sae.mean_activation.detach()[edit.latents].float().cpu())
 
     def __call__(self, update: Float[Tensor, "row height width d_in"], call: Call) -> Tensor | None:
         """The new update, or None where this step is not edited."""
-        try:
+        with explained(f"steer at {call.hookpoint}"):
             factor = self.edit.factor(call.step, call.n_steps)
             plan, directions = self._planned(update, call)
-        except EditError as cause:
-            raise EditError(f"steer at {call.hookpoint}: {cause}") from None
         if factor == 0:
             return None
         x, weight, change = update.float(), factor * plan.weight, plan.fixed

@@ -230,6 +230,15 @@ def test_adding_a_latent_without_a_unit_is_refused(pipe, sae):
         pass
 
 
+def test_latents_without_a_direction_of_their_own_are_refused_before_anything_is_hooked(pipe, sae):
+    per_token = SAE(replace(sae.config, normalize="layer_norm"), 96, sae.site)
+    refused = pytest.raises(
+        EditError, match="steer: .* normalises each token by itself, so its latents have no direction"
+    )
+    with refused, steer(pipe, per_token, scale={0: 0.0}):
+        pass
+
+
 def test_an_sae_of_another_model_is_warned_of(sae):
     base = load_pipeline("tiny-base", device="cpu")
     with (
@@ -281,7 +290,7 @@ def test_pipelines_that_start_from_an_image_are_steered_from_their_first_step_on
     assert describe(made) == describe(pipe)
     clean = redrawn(made, start, strength=0.5)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is the SAE's own model
+        warnings.simplefilter("error", UserWarning)  # it is the SAE's own model
         with steer(made, sae, scale={latent: 1.0}):
             assert np.array_equal(redrawn(made, start, strength=0.5), clean)
         with steer(made, sae, add={latent: 3.0}, steps=[0]), rewrite(made, {HOOKPOINT: lambda u, c: calls.append(c)}):
@@ -386,7 +395,7 @@ def test_an_edit_is_not_made_with_another_sae(pipe, small_saes, sae, latent):
     with pytest.raises(ArtifactError, match="the SAEs given are none"), replay(pipe, [], [edit]):
         pass
     elsewhere, beyond = replace(edit, hookpoint="mid.0"), replace(edit, scale={999: 0.0})
-    with pytest.raises(EditError, match="edit 0 is of mid.0, but its SAE is of up.0.1"), replay(pipe, sae, elsewhere):
+    with pytest.raises(EditError, match="edit 0 is at mid.0, its SAE at up.0.1"), replay(pipe, sae, elsewhere):
         pass
     refused = pytest.raises(EditError, match="edit 1: .* has latents 0 to 191; there is no 999")
     with refused, replay(pipe, sae, [edit, beyond]):

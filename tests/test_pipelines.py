@@ -158,8 +158,16 @@ def test_describe_reads_a_pipeline_made_elsewhere(turbo):
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     parts = turbo.components | {"scheduler": EulerDiscreteScheduler()}
+    parts["unet"] = type(turbo.unet).from_config(turbo.unet.config)
     made = StableDiffusionXLPipeline(**parts, add_watermarker=False)
     assert describe(made) == Model("unnamed", "unknown", 20, 7.5, 64, 64)
+
+
+def test_describe_knows_a_pipeline_made_of_anothers_components(turbo):
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+
+    made = StableDiffusionXLImg2ImgPipeline(**turbo.components, add_watermarker=False)
+    assert describe(made) == describe(turbo)
 
 
 def test_dtype_and_device_can_be_chosen():
