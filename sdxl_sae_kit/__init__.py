@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.similarity import ClipEmbed as ClipEmbed
     from sdxl_sae_kit.similarity import WorldEmbed as WorldEmbed
     from sdxl_sae_kit.similarity import specificity as specificity
+    from sdxl_sae_kit.steering_panels import steering_panel as steering_panel
     from sdxl_sae_kit.streaming import stream as stream
     from sdxl_sae_kit.studies.ablation import ablate as ablate
     from sdxl_sae_kit.studies.attribution import attribute as attribute
@@ -97,6 +98,7 @@ _NAMES = {
     "scales": ["load_scale"],
     "search": ["by_contrast", "by_image", "by_label", "by_region", "by_similarity", "by_text", "most_energetic"],
     "similarity": ["ClipEmbed", "WorldEmbed", "specificity"],
+    "steering_panels": ["steering_panel"],
     "streaming": ["stream"],
     "studies.ablation": ["ablate"],
     "studies.attribution": ["attribute"],

@@ -76,14 +76,8 @@ def explore(
 
     >>> kit.explore(pipe, saes, "a small blue star")                              # doctest: +SKIP
     """
-    placed = _placed(pipe, by_hookpoint("explore", "saes", SAE, saes))
-    known = {} if stats is None else by_hookpoint("explore", "stats", FeatureStats, stats)
-    for hookpoint, of_one in known.items():
-        if hookpoint not in placed or of_one.sae != placed[hookpoint].name:
-            raise KitError(
-                f"explore: stats of {of_one.sae} belong to none of these SAEs: "
-                f"{', '.join(sae.name for sae in placed.values())}. Pass those of the same SAEs."
-            )
+    placed = placed_saes("explore", pipe, by_hookpoint("explore", "saes", SAE, saes))
+    known = known_stats("explore", placed, stats)
     n, seed = whole_number("explore: n", n), whole_number("explore: seed", seed, least=0)
     return Explorer(pipe, placed, known, prompt=prompt, seed=seed, n=n)
 
@@ -163,7 +157,7 @@ class Explorer(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self.step = widget(widgets.Dropdown, "step", 100, options=range(n_steps), description="step")
         self.block = widget(widgets.Dropdown, "block", 150, options=["all", *saes], description="block")
         self.notice = widget(widgets.HTML, "notice")
-        self.picture = SelectablePicture(_finest(pipe, saes), self.refresh)
+        self.picture = SelectablePicture(finest(pipe, saes), self.refresh)
         self.caption = widget(widgets.HTML, "caption")
         self.panels = {hookpoint: Panel("found", on_open=partial(self._pressed, hookpoint)) for hookpoint in saes}
         self.opened = widgets.VBox()
@@ -221,7 +215,7 @@ class Explorer(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         """What is shown now, without controls."""
         if self.drawn is None:
             return html.fragment(html.quiet(STATIC), f"<p>{self.notice.value}</p>")
-        image, selected = _scaled(self.drawn.image, 2 * TILE), self.picture.selected
+        image, selected = scaled(self.drawn.image, 2 * TILE), self.picture.selected
         pictures = html.picture(html.to_webp(image), f"The image drawn of: {self.drawn.prompt}")
         if not selected.all():
             lit = html.overlay(image, selected.astype(np.float32), 1)
@@ -298,7 +292,7 @@ class Explorer(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         parts = [f"{name} {html.short(value)}×" for name, value in values.items()]
         where = f"Where latent {strength.latent} of {hookpoint} fires in the image of: {self.drawn.prompt}"
         alt = f"{where}; {', '.join(parts)}"
-        overlaid = html.overlay(_scaled(self.drawn.image, TILE), heat, float(heat.max()))
+        overlaid = html.overlay(scaled(self.drawn.image, TILE), heat, float(heat.max()))
         numbers = "".join(f'<br><span class="sae-quiet sae-fact">{html.escape(part)}</span>' for part in parts)
         pressed = ' class="sae-card"', f' data-latent="{strength.latent}"'
         card, opens = pressed if hookpoint in self._stats else ("", "")
@@ -306,26 +300,47 @@ class Explorer(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         return f"<figure{card}>{html.picture(html.to_webp(overlaid), alt)}<figcaption>{caption}</figcaption></figure>"
 
 
-def _scaled(image: Image.Image, side: int) -> Image.Image:
+def scaled(image: Image.Image, side: int) -> Image.Image:
     """The picture with a longer side of so many pixels."""
     factor = side / max(image.size)
     return image.convert("RGB").resize([max(1, round(n * factor)) for n in image.size], Image.Resampling.BICUBIC)
 
 
-def _placed(pipe: Any, saes: dict[str, SAE]) -> dict[str, SAE]:
-    """The SAEs in the order of the forward pass, if they fit."""
+def placed_saes(asked: str, pipe: Any, saes: dict[str, SAE]) -> dict[str, SAE]:
+    """The SAEs in the order of the forward pass, if they fit and tell the unit of their latents.
+
+    Raises:
+        KitError: one does not tell.
+        ArtifactError: one does not fit this U-Net.
+    """
     places = {}
     for sae in saes.values():
         places[check_fit(pipe, sae).name] = sae
         if not (sae.mean_activation > 0).any():
             raise KitError(
-                f"explore: {sae.name} does not tell how strongly its latents usually fire, the unit of what is shown. "
+                f"{asked}: {sae.name} does not tell how strongly its latents usually fire, the unit of what is shown. "
                 "Measure it with sae.mean_activation.copy_(evaluation.mean_activation(sae, cache, sae.hookpoint))."
             )
     return {name: places[name] for name in list_hookpoints(pipe) if name in places}
 
 
-def _finest(pipe: Any, saes: Iterable[str]) -> tuple[int, int]:
+def known_stats(
+    asked: str,
+    saes: dict[str, SAE],
+    stats: FeatureStats | Mapping[Any, FeatureStats] | Iterable[FeatureStats] | None,
+) -> dict[str, FeatureStats]:
+    """Statistics by hookpoint. Raises KitError where some are of none of these SAEs."""
+    known = {} if stats is None else by_hookpoint(asked, "stats", FeatureStats, stats)
+    for hookpoint, of_one in known.items():
+        if hookpoint not in saes or of_one.sae != saes[hookpoint].name:
+            raise KitError(
+                f"{asked}: stats of {of_one.sae} belong to none of these SAEs: "
+                f"{', '.join(sae.name for sae in saes.values())}. Pass those of the same SAEs."
+            )
+    return known
+
+
+def finest(pipe: Any, saes: Iterable[str]) -> tuple[int, int]:
     """The finest grid of these hookpoints, on which tokens are selected."""
     model, known = describe(pipe), list_hookpoints(pipe)
     size = model.height // pipe.vae_scale_factor, model.width // pipe.vae_scale_factor

@@ -23,7 +23,7 @@ TAGS = {
         "article",
         "header",
     ),
-    *("details", "summary", "svg", "path", "polyline", "circle", "rect"),
+    *("details", "summary", "pre", "svg", "path", "polyline", "circle", "rect"),
     *("figure", "figcaption", "img", "table", "caption", "thead", "tbody", "tr", "th", "td"),
 }
 ATTRIBUTES = {

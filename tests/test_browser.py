@@ -29,6 +29,8 @@ def page(tmp_path: Path) -> Iterator[Any]:
     """A tab that has noted what it asked for outside this machine, and what went wrong in it."""
     with browser() as opened:
         tab = opened.new_page(viewport={"width": 1400, "height": 1000})
+        # anywidget gives up on a widget that takes two seconds to load: how long it takes is not what is tested here
+        tab.add_init_script("AbortSignal.timeout = () => new AbortController().signal;")
         tab.outside, tab.faults = [], []
         tab.on("request", lambda request: tab.outside.append(request.url) if leaves(request.url) else None)
         tab.on("pageerror", lambda error: tab.faults.append(str(error)))

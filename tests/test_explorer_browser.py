@@ -39,12 +39,12 @@ def test_what_is_dragged_over_the_picture_is_what_is_listed(page: Any, tmp_path:
         sync_api.expect(cards).to_have_count(6)
         page.screenshot(path=tmp_path / "explorer.png")
 
-        _drag(page, [(0.02, 0.02), (0.52, 0.27)])
+        drag(page, [(0.02, 0.02), (0.52, 0.27)])
         sync_api.expect(told).to_contain_text("active on 8 of 64 tokens, within rows 1–2 and columns 1–4")
-        _drag(page, [(0.25, 0.15), (0.52, 0.65)])  # begins in the first outline
+        drag(page, [(0.25, 0.15), (0.52, 0.65)])  # begins in the first outline
         sync_api.expect(told).to_contain_text("active on 8 of 64 tokens, within rows 2–5 and columns 3–4")
         page.locator("[data-title='Lasso Select']").click()
-        _drag(page, [(0.02, 0.02), (0.98, 0.02), (0.02, 0.98), (0.02, 0.02)])
+        drag(page, [(0.02, 0.02), (0.98, 0.02), (0.02, 0.98), (0.02, 0.02)])
         sync_api.expect(told).to_contain_text(re.compile("active on (2[89]|3[0-6]) of 64 tokens"))  # about half
         page.screenshot(path=tmp_path / "lasso.png")
 
@@ -54,7 +54,7 @@ def test_what_is_dragged_over_the_picture_is_what_is_listed(page: Any, tmp_path:
         page.locator("button.sae-whole").click()
         sync_api.expect(told).to_contain_text("Strongest latents of each block")
         sync_api.expect(page.locator(".selectionlayer path")).to_have_count(0)
-        _drag(page, [(0.52, 0.52), (0.98, 0.98)])
+        drag(page, [(0.52, 0.52), (0.98, 0.98)])
         sync_api.expect(told).to_contain_text("Latents active on")
 
         page.locator(".sae-prompt input").fill(NASTY)
@@ -80,7 +80,7 @@ def test_what_is_dragged_over_the_picture_is_what_is_listed(page: Any, tmp_path:
         assert (page.outside, page.faults) == ([], [])
 
 
-def _drag(page: Any, corners: Sequence[tuple[float, float]]) -> None:  # noqa: F811
+def drag(page: Any, corners: Sequence[tuple[float, float]]) -> None:  # noqa: F811
     """Drag over the picture along these corners, in shares of its width and height."""
     picture = page.locator(".js-plotly-plot .nsewdrag").first
     picture.scroll_into_view_if_needed()

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from page_events import drag, leave
+from page_events import drag, draw, leave, move
 from PIL import Image
 
-from sdxl_sae_kit.selections import SelectablePicture, at_grid
+from sdxl_sae_kit.selections import MaskedPicture, SelectablePicture, at_grid, covered
 
 GRID = (4, 6)  # rows, columns
 
@@ -109,3 +109,104 @@ def test_on_another_grid_tokens_count_of_which_half_is_selected(seed: int, grid:
     expected = shares >= min(0.5, shares.max()) - 1e-6
     assert np.array_equal(at_grid(selected, grid), expected)
     assert at_grid(selected, grid).any()
+
+
+RECTANGLE = {"type": "rect", "x0": 1, "x1": 4, "y0": 2, "y1": 3}
+TRIANGLE = {"type": "path", "path": "M0,0L6,0L0,4Z"}
+STROKE = {"type": "path", "path": "M1,0.5L5,0.5"}
+
+
+@pytest.fixture
+def masked(calls: list[np.ndarray]) -> MaskedPicture:
+    made = MaskedPicture(GRID, lambda: calls.append(made.mask))
+    return made
+
+
+def test_a_rectangle_covers_its_tokens_in_proportion(masked: MaskedPicture, calls: list[np.ndarray]) -> None:
+    draw(masked.figure, RECTANGLE | {"x1": 3.5})
+    expected = np.zeros(GRID)
+    expected[2, 1:4] = [1, 1, 0.5]
+    assert np.array_equal(masked.mask, expected)
+    assert len(calls) == 1
+    move(masked.figure, 0, x0=6, x1=4)  # turned over
+    assert masked.mask[2].tolist() == [0, 0, 0, 0, 1, 1]
+    move(masked.figure, 0, x0=-3, x1=-1)  # out of the picture
+    assert masked.mask is None and masked.shapes == []
+    move(masked.figure, 0, x0=1)  # a page that has not heard of it yet
+    assert masked.shapes == []
+
+
+def test_shapes_add_up_and_can_be_moved_and_taken_away(masked: MaskedPicture) -> None:
+    draw(masked.figure, RECTANGLE)
+    draw(masked.figure, RECTANGLE, RECTANGLE | {"x0": 3, "x1": 6})
+    assert masked.mask.sum() == 5
+    move(masked.figure, 1, y0=0, y1=1)
+    assert masked.mask[0].tolist() == [0, 0, 0, 1, 1, 1] and masked.mask[2].tolist() == [0, 1, 1, 1, 0, 0]
+    masked.remove.click()
+    assert masked.mask.sum() == 3
+    masked.whole.click()
+    assert masked.mask is None
+
+
+def test_a_click_that_covers_nothing_is_no_shape(masked: MaskedPicture) -> None:
+    draw(masked.figure, RECTANGLE)
+    draw(
+        masked.figure,
+        RECTANGLE,
+        {"type": "rect", "x0": 2, "x1": 2, "y0": 1, "y1": 1},
+        {"type": "path", "path": "M2,2Z"},
+    )
+    assert len(masked.shapes) == 1 and masked.mask.sum() == 3
+
+
+def test_a_stroke_is_one_token_wide_and_shown_so(masked: MaskedPicture) -> None:
+    draw(masked.figure, STROKE)
+    assert masked.mask[0, 1:5].tolist() == [1, 1, 1, 1]
+    round_end = np.pi / 8  # of the half token beyond each end
+    assert masked.mask[0, 0] == pytest.approx(round_end, abs=0.02)
+    assert not masked.mask[1:].any()
+    assert masked.shapes[0]["line"]["width"] == 300 / 6
+
+
+def test_sliders_and_button_do_without_a_mouse(masked: MaskedPicture) -> None:
+    masked.columns.value, masked.rows.value = (2, 4), (3, 3)
+    assert masked.mask is None
+    masked.add.click()
+    by_keyboard = masked.mask
+    masked.whole.click()
+    draw(masked.figure, RECTANGLE)
+    assert np.array_equal(masked.mask, by_keyboard)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_a_closed_path_covers_as_much_as_its_area(seed: int) -> None:
+    """A star-shaped outline around a point inside: its area by the shoelace formula."""
+    rng = np.random.default_rng(seed)
+    angles, radii = np.sort(rng.random(9)) * 2 * np.pi, 0.4 + 1.4 * rng.random(9)
+    if np.diff([*angles, angles[0] + 2 * np.pi]).max() > 3:
+        return
+    x, y = 3 + radii * np.cos(angles), 2 + radii * np.sin(angles)
+    path = "M" + "L".join(f"{a},{b}" for a, b in zip(x, y, strict=True)) + "Z"
+    area = abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2
+    assert covered([{"type": "path", "path": path}], GRID).sum() == pytest.approx(area, abs=0.15)
+
+
+def test_half_of_the_picture_below_a_diagonal(masked: MaskedPicture) -> None:
+    draw(masked.figure, TRIANGLE)
+    assert masked.mask.mean() == pytest.approx(0.5, abs=0.01)
+    assert masked.mask[0, 0] == 1 and masked.mask[3, 5] == 0
+
+
+def test_the_outline_is_where_the_shape_is(masked: MaskedPicture) -> None:
+    draw(masked.figure, RECTANGLE)
+    drawn = np.asarray(masked.outline(Image.new("RGB", (60, 40), "red")))
+    assert drawn[20, 25].tolist() == [255, 255, 255]  # its upper side
+    assert drawn[25, 25].tolist() == drawn[5, 5].tolist() == [255, 0, 0]
+
+
+def test_a_figure_is_opened_only_with_its_image(masked: MaskedPicture) -> None:
+    assert masked.figure.comm is None and masked.figure not in masked.children
+    masked.show(Image.new("RGB", (60, 40), "red"), "<p>told</p>")
+    assert masked.figure.comm is not None and masked.figure in masked.children
+    assert masked.figure._widget_layout["images"][0]["source"].startswith("data:image/webp")
