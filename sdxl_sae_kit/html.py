@@ -8,6 +8,7 @@ follow a dark theme.
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 import re
@@ -349,13 +350,19 @@ def twin(*parts: str) -> str:
     return f"<div {TWIN}>{fragment(*parts)}</div>"
 
 
-def page(title: str, *parts: str) -> str:
-    """A whole document that may load and run nothing, in the reader's light or dark colours."""
+def source_hash(script: str) -> str:
+    """What a page's policy names a script by that may run in it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def page(title: str, *parts: str, script: str = "") -> str:
+    """A whole document in the reader's light or dark colours, which may load nothing and run nothing but `script`."""
+    policy, runs = (f"{POLICY}; script-src {source_hash(script)}", f"<script>{script}</script>") if script else (POLICY, "")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title></head><body>{fragment(*parts)}</body></html>\n"
+        f"<title>{escape(title)}</title></head><body>{fragment(*parts)}{runs}</body></html>\n"
     )
 
 

@@ -75,6 +75,11 @@ class Icons:
             starts = np.concatenate([[0], ends.flatten()[:-1]]).reshape(ends.shape)
             return tuple(data[a:b].tobytes() for a, b in zip(starts[row], ends[row], strict=True))
 
+    def row(self, feature: int) -> bytes | None:
+        """The same pictures side by side in one, after that with nothing added; None for one that was not drawn."""
+        drawn = self.get(feature)
+        return None if drawn is None else _side_by_side([self.plain, *drawn], 1 + len(drawn))
+
     @cached_property
     def _places(self) -> Mapping[int, int]:
         return {feature: place for place, feature in enumerate(self.features.tolist())}
