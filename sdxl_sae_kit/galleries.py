@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex
 
 import ipywidgets as widgets
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from sdxl_sae_kit import cards, html
 from sdxl_sae_kit.artifacts import whole_number

@@ -1,4 +1,4 @@
-"""Sheets: every feature of an SAE as a small card, in HTML files to look through, filter and print, without a kernel."""
+"""Sheets: every feature of an SAE as a small card, in HTML files to look through, filter and print without a kernel."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ _DRAWING = 4  # threads: reading and writing WebP lets others run
 _ON_CARD = ("mean", "Moran's I")  # density stands in the card's heading
 _TEST = "(right active / active + right inactive / inactive) / 2 on held-out pictures; chance is 0.5"
 STYLE = """<style>
-.sae-sheet h2 { font-size: 20px; margin: 8px 0; }
+.sae-sheet h2 { font-size: 20px; margin: 8px 0; overflow-wrap: anywhere; }
+.sae-sheet .sae-wide { margin: 8px 0; }
 .sae-sheet nav { margin: 10px 0; display: flex; flex-wrap: wrap; gap: 2px 12px; }
 .sae-sheet nav [aria-current] { font-weight: 600; }
 .sae-sheet a { color: LinkText; }
@@ -49,8 +50,9 @@ STYLE = """<style>
 @page { size: A4; margin: 10mm; }
 @media print {
   .sae-sheet :is(.sae-bar, nav, .sae-finding) { display: none; }
-  .sae-sheet .sae-grid { grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 6px; }
-  .sae-scale { print-color-adjust: exact; }
+  .sae-sheet .sae-grid { grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 5px; }
+  .sae-sheet .sae-card { padding: 4px 5px; }
+  .sae-sheet :is(.sae-facts, .sae-icons figcaption) { font-size: 9.5px; }
 }
 </style>"""
 
@@ -102,7 +104,7 @@ def draw_sheet(
             f"draw_sheet: control={control!r} is no control for {stats.sae}. Draw icons of its sae.untrained()."
         )
     subject = Subject(stats, LabelStore.of(stats) if labels is None else labels, icons)
-    shown = stats.alive if features is None else _checked(stats, features)
+    shown = _checked(stats, features)
     sheet = _Sheet.of(subject, control, by, cards.in_order(shown, cards.strength(stats, by)))
     if out is not None:
         first = writable("sheet", Path(out))
@@ -128,14 +130,14 @@ def draw_sheet(
     return first
 
 
-def _checked(stats: FeatureStats, features: Iterable[SupportsIndex]) -> Int[np.ndarray, " some"]:
-    """The latents that were asked for, each once."""
-    if isinstance(features, str) or not isinstance(features, Iterable):
+def _checked(stats: FeatureStats, features: Iterable[SupportsIndex] | None) -> Int[np.ndarray, " some"]:
+    """The latents that were asked for, each once, or all that fire."""
+    if isinstance(features, str) or not isinstance(features, Iterable | None):
         raise KitError(f"draw_sheet: features are several latents, such as [3, 17], not {features!r}.")
-    given = dict.fromkeys(cards.known_latent(stats, feature) for feature in features)
+    given = stats.alive.tolist() if features is None else [cards.known_latent(stats, feature) for feature in features]
     if not given:
-        raise KitError("draw_sheet: features names no latent. Pass some, or None for all that fire.")
-    return np.array(list(given), dtype=np.int64)
+        raise KitError(f"draw_sheet: no latent to draw. {len(stats.alive):,} of {stats.sae} fire; pass some.")
+    return np.array(list(dict.fromkeys(given)), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class _Sheet:
 
     @property
     def n_files(self) -> int:
-        return max(1, -(-len(self.order) // PER_FILE))
+        return -(-len(self.order) // PER_FILE)
 
     def said(self) -> list[tuple[int, str, str]]:
         """All that labels add to it."""
@@ -219,7 +221,7 @@ class _Sheet:
             rows.append(("control", f"the same number in {self.control.sae}, with its own mean"))
         if any(test for _, _, test in self.said()):
             rows.append(("label test", _TEST))
-        return html.table([{"on a card": name, "is": meaning} for name, meaning in rows])
+        return html.table([{"on a card": name, "what it is": meaning} for name, meaning in rows])
 
     def _finding(self, names: Sequence[str]) -> str:
         """Every feature by number, and where it is."""
@@ -267,10 +269,11 @@ def _write(sheet: _Sheet, first: Path, missing: Sequence[int], name: str) -> Non
     order, names = sheet.order.tolist(), [_file(first, number).name for number in range(sheet.n_files)]
     of_file = {number: order[number * PER_FILE : (number + 1) * PER_FILE] for number in missing}
     n_cards = sum(map(len, of_file.values()))
-    tried = order[:: max(1, len(order) // _TRIED)]
+    tried = order[:: -(-len(order) // _TRIED)]
+    sheet.card(tried[0])  # the first opens what all need
     started = time.perf_counter()
-    nbytes = sum(len(sheet.card(feature)) for feature in tried) / max(1, len(tried)) * n_cards
-    seconds = (time.perf_counter() - started) / max(1, len(tried)) * n_cards
+    nbytes = sum(len(sheet.card(feature)) for feature in tried) / len(tried) * n_cards
+    seconds = (time.perf_counter() - started) / len(tried) * n_cards
     tqdm.write(
         f"Drawing a sheet of {n_cards:,} features of {sheet.stats.sae}, as {name}: files to write: {len(missing)}, "
         f"about {human_bytes(nbytes)} and {duration(seconds)} on this machine."

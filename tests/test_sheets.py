@@ -44,15 +44,8 @@ def labels(stats: SyntheticStats, tmp_path: Path) -> LabelStore:
     return labels
 
 
-def soups(first: Path) -> list[BeautifulSoup]:
-    """All files of a sheet, as they follow each other."""
-    soup = BeautifulSoup(first.read_text(), "html.parser")
-    links = [str(link["href"]) for link in soup.select("main > nav:first-of-type a")]
-    return [BeautifulSoup((first.parent / name).read_text(), "html.parser") for name in links] or [soup]
-
-
-def cards_of(first: Path) -> list[Tag]:
-    return [card for soup in soups(first) for card in soup.select(".sae-card")]
+def cards_of(file: Path) -> list[Tag]:
+    return BeautifulSoup(file.read_text(), "html.parser").select(".sae-card")
 
 
 def latent(card: Tag) -> int:
@@ -75,7 +68,8 @@ def test_every_feature_that_fires_stands_once_with_what_was_measured(stats, icon
         assert all(prompt in card.img["alt"] for prompt in prompts)
         assert len(card.select("img")) == 1 + (feature in (3, 17, 21)) + (feature in (3, 21))
         assert said.count("not drawn") == 2 - (feature in (3, 17, 21)) - (feature in (3, 21))
-    assert "label test 0.850 [0.640, 0.948], n = 20 pictures, by a judge" in drawn[3].get_text()
+    ends = map(html.short, labels.tests(3)[-1].interval)
+    assert "label test 0.850 [{}, {}], n = 20 pictures, by a judge".format(*ends) in drawn[3].get_text()
     assert drawn[17].select_one(".sae-name").get_text() == HOSTILE.replace("\x00", "\ufffd")
     rows = [[span.get_text() for span in figure.select("span")] for figure in drawn[3].select(".sae-icons")]
     assert rows == [["added 0", "0.5", "1", "1.5"], ["control 0", "0.5", "1", "1.5"]]
@@ -98,12 +92,9 @@ def test_a_file_can_load_nothing_and_run_nothing_but_the_filter(stats, icons, la
 def test_many_features_make_several_files_that_find_each_other(stats, tmp_path, monkeypatch):
     monkeypatch.setattr(sheets, "PER_FILE", 10)
     first = draw_sheet(stats, by="latent", out=tmp_path / "a sheet & more.html")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *(f"a sheet & more-{number}.html" for number in (2, 3, 4)), "a sheet & more.html"
-    ]  # fmt: skip
-    monkeypatch.setattr("test_sheets.soups", lambda path: [BeautifulSoup(path.read_text(), "html.parser")])
-    pages = [BeautifulSoup(path.read_text(), "html.parser") for path in (first, *map(first.with_name, [
-        f"a sheet & more-{number}.html" for number in (2, 3, 4)]))]  # fmt: skip
+    paths = [first, *(tmp_path / f"a sheet & more-{number}.html" for number in (2, 3, 4))]
+    assert set(tmp_path.iterdir()) == set(paths)
+    pages = [BeautifulSoup(path.read_text(), "html.parser") for path in paths]
     shown = [[latent(card) for card in page.select(".sae-card")] for page in pages]
     assert [len(numbers) for numbers in shown] == [10, 10, 10, 5] and sum(shown, []) == stats.alive.tolist()
     for number, page in enumerate(pages):
@@ -170,7 +161,7 @@ def test_interrupted_it_goes_on_at_the_file_in_hand_and_ends_the_same(small_stat
     [
         ({"by": "densitiy"}, "no order 'densitiy'; there are density, .* Did you mean 'density'"),
         ({"features": [40]}, "No latent 40 .* it has 0 to 39"),
-        ({"features": []}, "names no latent"),
+        ({"features": []}, "no latent to draw. 35 of synthetic"),
         ({"features": "17"}, "features are several latents"),
         ({"out": "."}, "The sheet cannot go to .*: it is a folder"),
     ],
