@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
+from sdxl_sae_kit.artifacts import Artifact, Store, counted, whole_number
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.files import write_atomically
@@ -104,7 +104,7 @@ class Icons:
         return ", ".join(f"{strength:g}" for strength in self.strengths)
 
     def __repr__(self) -> str:
-        return f"Icons of {self.sae}: {len(self.features):,} features at strengths {self._listed}"
+        return f"Icons of {self.sae}: {counted(len(self.features), 'features')} at strengths {self._listed}"
 
 
 def draw_icons(
@@ -188,8 +188,8 @@ def _draw(pipe: Any, sae: SAE, stats: FeatureStats, artifact: Artifact) -> None:
     missing = [part for part in range(len(parts)) if not artifact.file(_PART.format(part)).exists()]
     cost = sum(len(parts[part]) for part in missing) * len(strengths)
     tqdm.write(
-        f"Drawing icons of {len(features):,} features of {sae.name} at {len(strengths)} strengths: {cost:,} pictures "
-        f"to make, as {artifact.name}."
+        f"Drawing icons of {counted(len(features), 'features')} of {sae.name} at "
+        f"{counted(len(strengths), 'strengths')}: {counted(cost, 'pictures')} to make, as {artifact.name}."
     )
     if not artifact.file(_PLAIN).exists():
         write_atomically(artifact.file(_PLAIN), _as_thumbnail(generate(pipe, [""], [seed])[0]))

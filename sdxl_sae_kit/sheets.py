@@ -17,7 +17,7 @@ from jaxtyping import Int
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit import cards, html
-from sdxl_sae_kit.artifacts import Store, human_bytes
+from sdxl_sae_kit.artifacts import Store, counted, human_bytes
 from sdxl_sae_kit.cards import ORDERS, Subject
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.features import FeatureStats
@@ -204,7 +204,7 @@ class _Sheet:
     def _counted(self, number: int) -> str:
         stats, n = self.stats, len(self.order)
         first, last = number * PER_FILE + 1, min((number + 1) * PER_FILE, n)
-        part = f"{first:,}–{last:,} of {n:,} cards" if self.n_files > 1 else f"{n:,} cards"
+        part = f"{first:,}–{last:,} of {n:,} cards" if self.n_files > 1 else counted(n, "cards")
         return (
             f"{part}, by {ORDERS[self.by]}: the SAE has {stats.d_sae:,} latents at {stats.hookpoint}, of which "
             f"{len(stats.alive):,} fire on the {stats.n_tokens:,} tokens of {stats.n_images:,} images measured."
@@ -275,8 +275,8 @@ def _write(sheet: _Sheet, first: Path, missing: Sequence[int], name: str) -> Non
     nbytes = sum(len(sheet.card(feature)) for feature in tried) / len(tried) * n_cards
     seconds = (time.perf_counter() - started) / len(tried) * n_cards
     tqdm.write(
-        f"Drawing a sheet of {n_cards:,} features of {sheet.stats.sae}, as {name}: files to write: {len(missing)}, "
-        f"about {human_bytes(nbytes)} and {duration(seconds)} on this machine."
+        f"Drawing a sheet of {counted(n_cards, 'features')} of {sheet.stats.sae}, as {name}: "
+        f"{counted(len(missing), 'files')} to write, about {human_bytes(nbytes)} and {duration(seconds)} on this machine."
     )
     with ThreadPoolExecutor(_DRAWING) as pool, tqdm(total=n_cards, desc="sheet", unit="feature") as bar:
         for number, features in of_file.items():

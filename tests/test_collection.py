@@ -18,7 +18,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from launching import LAUNCHERS
 
-from sdxl_sae_kit import observation, plans
+from sdxl_sae_kit import collection, observation, plans
 from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.collection import collect, repair
@@ -26,6 +26,7 @@ from sdxl_sae_kit.errors import ArtifactError, HookpointError, KitError
 from sdxl_sae_kit.hookpoints import list_hookpoints
 from sdxl_sae_kit.hooks import record
 from sdxl_sae_kit.pipelines import draw, generate, load_pipeline
+from sdxl_sae_kit.processes import Processes
 from sdxl_sae_kit.prompts import load_prompts
 
 PROMPTS = load_prompts("world", 20, seed=5)
@@ -484,6 +485,33 @@ def test_two_processes_make_the_same_cache_and_finish_what_dead_ones_left(tmp_pa
     done = subprocess.run(ending, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.count(f"digest {whole.digest}") == 2, done.stderr
     assert same_files(folder_of(tmp_path / "shared"), whole.artifact.folder)
+
+
+def test_a_process_takes_the_shards_of_its_numbers_whatever_others_have_entered(
+    pipe, tmp_path, small_shards, monkeypatch
+):
+    class Second(Processes):
+        def wait(self):
+            """The first is elsewhere, and was quicker."""
+
+    drawn = []
+
+    def stopping(pipe, texts, seeds, **more):
+        drawn.append(seeds)
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return draw(pipe, texts, seeds, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(observation, "draw", stopping)
+        collect(pipe, MANY, ["mid.0"], batch_size=4, images=None, store=tmp_path)
+    assert entered(tmp_path) == [0, 1, 2, 3]
+    taken = []
+    monkeypatch.setattr(collection, "find_processes", lambda: Second(1, 2))
+    monkeypatch.setattr(collection, "_write", lambda pipe, writer, shards, *_: taken.extend(shards))
+    with pytest.raises(ArtifactError):  # it is not whole: the first was not there to finish it
+        collect(pipe, MANY, ["mid.0"], batch_size=4, images=None, store=tmp_path).artifact.present()
+    assert [shard.file for shard in taken] == [f"shard-{number:05d}.h5" for number in (1, 3, 5)]
 
 
 def committed_by_two(store):
