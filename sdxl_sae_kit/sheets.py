@@ -275,8 +275,8 @@ def _write(sheet: _Sheet, first: Path, missing: Sequence[int], name: str) -> Non
     nbytes = sum(len(sheet.card(feature)) for feature in tried) / len(tried) * n_cards
     seconds = (time.perf_counter() - started) / len(tried) * n_cards
     tqdm.write(
-        f"Drawing a sheet of {counted(n_cards, 'features')} of {sheet.stats.sae}, as {name}: "
-        f"{counted(len(missing), 'files')} to write, about {human_bytes(nbytes)} and {duration(seconds)} on this machine."
+        f"Drawing a sheet of {counted(n_cards, 'features')} of {sheet.stats.sae}, as {name}: about "
+        f"{human_bytes(nbytes)} in {counted(len(missing), 'files')}, and {duration(seconds)} on this machine."
     )
     with ThreadPoolExecutor(_DRAWING) as pool, tqdm(total=n_cards, desc="sheet", unit="feature") as bar:
         for number, features in of_file.items():
