@@ -52,7 +52,9 @@ STYLE = """<style>
   .sae-sheet :is(.sae-bar, nav, .sae-finding) { display: none; }
   .sae-sheet .sae-grid { grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 5px; }
   .sae-sheet .sae-card { padding: 4px 5px; }
-  .sae-sheet :is(.sae-facts, .sae-icons figcaption) { font-size: 9.5px; }
+  .sae-sheet .sae-facts { font-size: 9.5px; }
+  .sae-sheet .sae-icons figcaption { font-size: 8px; white-space: nowrap; }
+  .sae-sheet .sae-card .sae-name, .sae-sheet .sae-name bdi { white-space: normal; }
 }
 </style>"""
 
