@@ -168,7 +168,7 @@ def default_embed(stats: FeatureStats) -> Embed:
 
 
 def _check_pictures(stats: FeatureStats) -> None:
-    if not isinstance(stats, FeatureStats):
+    if not hasattr(stats, "pictured"):
         raise KitError(f"This takes FeatureStats, as FeatureStats.measure gives, not a {type(stats).__name__}.")
     if not len(stats.pictured):
         raise KitError(f"No pictures are kept for {stats.sae}. Collect with images='thumbnails' and measure again.")
@@ -337,11 +337,11 @@ def specificity(
 
     >>> specificity(stats).sentence()                                                          # doctest: +SKIP
     """
-    _check_pictures(stats)
     n = whole_number("specificity: n", n, least=MIN_IMAGES)
     embed = embed or default_embed(stats)
     if not isinstance(embed, Embed):
         raise KitError(f"specificity: embed is a judge such as ClipEmbed('folder'), not {embed!r}.")
+    _check_pictures(stats)
     top = top_pictures(stats, n)  # refuses before the judge looks at thousands of pictures
     rows, rng = embed_pictures(stats, embed, store), np.random.default_rng(0)
     value, low, high, chance = (np.full(stats.d_sae, np.nan, dtype=np.float32) for _ in range(4))
