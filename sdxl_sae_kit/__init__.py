@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.search import by_similarity as by_similarity
     from sdxl_sae_kit.search import by_text as by_text
     from sdxl_sae_kit.search import most_energetic as most_energetic
+    from sdxl_sae_kit.sheets import draw_sheet as draw_sheet
     from sdxl_sae_kit.similarity import ClipEmbed as ClipEmbed
     from sdxl_sae_kit.similarity import WorldEmbed as WorldEmbed
     from sdxl_sae_kit.similarity import specificity as specificity
@@ -97,6 +98,7 @@ _NAMES = {
     "sae": ["SAE"],
     "scales": ["load_scale"],
     "search": ["by_contrast", "by_image", "by_label", "by_region", "by_similarity", "by_text", "most_energetic"],
+    "sheets": ["draw_sheet"],
     "similarity": ["ClipEmbed", "WorldEmbed", "specificity"],
     "steering_panels": ["steering_panel"],
     "streaming": ["stream"],

@@ -339,6 +339,15 @@ def human_bytes(n: float) -> str:
     return f"{n:.3g} TB"
 
 
+def counted(n: int, things: str) -> str:
+    """So many of them, in the singular where there is one.
+
+    >>> counted(1, "SAEs"), counted(5120, "features")
+    ('1 SAE', '5,120 features')
+    """
+    return f"{n:,} {things.removesuffix('s') if n == 1 else things}"
+
+
 def kit_version() -> str:
     """Version of the installed kit."""
     try:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import SupportsFloat, SupportsIndex, get_args
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from sdxl_sae_kit import html, sketches
 from sdxl_sae_kit.errors import KitError
@@ -26,6 +27,9 @@ VIEWS = {
 }
 """Which images of a latent are shown: the name of the tab, and what it means."""
 
+ORDERS = {"density": "density", "max": "maximum", "mean": "mean", "moran": "Moran's I", "latent": "latent number"}
+"""What all statistics can be sorted by, and what people call it."""
+
 QUARTERS = ("weakest quarter", "second quarter", "third quarter", "strongest quarter")
 RANDOM = 12
 """Images drawn at random."""
@@ -35,7 +39,7 @@ OPACITY = 0.8
 
 @dataclass(frozen=True)
 class Subject:
-    """What is known of the features of one SAE. Raises KitError for icons or specificity of another SAE."""
+    """What is known of the features of one SAE. Raises KitError for labels, icons or specificity of another SAE."""
 
     stats: FeatureStats
     labels: LabelStore
@@ -43,8 +47,8 @@ class Subject:
     similarity: Specificity | None = None
 
     def __post_init__(self) -> None:
-        for name, other in (("icons", self.icons), ("similarity", self.similarity)):
-            if other is not None and other.sae != self.stats.sae:
+        for name, other in (("labels", self.labels), ("icons", self.icons), ("similarity", self.similarity)):
+            if other is not None and other.sae not in (None, self.stats.sae):  # a label file may not say whose it is
                 raise KitError(f"The {name} are of {other.sae}, but the statistics of {self.stats.sae}. Pass its own.")
 
 
@@ -54,6 +58,24 @@ def known_latent(stats: FeatureStats, feature: SupportsIndex) -> int:
     if not 0 <= latent < stats.d_sae:
         raise KitError(f"No latent {latent} in {stats.sae}; it has 0 to {stats.d_sae - 1:,}.")
     return latent
+
+
+def strength(stats: FeatureStats, order: str) -> Float[np.ndarray, " latent"] | None:
+    """What one of `ORDERS` goes by; None for latent numbers."""
+    found: dict[str, Float[np.ndarray, " latent"]] = {
+        "density": stats.density, "max": stats.max, "mean": stats.mean, "moran": stats.moran
+    }  # fmt: skip
+    return found.get(order)
+
+
+def in_order(
+    latents: Int[np.ndarray, " some"], strength: Float[np.ndarray, " latent"] | None
+) -> Int[np.ndarray, " some"]:
+    """The latents, strongest first and those of unknown strength last; with None, and where equal, by number."""
+    if strength is None:
+        return np.sort(latents)
+    values = strength[latents]
+    return latents[np.lexsort((latents, -np.nan_to_num(values), np.isnan(values)))]
 
 
 def card_picture(stats: FeatureStats, feature: int, icons: Icons | None = None) -> str:

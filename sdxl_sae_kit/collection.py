@@ -166,8 +166,11 @@ def _complete(pipe: Any, folder: Path, processes: Processes, prepare: Callable[[
         missing = writer.missing()
         n_done = len(writer.prompts) - sum(shard.images for shard in missing)
         facts = _announce(pipe, writer, n_done, processes) if processes.first else {}
+        size, at, count = writer.layout.images_per_shard, processes.index, processes.count
+        # by number, not by place in the list: others' shards may be entered while this one lists
+        mine = [shard for shard in missing if shard.first_image // size % count == at]
         try:
-            _write(pipe, writer, missing[processes.index :: processes.count], processes, n_done)
+            _write(pipe, writer, mine, processes, n_done)
         except BaseException:
             kept = sum(shard.images for shard in writer.shards())
             tqdm.write(

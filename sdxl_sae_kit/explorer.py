@@ -69,14 +69,18 @@ def explore(
         n: features shown of each block.
 
     Raises:
-        KitError: no SAEs, several of one hookpoint, statistics of others, or impossible numbers.
+        KitError: no pipeline or no SAEs, several of one hookpoint, statistics of others, a prompt that is no text, or
+            impossible numbers.
         ArtifactError: an SAE that does not fit this U-Net.
 
     Warns where an SAE was trained on another model than the pipeline holds.
 
     >>> kit.explore(pipe, saes, "a small blue star")                              # doctest: +SKIP
     """
+    describe(pipe)  # refuses what is no pipeline
     placed = placed_saes("explore", pipe, by_hookpoint("explore", "saes", SAE, saes))
+    if not isinstance(prompt, str):
+        raise KitError(f"explore draws one prompt, a text, not {prompt!r}. Type others where the first one stands.")
     known = known_stats("explore", placed, stats)
     n, seed = whole_number("explore: n", n), whole_number("explore: seed", seed, least=0)
     return Explorer(pipe, placed, known, prompt=prompt, seed=seed, n=n)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdxl_sae_kit.errors import ArtifactError
+from sdxl_sae_kit.errors import ArtifactError, KitError
 
 
 def canonical_json(value: Any) -> str:
@@ -47,6 +47,23 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def writable(what: str, target: Path) -> Path:
+    """The path as it stands in full, in a folder that is there now and takes files.
+
+    Raises:
+        KitError: saying why `what` cannot go there.
+    """
+    target = target.expanduser().resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KitError(f"The {what} cannot go to {target}: {error}. Choose another place.") from None
+    if target.is_dir() or not os.access(target.parent, os.W_OK):
+        why = "it is a folder" if target.is_dir() else "its folder is read-only"
+        raise KitError(f"The {what} cannot go to {target}: {why}. Name a file that may be written.")
+    return target
 
 
 def settle(temporary: Path, final: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex
 
 import ipywidgets as widgets
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from sdxl_sae_kit import cards, html
 from sdxl_sae_kit.artifacts import whole_number
@@ -41,15 +41,7 @@ KEY = "Share of tokens on which the latent fires · below each image, where: dar
 KEY_TO_ICONS = " · on the left, what it writes when added alone"
 STATIC = "Static copy: see all latents and label them in JupyterLab."
 
-ORDERS = {
-    "density": "density",
-    "max": "maximum",
-    "mean": "mean",
-    "moran": "Moran's I",
-    "specificity": "specificity",
-    "unlabelled": "unlabelled first",
-    "latent": "latent number",
-}
+ORDERS = cards.ORDERS | {"specificity": "specificity", "unlabelled": "unlabelled first"}
 
 
 def gallery(
@@ -193,19 +185,12 @@ class Overview(widgets.VBox):  # type: ignore[misc]
         latents = stats.alive if self.hide_dead.value else np.arange(stats.d_sae)
         if words := self.filter.value.casefold().split():
             latents = latents[self._matching(words, named)[latents]]
-        if key == "latent":
-            return latents
-        strength = self._strength(key)[latents]
-        goes_last = np.isin(latents, list(named)) & (key == "unlabelled")
-        unknown = np.isnan(strength)
-        return latents[np.lexsort((latents, -np.nan_to_num(strength), unknown, goes_last))]
-
-    def _strength(self, key: str) -> Float[np.ndarray, " latent"]:
         if key == "specificity" and self._similarity is not None:
-            return self._similarity.value
-        return {"max": self._stats.max, "mean": self._stats.mean, "moran": self._stats.moran}.get(
-            key, self._stats.density
-        )
+            return cards.in_order(latents, self._similarity.value)
+        if key == "unlabelled":
+            last = np.isin(ranked := cards.in_order(latents, stats.density), list(named))
+            return np.concatenate([ranked[~last], ranked[last]])
+        return cards.in_order(latents, cards.strength(stats, key))
 
     def turn_to(self, page: int) -> None:
         """Show this page, or the nearest there is."""

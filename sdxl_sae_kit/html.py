@@ -8,6 +8,7 @@ follow a dark theme.
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 import re
@@ -72,9 +73,10 @@ STYLE = """<style>
 .sae-columns > * { min-width: 0; }
 .sae-kit summary { cursor: pointer; font-weight: 600; margin-top: 10px; }
 .sae-bar { display: flex; flex-wrap: wrap; gap: 4px 14px; align-items: center; margin: 4px 0 8px; }
+.sae-bar label { display: flex; align-items: baseline; white-space: nowrap; max-width: 100%; }
 .sae-bar :is(input, select) { font: inherit; color: inherit; background: var(--jp-layout-color1, Canvas);
   border: 1px solid var(--sae-quiet); border-radius: 3px; padding: 3px 6px; margin-left: 6px; }
-.sae-bar input { width: min(17em, 100%); box-sizing: border-box; }
+.sae-bar input { width: 17em; min-width: 0; box-sizing: border-box; }
 .sae-kit [hidden] { display: none; }
 .sae-examples { display: grid; gap: 12px 10px; grid-template-columns: repeat(auto-fill, minmax(212px, 1fr)); }
 .sae-examples figure { max-width: 260px; min-width: 0; break-inside: avoid; }
@@ -349,13 +351,19 @@ def twin(*parts: str) -> str:
     return f"<div {TWIN}>{fragment(*parts)}</div>"
 
 
-def page(title: str, *parts: str) -> str:
-    """A whole document that may load and run nothing, in the reader's light or dark colours."""
+def source_hash(script: str) -> str:
+    """What a page's policy names a script by that may run in it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def page(title: str, *parts: str, script: str = "") -> str:
+    """A whole document in the reader's light or dark colours, which may load nothing and run nothing but `script`."""
+    allowed, runs = (f"; script-src {source_hash(script)}", f"<script>{script}</script>") if script else ("", "")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}{allowed}">'
         '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title></head><body>{fragment(*parts)}</body></html>\n"
+        f"<title>{escape(title)}</title></head><body>{fragment(*parts)}{runs}</body></html>\n"
     )
 
 

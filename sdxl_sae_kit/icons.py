@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
+from sdxl_sae_kit.artifacts import Artifact, Store, counted, whole_number
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.files import write_atomically
@@ -75,6 +75,11 @@ class Icons:
             starts = np.concatenate([[0], ends.flatten()[:-1]]).reshape(ends.shape)
             return tuple(data[a:b].tobytes() for a, b in zip(starts[row], ends[row], strict=True))
 
+    def row(self, feature: int) -> bytes | None:
+        """The same pictures side by side in one, after that with nothing added; None for one that was not drawn."""
+        drawn = self.get(feature)
+        return None if drawn is None else _side_by_side([self.plain, *drawn], 1 + len(drawn))
+
     @cached_property
     def _places(self) -> Mapping[int, int]:
         return {feature: place for place, feature in enumerate(self.features.tolist())}
@@ -99,7 +104,7 @@ class Icons:
         return ", ".join(f"{strength:g}" for strength in self.strengths)
 
     def __repr__(self) -> str:
-        return f"Icons of {self.sae}: {len(self.features):,} features at strengths {self._listed}"
+        return f"Icons of {self.sae}: {counted(len(self.features), 'features')} at strengths {self._listed}"
 
 
 def draw_icons(
@@ -183,8 +188,8 @@ def _draw(pipe: Any, sae: SAE, stats: FeatureStats, artifact: Artifact) -> None:
     missing = [part for part in range(len(parts)) if not artifact.file(_PART.format(part)).exists()]
     cost = sum(len(parts[part]) for part in missing) * len(strengths)
     tqdm.write(
-        f"Drawing icons of {len(features):,} features of {sae.name} at {len(strengths)} strengths: {cost:,} pictures "
-        f"to make, as {artifact.name}."
+        f"Drawing icons of {counted(len(features), 'features')} of {sae.name} at "
+        f"{counted(len(strengths), 'strengths')}: {counted(cost, 'pictures')} to make, as {artifact.name}."
     )
     if not artifact.file(_PLAIN).exists():
         write_atomically(artifact.file(_PLAIN), _as_thumbnail(generate(pipe, [""], [seed])[0]))

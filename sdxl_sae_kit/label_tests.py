@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.artifacts import counted, whole_number
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import Example, FeatureStats, Ranking
 from sdxl_sae_kit.forms import line, widget
@@ -129,8 +129,8 @@ def auto_label(
         return []
     pictures = len(to_name) * 2 * SHOWN + (len(to_name) + len(to_test)) * n
     tqdm.write(
-        f"{labeller.name} names {len(to_name):,} latents, each from up to {2 * SHOWN} pictures, and tests "
-        f"{len(to_name) + len(to_test):,} labels on {n} each: at most {pictures:,} pictures, no prompts. "
+        f"{labeller.name} names {counted(len(to_name), 'latents')}, each from up to {2 * SHOWN} pictures, and tests "
+        f"{counted(len(to_name) + len(to_test), 'labels')} on {n} each: at most {pictures:,} pictures, no prompts. "
         f"The pictures go {labeller.where}."
     )
     tests = []
@@ -358,6 +358,8 @@ def _store(caller: str, stats: FeatureStats, labels: LabelStore | None) -> Label
     check_stats(caller, stats)
     if labels is not None and not isinstance(labels, LabelStore):
         raise KitError(f"{caller}: labels is a LabelStore, such as LabelStore(Path('mine.jsonl')), not {labels!r}.")
+    if labels is not None and labels.sae not in (None, stats.sae):
+        raise KitError(f"{caller}: the labels are of {labels.sae}, but the statistics of {stats.sae}. Pass its own.")
     if not len(stats.pictured):
         raise KitError(f"No pictures are kept for {stats.sae}. Collect with images='thumbnails' and measure again.")
     return labels or LabelStore.of(stats)

@@ -83,9 +83,9 @@ class LabelStore:
     'red, round'
     """
 
-    def __init__(self, file: Path, d_sae: int | None = None) -> None:
+    def __init__(self, file: Path, d_sae: int | None = None, sae: str | None = None) -> None:
         self.file = Path(file)
-        self.d_sae = d_sae
+        self.d_sae, self.sae = d_sae, sae
         self._known = b"", Said(())
 
     @classmethod
@@ -104,7 +104,7 @@ class LabelStore:
                 f"Labels are kept in a file named after their SAE, and {name!r} cannot name one. Pass the SAE's name."
             )
         d_sae = None if isinstance(stats, str) else stats.d_sae
-        return cls(Store.at(store or beside).root / "labels" / f"{name}.jsonl", d_sae)
+        return cls(Store.at(store or beside).root / "labels" / f"{name}.jsonl", d_sae, name)
 
     # Saying --------------------------------------------------------------------------------------------------------
 

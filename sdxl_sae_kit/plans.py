@@ -68,7 +68,7 @@ class CollectionPlan:
             raise ArtifactError(f"{human_bytes(share * self.nbytes)} are to be written.\n{advice}")
 
     def __str__(self) -> str:
-        took = "" if self.seconds is None else f", about {_duration(self.seconds)} on this machine"
+        took = "" if self.seconds is None else f", about {duration(self.seconds)} on this machine"
         text = f"{self.n_images:,} images, {self.n_tokens:,} tokens, {human_bytes(self.nbytes)}{took}"
         return f"{text}.\n{self.advice}" if self.advice else text
 
@@ -170,7 +170,7 @@ def _timed(pipe: Any, prompts: Prompts, recipe: Mapping[str, Any]) -> tuple[floa
     return min(seconds), sum(sizes) // max(1, len(sizes))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A time a person reads: 3 h 20 min."""
     for unit, length in (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 1.5 * length:

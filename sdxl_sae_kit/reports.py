@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import html
-import os
 import platform
 import re
 import sys
@@ -27,8 +25,8 @@ from plotly.offline import get_plotlyjs
 
 from sdxl_sae_kit.artifacts import Store, kit_version
 from sdxl_sae_kit.errors import KitError
-from sdxl_sae_kit.files import hash_file, write_atomically
-from sdxl_sae_kit.html import TWIN
+from sdxl_sae_kit.files import hash_file, writable, write_atomically
+from sdxl_sae_kit.html import TWIN, source_hash
 from sdxl_sae_kit.notebooks import cell_place, execute, find_notebooks, slug, tagged
 from sdxl_sae_kit.pipelines import local_folder
 from sdxl_sae_kit.scales import load_scale
@@ -85,7 +83,7 @@ def report(
     load_scale(model, scale)
     folder = None if model in TINY_NAMES else local_folder(model)
     model = str(folder.resolve()) if folder else model  # kernels run in the notebooks' folder
-    target = None if out is None else _writable(Path(out).expanduser().resolve())
+    target = None if out is None else writable("report", Path(out))
     seen = {"contents", *map(slug, paths)}
     sections = [_section(path, f"[{i}/{len(paths)}]", model, scale, home, seen) for i, path in enumerate(paths, 1)]
     page = _page(sections, model, scale, now).encode()
@@ -99,18 +97,6 @@ def report(
         write_atomically(artifact.file("report.html"), page)
         artifact.seal(facts={"seconds": {section.slug: round(section.seconds, 1) for section in sections}})
     return artifact.file("report.html")
-
-
-def _writable(target: Path) -> Path:
-    """The path, in a folder that is there now and takes files."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KitError(f"The report cannot go to {target}: {error}. Choose another place.") from None
-    if target.is_dir() or not os.access(target.parent, os.W_OK):
-        why = "it is a folder" if target.is_dir() else "its folder is read-only"
-        raise KitError(f"The report cannot go to {target}: {why}. Name a file that may be written.")
-    return target
 
 
 def _section(path: Path, progress: str, model: str, scale: str, store: Store, seen: set[str]) -> Section:
@@ -243,7 +229,7 @@ def _page(sections: Sequence[Section], model: str, scale: str, now: datetime) ->
     library = get_plotlyjs() if figures else ""
     scripts = figures + [twins] * any(TWIN in section.html for section in sections)
     # Only what was generated here is hashed: a script that came in with some output stays forbidden.
-    allowed = " ".join(_source_hash(script) for script in [library, *scripts] if script) or "'none'"
+    allowed = " ".join(source_hash(script) for script in [library, *scripts] if script) or "'none'"
     return (
         Environment(autoescape=True)
         .from_string(source)
@@ -262,10 +248,6 @@ def _page(sections: Sequence[Section], model: str, scale: str, now: datetime) ->
             versions={"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         )
     )
-
-
-def _source_hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _styles() -> dict[str, str]:

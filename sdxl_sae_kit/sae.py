@@ -292,7 +292,7 @@ class SAE(nn.Module):
         return hashed.hexdigest()
 
     def save(self, path: Path | str, training: Mapping[str, Tensor] | None = None) -> None:
-        """Write one safetensors file with configuration, site, data digest and metrics in its header.
+        """Write one safetensors file, not a folder, with configuration, site, data digest and metrics in its header.
 
         `training` makes it a checkpoint: what the next step of training needs beside the SAE, by name.
         """
@@ -351,7 +351,7 @@ class SAE(nn.Module):
         Example:
             >>> sae = SAE.load("unet.mid_block.attentions.0_k10_hidden5120_…/final")          # doctest: +SKIP
         """
-        if str(path).startswith("hf:") or formats.recognise(path):
+        if str(weights.location(path)).startswith("hf:") or formats.recognise(path):
             return cls._from_checkpoint(formats.read(path), site)
         sae = cls._load(path)
         if site and sae.site:

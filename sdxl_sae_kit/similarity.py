@@ -37,9 +37,7 @@ from sdxl_sae_kit.tiny.world import SIZE
 MIN_IMAGES = 8
 """Specificity is given for features with at least so many images: simulated 95 % intervals cover the true mean in 90 %
 of features with 8 images, as with 12 (92 %), but in 63 % of those with 3."""
-_FILE = "embeddings.safetensors"
-_BATCH, _FEATURES, _SHOWN = 64, 128, 12
-_RESAMPLES = 1000
+_FILE, _BATCH, _FEATURES, _SHOWN, _RESAMPLES = "embeddings.safetensors", 64, 128, 12, 1000
 
 Unit = Float[np.ndarray, "row d"]
 """Rows of length 1."""
@@ -170,6 +168,8 @@ def default_embed(stats: FeatureStats) -> Embed:
 
 
 def _check_pictures(stats: FeatureStats) -> None:
+    if not hasattr(stats, "pictured"):
+        raise KitError(f"This takes FeatureStats, as FeatureStats.measure gives, not a {type(stats).__name__}.")
     if not len(stats.pictured):
         raise KitError(f"No pictures are kept for {stats.sae}. Collect with images='thumbnails' and measure again.")
 
@@ -332,8 +332,8 @@ def specificity(
         store: folder of artifacts in which the embeddings are kept; by default that of `stats`.
 
     Raises:
-        KitError: no judge is given and the pictures are not of the tiny world, there are no pictures, or the statistics
-            keep fewer than 8 examples of each feature.
+        KitError: these are no statistics, there are no pictures, they are not of the tiny world and no judge is given,
+            or the statistics keep fewer than 8 examples of each feature.
 
     >>> specificity(stats).sentence()                                                          # doctest: +SKIP
     """
@@ -341,6 +341,7 @@ def specificity(
     embed = embed or default_embed(stats)
     if not isinstance(embed, Embed):
         raise KitError(f"specificity: embed is a judge such as ClipEmbed('folder'), not {embed!r}.")
+    _check_pictures(stats)
     top = top_pictures(stats, n)  # refuses before the judge looks at thousands of pictures
     rows, rng = embed_pictures(stats, embed, store), np.random.default_rng(0)
     value, low, high, chance = (np.full(stats.d_sae, np.nan, dtype=np.float32) for _ in range(4))
@@ -372,8 +373,7 @@ def _alike(
     value = np.asarray((similar.sum((1, 2)) - own.sum(1)) / (n * n - n))
     pairs = np.einsum("fdi,di->fd", draws @ similar, draws) - own @ (draws**2).T  # (feature, draw)
     drawn = pairs / (n * n - (draws**2).sum(1))
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=1)
-    return value, low, high
+    return value, *np.quantile(drawn, [0.025, 0.975], axis=1)
 
 
 def _random_sets(

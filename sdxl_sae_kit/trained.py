@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdxl_sae_kit import html
+from sdxl_sae_kit.artifacts import counted
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.plots import training_curves
 from sdxl_sae_kit.sae import SAE
@@ -41,7 +42,7 @@ class TrainedSAEs(dict[Key, SAE]):
         explained = {key: "undefined" if m is None else f"{m:.4f}" for key, m in self.explained().items()}
         lines = [f"{h} {name}: explained variance {text}" for (h, name), text in explained.items()]
         lines += [f"{h} {name}: stopped. {why}" for (h, name), why in self.failures.items()]
-        return "\n".join([f"{len(self)} trained SAEs (measured on held-out tokens)", *lines])
+        return "\n".join([f"{counted(len(self), 'trained SAEs')} (measured on held-out tokens)", *lines])
 
     def explained(self) -> dict[Key, float | None]:
         """Explained variance of each; None where it is not defined."""

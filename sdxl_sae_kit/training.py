@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit.activations import Activations
-from sdxl_sae_kit.artifacts import Store, human_bytes, slug, whole_number
+from sdxl_sae_kit.artifacts import Store, counted, human_bytes, slug, whole_number
 from sdxl_sae_kit.configs import SAEConfig, Site
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.pipelines import choose_device
@@ -196,7 +196,7 @@ def _announce(setting: Setting, runs: Sequence[Run]) -> None:
     together = f" {setting.processes.count} processes share them." if setting.processes.count > 1 else ""
     if setting.processes.first:
         tqdm.write(
-            f"Training {len(runs)} SAEs at {hookpoints}: {data}; weights, gradients and Adam take "
+            f"Training {counted(len(runs), 'SAEs')} at {hookpoints}: {data}; weights, gradients and Adam take "
             f"{human_bytes(16 * size)}.{together}"
         )
 

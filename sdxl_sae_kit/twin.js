@@ -28,7 +28,9 @@ for (const twin of document.querySelectorAll(".sae-twin")) {
     const order = labelled("Sort by", document.createElement("select"));
     const number = (card) => +card.querySelector("[data-latent]").dataset.latent;
     const keys = { "as it was": (card) => cards.indexOf(card), "latent number": number };
-    for (const name of ["density", "maximum"]) keys[name] = (card) => -card.dataset[name];
+    const names = { density: "density", maximum: "maximum", mean: "mean", moran: "Moran's I" };
+    for (const [key, name] of Object.entries(names))
+      if (cards.some((card) => key in card.dataset)) keys[name] = (card) => -(card.dataset[key] ?? -Infinity);
     for (const name of Object.keys(keys)) order.add(new Option(name));
     order.addEventListener("change", () => {
       const key = keys[order.value];

@@ -24,10 +24,19 @@ KEY, VERSION = "sdxl_sae_kit.sae", 2
 _TRAINING = "training."  # what begins so is no part of the SAE, but of a checkpoint of its training
 
 
+def location(path: Path | str) -> Path | str:
+    """The path, if it is one. Raises ArtifactError."""
+    if not isinstance(path, Path | str):
+        raise ArtifactError(f"SAE.load takes the path of a file or folder, not {path!r}. Pass one such as train's.")
+    return path
+
+
 def write(
     path: Path | str, header: Mapping[str, Any], tensors: Mapping[str, Tensor], training: Mapping[str, Tensor]
 ) -> None:
-    """Write an SAE, and what its training goes on from if there is anything."""
+    """Write an SAE, and what its training goes on from if there is anything. Raises ArtifactError for a folder."""
+    if Path(path).is_dir():
+        raise ArtifactError(f"An SAE is saved as one file, and {path} is a folder. Name a file in it: sae.safetensors.")
     named = dict(tensors) | {_TRAINING + name: tensor for name, tensor in training.items()}
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
     # not save_file, which lets nobody but the owner read the file

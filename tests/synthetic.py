@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sdxl_sae_kit.artifacts import Artifact
+from sdxl_sae_kit import icons
+from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.features import Curve, Example, FeatureStats, Histogram, Neighbour, Ranking
 from sdxl_sae_kit.firing import EDGES
+from sdxl_sae_kit.icons import Icons
+from sdxl_sae_kit.layout import encode_picture
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.sae import FIRES
 from sdxl_sae_kit.tiny.world import BACKGROUNDS, COLOURS
@@ -167,6 +170,22 @@ def synthetic_stats(
         texts=tuple(texts),
         pictures=tuple(_thumbnail(*scene) for scene in scenes),
     )
+
+
+def synthetic_icons(store: Path, sae: str, features: list[int], hookpoint: str = "mid.0") -> Icons:
+    """Icons of these features, each picture of another colour."""
+    recipe = {"sae_name": sae, "hookpoint": hookpoint, "strengths": [0.5, 1, 1.5], "features": features}
+    artifact = Store.at(store).artifact("icons", sae.rsplit("-", 1)[0], recipe | {"features_per_part": 2})
+    artifact.folder.mkdir(parents=True)
+    artifact.file("plain.webp").write_bytes(encode_picture(Image.new("RGB", (64, 64), "white"), "thumbnails"))
+    for part in range(-(-len(features) // 2)):
+        pictures = [
+            Image.new("RGB", (64, 64), (10 * feature % 256, 80 * strength, 0))
+            for feature in features[2 * part : 2 * part + 2]
+            for strength in range(3)
+        ]
+        artifact.file(f"part-{part:05d}.h5").write_bytes(icons._packed(pictures, 3))
+    return Icons.open(artifact.seal().folder)
 
 
 def _thumbnail(colour: str, place: str, background: str, radius: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ gallery(stats, page_size=16, sort="latent")
 NASTY = "<img src=x onerror=\"document.title='hacked'\"> left"
 
 
-@pytest.fixture
-def page(tmp_path: Path) -> Iterator[Any]:
+@contextmanager
+def tab_of_browser(folder: Path) -> Iterator[Any]:
     """A tab that has noted what it asked for outside this machine, and what went wrong in it."""
     with browser() as opened:
         tab = opened.new_page(viewport={"width": 1400, "height": 1000})
@@ -37,43 +38,57 @@ def page(tmp_path: Path) -> Iterator[Any]:
         tab.set_default_timeout(60_000)
         sync_api.expect.set_options(timeout=30_000)
         yield tab
-        tab.screenshot(path=tmp_path / "last.png")
+        tab.screenshot(path=folder / "last.png")
 
 
-def test_a_label_given_in_jupyterlab_is_there_when_the_notebook_runs_again(page: Any, tmp_path: Path) -> None:
-    with jupyterlab(tmp_path, notebook(NOTEBOOK)) as address:
-        page.goto(address)
-        page.wait_for_function(READY)
-        page.evaluate(RUN_ALL)
-        first = page.locator(".sae-page .sae-card header b").first
-        sync_api.expect(first).to_have_text("0", timeout=60_000)
-        assert page.locator(".sae-page .sae-card").count() == 16
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Any]:
+    """A tab of its own."""
+    with tab_of_browser(tmp_path) as tab:
+        yield tab
 
-        page.locator(".sae-sort select").select_option(label="maximum")
-        sync_api.expect(first).to_have_text(str(int(np.argmax(synthetic_stats().max))))
-        _assert_pictures_show(page, 16)
-        page.screenshot(path=tmp_path / "overview.png")
 
-        _open(page, 7)
-        page.locator(".sae-label input").fill(NASTY)
-        page.keyboard.press("Tab")
-        page.locator("button.sae-save").click()
-        sync_api.expect(page.locator(".sae-notice")).to_contain_text(f"Saved {NASTY}")
-        _assert_pictures_show(page, 12)
-        page.screenshot(path=tmp_path / "feature.png")
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A tab with the notebook in JupyterLab, shared: to run it is to begin anew."""
+    folder = tmp_path_factory.mktemp("lab")
+    with tab_of_browser(folder) as tab, jupyterlab(folder, notebook(NOTEBOOK)) as address:
+        tab.goto(address)
+        tab.wait_for_function(READY)
+        yield tab
 
-        page.evaluate(RUN_ALL)
-        card = page.locator(".sae-page .sae-card", has_text=NASTY)
-        sync_api.expect(card.locator("header b")).to_have_text("7")
-        page.evaluate(GO_DARK)
-        page.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'")
-        sync_api.expect(page.locator("#jupyterlab-splash")).to_have_count(0)
-        page.screenshot(path=tmp_path / "dark.png")
-        card.locator("img").click()
-        sync_api.expect(page.locator(".sae-title h3")).to_have_text("Latent 7")
-        assert page.locator(".sae-label input").input_value() == NASTY
-        page.screenshot(path=tmp_path / "dark-feature.png")
-        _assert_all_well(page)
+
+def test_a_label_given_in_jupyterlab_is_there_when_the_notebook_runs_again(lab: Any, tmp_path: Path) -> None:
+    lab.evaluate(RUN_ALL)
+    first = lab.locator(".sae-page .sae-card header b").first
+    sync_api.expect(first).to_have_text("0", timeout=60_000)
+    assert lab.locator(".sae-page .sae-card").count() == 16
+
+    lab.locator(".sae-sort select").select_option(label="maximum")
+    sync_api.expect(first).to_have_text(str(int(np.argmax(synthetic_stats().max))))
+    _assert_pictures_show(lab, 16)
+    lab.screenshot(path=tmp_path / "overview.png")
+
+    _open(lab, 7)
+    lab.locator(".sae-label input").fill(NASTY)
+    lab.keyboard.press("Tab")
+    lab.locator("button.sae-save").click()
+    sync_api.expect(lab.locator(".sae-notice")).to_contain_text(f"Saved {NASTY}")
+    _assert_pictures_show(lab, 12)
+    lab.screenshot(path=tmp_path / "feature.png")
+
+    lab.evaluate(RUN_ALL)
+    card = lab.locator(".sae-page .sae-card", has_text=NASTY)
+    sync_api.expect(card.locator("header b")).to_have_text("7")
+    lab.evaluate(GO_DARK)
+    lab.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'")
+    sync_api.expect(lab.locator("#jupyterlab-splash")).to_have_count(0)
+    lab.screenshot(path=tmp_path / "dark.png")
+    card.locator("img").click()
+    sync_api.expect(lab.locator(".sae-title h3")).to_have_text("Latent 7")
+    assert lab.locator(".sae-label input").input_value() == NASTY
+    lab.screenshot(path=tmp_path / "dark-feature.png")
+    _assert_all_well(lab)
 
 
 @pytest.mark.slow
@@ -112,33 +127,30 @@ def test_the_notebook_on_annotating_keeps_a_label(page: Any, tmp_path: Path) -> 
         _assert_all_well(page)
 
 
-def test_a_gallery_can_be_used_without_a_mouse(page: Any, tmp_path: Path) -> None:
-    with jupyterlab(tmp_path, notebook(NOTEBOOK)) as address:
-        page.goto(address)
-        page.wait_for_function(READY)
-        page.evaluate(RUN_ALL)
-        title, numbers = page.locator(".sae-title h3"), page.locator(".sae-page .sae-card header b")
-        sync_api.expect(numbers.first).to_have_text("0", timeout=60_000)
-        assert numbers.first.get_attribute("aria-label") == "Open latent 0"
+def test_a_gallery_can_be_used_without_a_mouse(lab: Any) -> None:
+    lab.evaluate(RUN_ALL)
+    title, numbers = lab.locator(".sae-title h3"), lab.locator(".sae-page .sae-card header b")
+    sync_api.expect(numbers.first).to_have_text("0", timeout=60_000)
+    assert numbers.first.get_attribute("aria-label") == "Open latent 0"
 
-        numbers.first.focus()
-        page.keyboard.press("PageDown")
-        sync_api.expect(numbers.first).to_have_text("16")
-        for key in ("ArrowRight", "Tab", "ArrowLeft"):
-            page.keyboard.press(key)
-        page.keyboard.press("Enter")
-        sync_api.expect(title).to_have_text("Latent 17")
-        sync_api.expect(title).to_be_focused()
-        neighbour = page.locator(".sae-facts .sae-near [role=button]").first
-        other = neighbour.get_attribute("data-latent")
-        neighbour.focus()
-        page.keyboard.press("Space")
-        sync_api.expect(title).to_have_text(f"Latent {other}")
-        page.locator("button.sae-back").focus()
-        page.keyboard.press("Enter")
-        sync_api.expect(numbers).to_have_count(16)
-        assert page.evaluate("document.querySelectorAll('.jp-Notebook.jp-mod-editMode').length") == 0
-        _assert_all_well(page)
+    numbers.first.focus()
+    lab.keyboard.press("PageDown")
+    sync_api.expect(numbers.first).to_have_text("16")
+    for key in ("ArrowRight", "Tab", "ArrowLeft"):
+        lab.keyboard.press(key)
+    lab.keyboard.press("Enter")
+    sync_api.expect(title).to_have_text("Latent 17")
+    sync_api.expect(title).to_be_focused()
+    neighbour = lab.locator(".sae-facts .sae-near [role=button]").first
+    other = neighbour.get_attribute("data-latent")
+    neighbour.focus()
+    lab.keyboard.press("Space")
+    sync_api.expect(title).to_have_text(f"Latent {other}")
+    lab.locator("button.sae-back").focus()
+    lab.keyboard.press("Enter")
+    sync_api.expect(numbers).to_have_count(16)
+    assert lab.evaluate("document.querySelectorAll('.jp-Notebook.jp-mod-editMode').length") == 0
+    _assert_all_well(lab)
 
 
 def _open(page: Any, latent: int) -> None:

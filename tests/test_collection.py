@@ -18,7 +18,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from launching import LAUNCHERS
 
-from sdxl_sae_kit import observation, plans
+from sdxl_sae_kit import collection, observation, plans
 from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.collection import collect, repair
@@ -26,9 +26,12 @@ from sdxl_sae_kit.errors import ArtifactError, HookpointError, KitError
 from sdxl_sae_kit.hookpoints import list_hookpoints
 from sdxl_sae_kit.hooks import record
 from sdxl_sae_kit.pipelines import draw, generate, load_pipeline
+from sdxl_sae_kit.processes import Processes
 from sdxl_sae_kit.prompts import load_prompts
 
 PROMPTS = load_prompts("world", 20, seed=5)
+MANY = load_prompts("world", 24, seed=5)
+HOOKPOINTS = ["mid.0", "up.0.1"]
 
 
 def test_rows_are_the_updates_of_each_prompt_with_its_own_seed(pipe, tmp_path):
@@ -107,7 +110,7 @@ class Collector:
             try:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 with redirect_stderr(io.StringIO()) as said, redirect_stdout(said):
-                    collect(pipe, prompts, ["mid.0", "up.0.1"], batch_size=4, store=folder, **settings)
+                    collect(pipe, prompts, HOOKPOINTS, batch_size=4, store=folder, **settings)
                 code = 0
             except KeyboardInterrupt:
                 code = 130
@@ -131,18 +134,32 @@ def small_shards(monkeypatch):
     monkeypatch.setattr(observation, "_SHARD_IMAGES", 4)
 
 
+@pytest.fixture(scope="module")
+def whole(pipe, tmp_path_factory):
+    """What must come out, whatever happens on the way: six shards of four images."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(observation, "_SHARD_IMAGES", 4)
+        return collect(pipe, MANY, HOOKPOINTS, batch_size=4, store=tmp_path_factory.mktemp("whole"))
+
+
 def folder_of(store):
     (folder,) = (store / "activations").glob("*")
     return folder
 
 
-def committed(store):
-    """The images that are entered, and every row of them, as a reader sees them while others may be writing."""
+def entered(store):
+    """The images that are entered, as a reader sees them while others may be writing."""
     try:
-        cache = ActivationCache.open(folder_of(store), unfinished=True)
+        return ActivationCache.open(folder_of(store), unfinished=True).present.tolist()
     except (ArtifactError, ValueError):  # not even the recipe is there yet
+        return []
+
+
+def committed(store):
+    """Every row of the images that are entered."""
+    if not (present := entered(store)):
         return {}
-    present = cache.present.tolist()
+    cache = ActivationCache.open(folder_of(store), unfinished=True)
     return {(hookpoint, image): cache.read(hookpoint, [image]) for hookpoint in cache.hookpoints for image in present}
 
 
@@ -154,18 +171,17 @@ def same_files(one, other):
 
 
 @pytest.mark.parametrize("kills", [12, pytest.param(100, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_loses_nothing_and_ends_bit_identical(pipe, tmp_path, small_shards, kills):
-    prompts, rng = load_prompts("world", 48, seed=5), random.Random(0)
-    whole = collect(pipe, prompts, ["mid.0", "up.0.1"], batch_size=4, store=tmp_path / "whole")
-    expected = {(h, i): whole.read(h, [i]) for h in whole.hookpoints for i in range(48)}
+def test_killed_at_random_moments_it_loses_nothing_and_ends_bit_identical(pipe, tmp_path, small_shards, whole, kills):
+    rng = random.Random(0)
+    expected = {(h, i): whole.read(h, [i]) for h in whole.hookpoints for i in range(len(MANY))}
     started = time.perf_counter()
-    assert Collector(pipe, tmp_path / "timed", prompts).wait() == 0
+    assert Collector(pipe, tmp_path / "timed", MANY).wait() == 0
     takes, killed, number = time.perf_counter() - started, 0, 0
     while killed < kills:
         store, seen = tmp_path / str(number), {}
         store.mkdir()
         for _ in range(rng.randint(1, 5)):  # so often, then it may finish
-            process = Collector(pipe, store, prompts)
+            process = Collector(pipe, store, MANY)
             time.sleep(rng.uniform(0, takes))
             process.signal(signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
@@ -173,29 +189,27 @@ def test_killed_at_random_moments_it_loses_nothing_and_ends_bit_identical(pipe, 
             assert now.keys() >= seen.keys()  # what was entered stays entered
             assert all(torch.equal(rows, expected[key]) for key, rows in now.items())
             seen = now
-        assert Collector(pipe, store, prompts).wait() == 0
+        assert Collector(pipe, store, MANY).wait() == 0
         assert same_files(folder_of(store), whole.artifact.folder)
         number += 1
 
 
-def test_interrupted_it_keeps_what_is_whole_and_goes_on(pipe, tmp_path, small_shards):
-    prompts = load_prompts("world", 48, seed=5)
-    whole = collect(pipe, prompts, ["mid.0", "up.0.1"], batch_size=4, store=tmp_path / "whole")
+def test_interrupted_it_keeps_what_is_whole_and_goes_on(pipe, tmp_path, small_shards, whole):
     (tmp_path / "stopped").mkdir()
-    process = Collector(pipe, tmp_path / "stopped", prompts)
-    while len(committed(tmp_path / "stopped")) < 24:
+    process = Collector(pipe, tmp_path / "stopped", MANY)
+    while len(entered(tmp_path / "stopped")) < 8:
         time.sleep(0.01)
     process.signal(signal.SIGINT)
     assert process.wait() == 130
-    assert 24 <= len(committed(tmp_path / "stopped")) < 96
-    assert Collector(pipe, tmp_path / "stopped", prompts).wait() == 0
+    assert 8 <= len(entered(tmp_path / "stopped")) < len(MANY)
+    assert Collector(pipe, tmp_path / "stopped", MANY).wait() == 0
     assert same_files(folder_of(tmp_path / "stopped"), whole.artifact.folder)
 
 
 def test_an_exception_at_image_537_loses_at_most_its_shard_and_is_made_good(pipe, tmp_path, monkeypatch, capsys):
     prompts = load_prompts("world", 600)
-    settings = {"batch_size": 32, "images": None}
-    whole = collect(pipe, prompts, ["mid.0"], store=tmp_path / "whole", **settings)
+    settings = {"hookpoints": ["down.1.0"], "batch_size": 32, "images": None}  # the first, after which the U-Net stops
+    whole = collect(pipe, prompts, store=tmp_path / "whole", **settings)
     drawn = []
 
     def failing(pipe, texts, seeds, **more):
@@ -206,13 +220,13 @@ def test_an_exception_at_image_537_loses_at_most_its_shard_and_is_made_good(pipe
 
     monkeypatch.setattr(observation, "draw", failing)
     with pytest.raises(RuntimeError, match="image 537"):
-        collect(pipe, prompts, ["mid.0"], store=tmp_path / "broken", **settings)
+        collect(pipe, prompts, store=tmp_path / "broken", **settings)
     assert "Stopped; 512 of 600 images are kept, and the same call goes on there." in capsys.readouterr().out
     reader = ActivationCache.open(folder_of(tmp_path / "broken"), unfinished=True)
     assert reader.present.tolist() == list(range(512))  # four shards of 128
     before = len(drawn)
     drawn += [0] * 600
-    resumed = collect(pipe, prompts, ["mid.0"], store=tmp_path / "broken", **settings)
+    resumed = collect(pipe, prompts, store=tmp_path / "broken", **settings)
     assert len(drawn) - 600 - before == 600 - 512  # only what was missing
     assert same_files(resumed.artifact.folder, whole.artifact.folder)
 
@@ -234,24 +248,21 @@ def test_a_disk_that_is_too_small_is_refused_beforehand(pipe, small_disk):
     assert not list(small_disk.rglob("*.h5"))
 
 
-def test_a_disk_that_fills_up_on_the_way_loses_nothing(pipe, tmp_path, small_disk, small_shards):
-    prompts = load_prompts("world", 48, seed=5)
-    whole = collect(pipe, prompts, ["mid.0", "up.0.1"], batch_size=4, store=tmp_path / "whole")
-    process = Collector(pipe, small_disk, prompts)
-    while len(committed(small_disk)) < 16:
+def test_a_disk_that_fills_up_on_the_way_loses_nothing(pipe, small_disk, small_shards, whole):
+    process = Collector(pipe, small_disk, MANY)
+    while len(entered(small_disk)) < 8:
         time.sleep(0.01)
     with open(small_disk / "filler", "wb", buffering=0) as filler, suppress(OSError):  # another program fills the disk
         while True:
             filler.write(bytes(4096))
     assert process.wait() == 3
     assert "There is no space left for" in refusal_of(small_disk).read_text()
-    kept = committed(small_disk)
-    assert 16 <= len(kept) < 96
+    assert 8 <= len(entered(small_disk)) < len(MANY)
     assert not list(small_disk.rglob("*.tmp"))
     (small_disk / "filler").unlink()
     with pytest.raises(ArtifactError, match="There is no space left for .* make room, and the same call goes on"):
-        _fill_and_collect(pipe, prompts, small_disk)
-    collect(pipe, prompts, ["mid.0", "up.0.1"], batch_size=4, store=small_disk)  # in the same process that failed
+        _fill_and_collect(pipe, MANY, small_disk)
+    collect(pipe, MANY, HOOKPOINTS, batch_size=4, store=small_disk)  # in the same process that failed
     assert same_files(folder_of(small_disk), whole.artifact.folder)
 
 
@@ -261,7 +272,7 @@ def _fill_and_collect(pipe, prompts, disk):
     filler.write_bytes(bytes(shutil.disk_usage(disk).free - 60_000))
     try:
         with patch.object(plans.CollectionPlan, "check_space"):
-            collect(pipe, prompts, ["mid.0", "up.0.1"], batch_size=4, store=disk)
+            collect(pipe, prompts, HOOKPOINTS, batch_size=4, store=disk)
     finally:
         filler.unlink()
 
@@ -269,7 +280,7 @@ def _fill_and_collect(pipe, prompts, disk):
 def test_a_second_collector_is_refused_at_once_by_the_name_of_the_first(pipe, tmp_path, small_shards):
     prompts = load_prompts("world", 200, seed=5)
     first = Collector(pipe, tmp_path, prompts)
-    while not committed(tmp_path):
+    while not entered(tmp_path):
         time.sleep(0.01)
     second = Collector(pipe, tmp_path, prompts)
     assert second.wait() == 3  # while the first goes on: it is refused, and does not wait
@@ -440,7 +451,7 @@ TOGETHER = """
     from sdxl_sae_kit import observation
     observation._SHARD_IMAGES = 4
     pipe = kit.load_pipeline("tiny-turbo", device="cpu", dtype="float32")
-    prompts = kit.load_prompts("world", 48, seed=5)
+    prompts = kit.load_prompts("world", 24, seed=5)
     cache = kit.collect(pipe, prompts, ["mid.0", "up.0.1"], batch_size=4, store=sys.argv[1])
     sys.stdout.write(f"digest {cache.digest}\\n")  # at once: two processes write here
 """
@@ -450,15 +461,19 @@ PIDS = """
 """
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_make_the_same_cache_and_finish_what_a_dead_one_left(pipe, tmp_path, small_shards, launcher):
-    prompts = load_prompts("world", 48, seed=5)
-    whole = collect(pipe, prompts, ["mid.0", "up.0.1"], batch_size=4, store=tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("begins", "ends"),
+    [("torchrun", "accelerate"), pytest.param("accelerate", "torchrun", marks=pytest.mark.slow)],
+)
+def test_two_processes_make_the_same_cache_and_finish_what_dead_ones_left(tmp_path, small_shards, whole, begins, ends):
     script = tmp_path / "together.py"
     script.write_text(textwrap.dedent(PIDS) + textwrap.dedent(TOGETHER))
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], str(script), str(tmp_path / "shared")]
+    beginning, ending = (
+        [sys.executable, "-m", *LAUNCHERS[launcher], str(script), str(tmp_path / "shared")]
+        for launcher in (begins, ends)
+    )
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen(beginning, env=environment)
     while process.poll() is None and not committed_by_two(tmp_path / "shared"):
         time.sleep(0.02)
     workers = [int(path.name.split(".")[1]) for path in tmp_path.glob("shared.*.pid")]
@@ -466,30 +481,57 @@ def test_two_processes_make_the_same_cache_and_finish_what_a_dead_one_left(pipe,
     for pid in (process.pid, *workers):  # the launcher gives each a session of its own
         os.kill(pid, signal.SIGKILL)
     process.wait()
-    before = {shard for _, shard in committed(tmp_path / "shared")}
-    assert 0 < len(before) < 48
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert 0 < len(entered(tmp_path / "shared")) < len(MANY)
+    done = subprocess.run(ending, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout.count(f"digest {whole.digest}") == 2, done.stderr
     assert same_files(folder_of(tmp_path / "shared"), whole.artifact.folder)
 
 
+def test_a_process_takes_the_shards_of_its_numbers_whatever_others_have_entered(
+    pipe, tmp_path, small_shards, monkeypatch
+):
+    class Second(Processes):
+        def wait(self):
+            """The first is elsewhere, and was quicker."""
+
+    drawn = []
+
+    def stopping(pipe, texts, seeds, **more):
+        drawn.append(seeds)
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return draw(pipe, texts, seeds, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(observation, "draw", stopping)
+        collect(pipe, MANY, ["mid.0"], batch_size=4, images=None, store=tmp_path)
+    assert entered(tmp_path) == [0, 1, 2, 3]
+    taken = []
+    monkeypatch.setattr(collection, "find_processes", lambda: Second(1, 2))
+    monkeypatch.setattr(collection, "_write", lambda pipe, writer, shards, *_: taken.extend(shards))
+    with pytest.raises(ArtifactError):  # it is not whole: the first was not there to finish it
+        collect(pipe, MANY, ["mid.0"], batch_size=4, images=None, store=tmp_path).artifact.present()
+    assert [shard.file for shard in taken] == [f"shard-{number:05d}.h5" for number in (1, 3, 5)]
+
+
 def committed_by_two(store):
     """Whether both processes have entered a shard: those of one have even numbers, those of the other odd ones."""
-    return {image // 4 % 2 for _, image in committed(store)} == {0, 1}
+    return {image // 4 % 2 for image in entered(store)} == {0, 1}
 
 
 def test_repair_is_refused_while_a_collector_works_and_finishes_what_is_unfinished(pipe, tmp_path, small_shards):
-    prompts = load_prompts("world", 200, seed=5)
-    first = Collector(pipe, tmp_path, prompts)
-    while not committed(tmp_path):
+    first = Collector(pipe, tmp_path, MANY)
+    while not entered(tmp_path):
         time.sleep(0.01)
+    first.signal(signal.SIGSTOP)  # so that it is not done before it is looked at
     with pytest.raises(ArtifactError, match=f"is being written by process {first.pid}"):
         repair(pipe, folder_of(tmp_path))
     first.signal(signal.SIGKILL)
     first.wait()
     kept = committed(tmp_path)
+    assert 0 < len(kept) < 2 * len(MANY)
     cache = repair(pipe, folder_of(tmp_path))
-    assert cache.n_images == 200
+    assert cache.n_images == len(MANY)
     assert all(torch.equal(cache.read(hookpoint, [image]), rows) for (hookpoint, image), rows in kept.items())
 
 

@@ -96,7 +96,7 @@ def test_all_alive_features_by_default_and_the_cost_is_told(pipe, sae, small_sta
     monkeypatch.setattr(icons, "generate", lambda _, prompts, __: [Image.new("RGB", (8, 8))] * len(prompts))
     result = draw_icons(pipe, sae, small_stats, strengths=[1], store=tmp_path)
     assert result.features.tolist() == small_stats.alive.tolist()
-    assert f"at 1 strengths: {len(small_stats.alive)} pictures to make" in capsys.readouterr().out
+    assert f"at 1 strength: {len(small_stats.alive)} pictures to make" in capsys.readouterr().out
 
 
 def test_the_page_shows_every_strength(drawn):

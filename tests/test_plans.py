@@ -7,7 +7,7 @@ from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.plans import CollectionPlan, plan
 from sdxl_sae_kit.prompts import load_prompts
 
-PROMPTS = load_prompts("world", 200, seed=9)
+PROMPTS = load_prompts("world", 80, seed=9)
 
 
 @pytest.mark.parametrize(

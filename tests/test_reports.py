@@ -232,8 +232,15 @@ def test_progress_bars_stay_out_of_the_report_and_other_widgets_do_not(tmp_path)
     assert "100%" not in text and text.count("An interactive view: open the notebook to use it.") == 1
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("when", ["the kernel starts", "a cell runs"])
+@pytest.mark.parametrize(
+    ("when", "stop"),
+    [
+        ("the kernel starts", signal.SIGTERM),
+        ("a cell runs", signal.SIGINT),
+        pytest.param("the kernel starts", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("a cell runs", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_a_stop_ends_in_one_line_and_takes_the_kernel_along(tmp_path, stop, when):
     kernel = tmp_path / "kernel"
     path = notebook(

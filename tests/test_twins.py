@@ -13,6 +13,7 @@ from laboratory import CHROMIUM, browser
 from synthetic import synthetic_stats
 
 from sdxl_sae_kit.reports import report
+from sdxl_sae_kit.sheets import draw_sheet
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
@@ -99,3 +100,27 @@ def test_without_scripts_everything_is_there_and_no_control_is_dead(written: Pat
         folded = twins.nth(1).locator("details", has_text="Random")
         folded.locator("summary").click()
         assert folded.locator("img:visible").count() == 12
+
+
+def test_a_sheet_asks_nobody_and_can_be_filtered_and_sorted(tmp_path: Path) -> None:
+    stats = synthetic_stats()
+    first = draw_sheet(stats, features=range(40), out=tmp_path / "sheet.html")
+    with opened(first, viewport={"width": 400, "height": 800}) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+        numbers = page.locator(".sae-card:visible b")
+        assert numbers.count() == 40
+        page.get_by_label("Sort by").select_option("Moran's I")
+        ranked = [int(text) for text in numbers.all_inner_texts()]
+        assert ranked[:35] == sorted(range(35), key=lambda latent: -stats.moran[latent])
+        assert set(ranked[35:]) == set(range(35, 40))  # dead, so without Moran's I
+        page.get_by_label("Filter").fill("red left")
+        assert 0 < numbers.count() < 35
+
+
+def test_a_sheet_without_scripts_shows_every_card_and_no_dead_control(tmp_path: Path) -> None:
+    with opened(draw_sheet(synthetic_stats(), out=tmp_path / "sheet.html"), java_script_enabled=False) as page:
+        assert page.locator(".sae-card:visible").count() == 35
+        assert page.locator("input, select, button").count() == 0
+        page.get_by_text("Find a feature by its number").click()
+        page.get_by_role("link", name="17", exact=True).click()
+        assert page.locator(".sae-card:has(:target) b").inner_text() == "17"
