@@ -83,10 +83,11 @@ def test_what_is_slid_and_drawn_is_what_is_steered(page: Any, tmp_path: Path) ->
         page.wait_for_function("() => document.body.dataset.jpThemeLight === 'false'")
         sync_api.expect(page.locator("#jupyterlab-splash")).to_have_count(0)
         page.screenshot(path=tmp_path / "dark.png")
-        page.set_viewport_size({"width": 400, "height": 2400})
-        page.keyboard.press("Control+b")
+        page.evaluate("() => { window.jupyterapp.commands.execute('application:toggle-left-area'); }")
+        page.set_viewport_size({"width": 520, "height": 2400})  # the panel has about 400 of them
         page.wait_for_timeout(1000)
         page.screenshot(path=tmp_path / "narrow.png")
+        assert shown.evaluate("(output) => output.scrollWidth <= output.clientWidth")
 
         assert beside.locator(".sae-result").inner_html() == untouched
         assert page.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
