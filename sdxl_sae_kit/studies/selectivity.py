@@ -152,12 +152,13 @@ class _Screening:
         best = sorted((each for each in tried if each), key=lambda each: _merit(each.outcome), reverse=True)
         chosen = dict[tuple[int, int], _Tried]()
         for each in best:
-            chosen.setdefault((each.labelled.place, each.labelled.latent), each)
+            if len(held_out.choose(each.labelled, off=each.verb == "scale", n=_FEWEST)) == _FEWEST:
+                chosen.setdefault((each.labelled.place, each.labelled.latent), each)
         for place, each in enumerate(tqdm(list(chosen.values())[:n], desc="confirm", unit="feature")):
             if f"confirmed {place}" not in self.lines:
                 told = {"labelled": asdict(each.labelled), "verb": each.verb, "dose": each.dose}
                 self.lines.add(f"confirmed {place}", told | {"outcomes": self._confirm(each, held_out)})
-        self.artifact.seal(facts={"tried": len(candidates), "confirmed": len(chosen)})
+        self.artifact.seal(facts={"tried": len(candidates), "confirmed": min(n, len(chosen))})
 
     @torch.no_grad()
     def _label(self) -> Iterator[Labelled]:
@@ -198,16 +199,11 @@ class _Screening:
         return max(done, key=lambda each: _merit(each.outcome), default=None)
 
     def _confirm(self, chosen: _Tried, pool: _Pool) -> dict[str, Any]:
-        labelled, outcomes = chosen.labelled, dict[str, Any]()
-        for condition, along in self._directions(labelled).items():
-            outcome = self._edit(labelled, chosen.verb, chosen.dose, pool, self.recipe["prompts"], along)
-            if outcome is None:
-                raise KitError(
-                    f"screen: fewer than {_FEWEST} held-out prompts show {labelled.factor} {labelled.value}, or lack "
-                    "it. Collect more prompts."
-                )
-            outcomes[condition] = asdict(outcome)
-        return outcomes
+        return {
+            condition: asdict(outcome)
+            for condition, along in self._directions(chosen.labelled).items()
+            if (outcome := self._edit(*chosen[:3], pool, self.recipe["prompts"], along))
+        }
 
     def _directions(self, labelled: Labelled) -> dict[str, dict[int, Float[np.ndarray, " d_in"]]]:
         """What `steer` is to write along in each condition."""
