@@ -324,6 +324,7 @@ def selectivity_map(points: Mapping[str, Sequence[tuple[float, float, str]]], mo
             marker={"symbol": at, "size": 9, "opacity": 0.75},
         )  # fmt: skip
     made.add_shape(type="rect", x0=kept, x1=1.02, y0=moved, y1=1.04, line={"width": 1, "dash": "dot"}, layer="below")
+    return made
 
 
 def dose_responses(

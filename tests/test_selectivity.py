@@ -16,7 +16,7 @@ from sdxl_sae_kit.studies.selectivity import compare, log_odds, screen
 from sdxl_sae_kit.tiny.world import FACTORS
 
 RED = Labelled(0, 7, "colour", "red", 0.9)
-FEW = {"n": 2, "per_value": 1, "trials": 6, "prompts": 6}
+FEW = {"n": 2, "per_value": 1, "trials": 4, "prompts": 4}
 
 
 class Breaking(WorldJudge):
@@ -36,7 +36,8 @@ class Breaking(WorldJudge):
 @pytest.fixture
 def strict(monkeypatch):
     """Only what tells a value almost perfectly is tried, so that tests are quick."""
-    monkeypatch.setattr(selectivity, "_LEAST_AREA", 0.93)
+    monkeypatch.setattr(selectivity, "_LEAST_AREA", 0.95)
+    monkeypatch.setattr(selectivity, "_POOL", 60)
     monkeypatch.setattr(selectivity, "_FEWEST", 3)
 
 
@@ -80,14 +81,12 @@ def test_a_feature_passes_when_it_moves_its_own_factor_and_keeps_every_other() -
 def test_what_a_break_leaves_is_gone_on_with_and_gives_the_same(
     pipe, small_cache, small_saes, strict, tmp_path
 ) -> None:
-    whole = screen(pipe, small_saes, small_cache, **FEW, store=tmp_path / "whole")
+    counted, counting = Breaking(10_000), Breaking(10_000)
+    whole = screen(pipe, small_saes, small_cache, **FEW, judge=counted, store=tmp_path / "whole")
     assert whole.features and whole.rows()
     with pytest.raises(KeyboardInterrupt):
         screen(pipe, small_saes, small_cache, **FEW, judge=Breaking(14), store=tmp_path / "broken")
-    counting = Breaking(10_000)
     again = screen(pipe, small_saes, small_cache, **FEW, judge=counting, store=tmp_path / "broken")
-    counted = Breaking(10_000)
-    screen(pipe, small_saes, small_cache, **FEW, judge=counted, store=tmp_path / "third")
     assert counting.left > counted.left
     for one, other in zip(whole.features, again.features, strict=True):
         assert (one.labelled, one.verb, one.dose) == (other.labelled, other.verb, other.dose)

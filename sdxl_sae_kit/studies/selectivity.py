@@ -29,14 +29,17 @@ from sdxl_sae_kit.recovery import strongest
 from sdxl_sae_kit.sae import FIRES, SAE
 from sdxl_sae_kit.studies.distances import draw, drawing, made_by
 from sdxl_sae_kit.studies.lines import Lines
-from sdxl_sae_kit.studies.selected import CONDITIONS, CONTROLS, FILE, KEPT, Labelled, Outcome, Selectivity
+from sdxl_sae_kit.studies.selected import CONDITIONS, CONTROLS, FILE, Labelled, Outcome, Selectivity
 from sdxl_sae_kit.tiny.world import FACTORS
 
-DOSES: tuple[tuple[str, float], ...] = (("scale", 0.0), ("scale", -3.0), ("add", 5.0), ("add", 15.0))
-"""The edits that are tried of each feature: its activation times 0 or −3 where it fires and its value is shown; and,
+DOSES: tuple[tuple[str, float], ...] = (("scale", 0.0), ("scale", -2.0), ("add", 3.0), ("add", 10.0))
+"""The edits that are tried of each feature: its activation times 0 or −2 where it fires and its value is shown; and,
 where another value is, so many times its mean activation added everywhere."""
 _LEAST_AREA, _IMAGES, _POOL, _FEWEST = 0.75, 1024, 240, 6
 _BATCH = 48
+_SAFE = 0.93
+"""Edits that keep so much of every other factor on training prompts are told apart by what they move alone: some more
+than `KEPT`, as what is best among many trials is somewhat lucky."""
 
 Answers = dict[str, Float[np.ndarray, "image answer"]]
 """The judge's probabilities, by factor."""
@@ -49,7 +52,7 @@ def screen(
     *,
     n: int = 20,
     per_value: int = 2,
-    trials: int = 12,
+    trials: int = 16,
     prompts: int = 24,
     judge: PictureJudge | None = None,
     seed: int = 0,
@@ -290,7 +293,7 @@ def log_odds(told: Float[np.ndarray, "image answer"], column: int) -> Float[NDAr
 def _merit(outcome: Outcome) -> tuple[float, float, float]:
     """Edits that keep other factors first; among them by the share moved, then by how surely (mean / deviation)."""
     moved = np.array(outcome.moved)
-    return (min(*outcome.kept.values(), KEPT), outcome.share_moved, float(moved.mean() / (moved.std() + 1e-9)))
+    return (min(*outcome.kept.values(), _SAFE), outcome.share_moved, float(moved.mean() / (moved.std() + 1e-9)))
 
 
 def _spread(images: Int[np.ndarray, " image"], n: int) -> Int[np.ndarray, " image"]:
