@@ -290,12 +290,14 @@ def silence(pipe: Any, blocks: Iterable[str]) -> Iterator[None]:
     ...     image = generate(pipe, ["a red circle"], [0])[0]
     """
     names = [blocks] if isinstance(blocks, str) else blocks
-    layers = [pipe.unet.get_submodule(resolve_block(pipe.unet, name).adds) for name in names]
+    unet = getattr(pipe.unet, "_orig_mod", pipe.unet)
+    layers = [unet.get_submodule(resolve_block(unet, name).adds) for name in names]
     handles: list[Any] = []
     try:
-        for layer in layers:
-            handles.append(layer.register_forward_hook(lambda _module, _args, added: torch.zeros_like(added)))
-        yield
+        with _uncompiled(unet, wrapped=unet is not pipe.unet):
+            for layer in layers:
+                handles.append(layer.register_forward_hook(lambda _module, _args, added: torch.zeros_like(added)))
+            yield
     finally:
         for handle in handles:
             handle.remove()

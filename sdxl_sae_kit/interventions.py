@@ -116,9 +116,20 @@ def replay(pipe: Any, saes: Any, edits: Edit | Sequence[Edit] | Path | str) -> I
         >>> with replay(pipe, saes, "off.json"):                                                 # doctest: +SKIP
         ...     image = pipe("a red circle", num_inference_steps=1, guidance_scale=0.0).images[0]
     """
-    listed = [edits] if isinstance(edits, Edit) else read_edits(edits) if isinstance(edits, Path | str) else list(edits)
+    listed: list[Any] = [edits]
+    if isinstance(edits, Path | str):
+        listed = list(read_edits(edits))
+    elif isinstance(edits, Iterable):
+        listed = list(edits)
     several = saes.values() if isinstance(saes, Mapping) else saes
-    by_digest = {digest_of(sae): sae for sae in (several if isinstance(several, Iterable) else [several])}
+    given: list[Any] = list(several) if isinstance(several, Iterable) and not isinstance(several, str) else [several]
+    for kind, items in ((SAE, given), (Edit, listed)):
+        if wrong := [item for item in items if not isinstance(item, kind)]:
+            raise EditError(
+                f"replay takes SAEs, then edits, such as replay(pipe, saes, [edit]); {type(wrong[0]).__name__} is no "
+                f"{kind.__name__}. What is JSON already becomes an edit with Edit.from_json."
+            )
+    by_digest = {digest_of(sae): sae for sae in given}
     hooks = []
     for number, edit in enumerate(listed):
         sae = None if edit.ablate_block else _recorded(number, edit, by_digest)

@@ -6,6 +6,7 @@ how different they look is then told in pixels only.
 
 from __future__ import annotations
 
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch.nn import functional as F
 
+from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.files import hash_file
 from sdxl_sae_kit.pipelines import describe
 from sdxl_sae_kit.tiny import NAMES, WEIGHTS
@@ -102,6 +104,19 @@ class EmbeddingJudge:
         """1 − the cosine of the two embeddings."""
         one, other = (self._embed([Image.fromarray(p) for p in _as_bytes(pictures)]) for pictures in (before, after))
         return np.asarray(1 - (one * other).sum(axis=1), dtype=np.float32)
+
+
+def chosen_judge(asked: str, pipe: Any, judge: PictureJudge | EllipsisType | None) -> PictureJudge | None:
+    """The judge given, or the model's own where it was left out (`...`); None tells pixels only.
+
+    Raises:
+        KitError: it is no judge.
+    """
+    if isinstance(judge, EllipsisType):
+        return judge_of(pipe)
+    if judge is not None and (isinstance(judge, type) or not isinstance(judge, PictureJudge)):
+        raise KitError(f"{asked}: judge is one such as WorldJudge() or EmbeddingJudge(embed), or None, not {judge!r}.")
+    return judge
 
 
 def judge_of(pipe: Any) -> PictureJudge | None:

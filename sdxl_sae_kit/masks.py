@@ -73,7 +73,7 @@ Where = ArrayLike | Image.Image | Polygon | Sequence[Polygon]
 def plain_mask(where: Any) -> Any:
     """A mask as JSON could hold it: a tuple of polygons, or nested tuples of shares from 0 to 1.
 
-    Numbers above 1 are divided by the largest, as those of a heat map or an 8-bit picture.
+    A map with numbers above 1, such as a heat map, is divided by the largest, image by image; one of bytes by 255.
 
     Raises:
         EditError: it is something else, is too large, or has numbers that are negative or not finite.
@@ -92,7 +92,10 @@ def plain_mask(where: Any) -> Any:
         )
     if found.min() < 0:
         raise EditError(f"where has numbers down to {found.min():g}, but shares start at 0. Clip them.")
-    return _plain("where", found / max(1.0, found.max()))
+    largest = found.max(axis=(-2, -1), keepdims=True)
+    if getattr(where, "dtype", None) in (np.uint8, torch.uint8) and found.max() > 1:
+        largest = np.array(255.0)
+    return _plain("where", found / np.maximum(1.0, largest))
 
 
 def plain_map(name: str, value: Any, example: str) -> Any:

@@ -203,12 +203,12 @@ def digest_of(sae: SAE) -> str:
 
 
 def _placed(sae: SAE, device: torch.device) -> SAE:
-    """The SAE itself if it is on this device, else a copy: the caller's stays where it is."""
-    if sae.W_enc.device == device:
+    """The SAE itself if it is on this device in float32, else a copy that is: the caller's stays as it is."""
+    if (sae.W_enc.device, sae.W_enc.dtype) == (device, torch.float32):
         return sae
     copies = _kept(sae).copies
     if device not in copies:
-        copies[device] = copy.deepcopy(sae).to(device)
+        copies[device] = copy.deepcopy(sae).to(device, torch.float32)
     return copies[device]
 
 

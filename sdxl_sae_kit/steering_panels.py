@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import whole_number
-from sdxl_sae_kit.edits import write_edits
+from sdxl_sae_kit.edits import Edit, write_edits
 from sdxl_sae_kit.errors import EditError, KitError
 from sdxl_sae_kit.explorer import Drawn, finest, known_stats, placed_saes, scaled, strongest
 from sdxl_sae_kit.features import FeatureStats
@@ -198,15 +198,18 @@ class SteeringPanel(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
             return  # the notice says why it could not be drawn
         if not self.steered.edits:
             self.notice.value = "Nothing is changed, so there is no edit to save. Move a slider first."
-        elif not name or Path(name).exists():
-            self.notice.value = f"There is already {html.escape(name or 'a folder')}. Choose another name of a file."
         else:
             try:
-                write_edits(name, self.steered.edits)
+                self.notice.value = self._written(name, self.steered.edits)
             except (KitError, OSError) as error:
                 self.notice.value = f"Not saved: {html.escape(error)}"
-                return
-            self.notice.value = f"Saved. Draw with it inside: kit.replay(pipe, saes, {html.escape(repr(name))})."
+
+    def _written(self, name: str, edits: Sequence[Edit]) -> str:
+        """What to say after writing a new file; one that is there already is left alone."""
+        if not name or Path(name).exists():
+            return f"There is already {html.escape(name or 'a folder')}. Choose another name of a file."
+        write_edits(name, edits)
+        return f"Saved. Draw with it inside: kit.replay(pipe, saes, {html.escape(repr(name))})."
 
     # Drawing -------------------------------------------------------------------------------------------------------
 

@@ -307,3 +307,17 @@ def test_a_whole_compiled_unet_is_read_too(pipe, monkeypatch):
         pipe.unet = unet
     assert torch.equal(recording.update("mid.0"), expected.update("mid.0"))
     assert n_hooks(pipe) == 0
+
+
+def test_silence_is_heard_in_a_compiled_unet(pipe):
+    expected_unet, clean = pipe.unet, image(pipe)
+    with silence(pipe, ["up.0.1", "up.0.resnet.0"]):
+        expected = image(pipe)
+    try:
+        pipe.unet = torch.compile(pipe.unet, backend="eager")
+        image(pipe)
+        with pytest.warns(UserWarning, match="runs uncompiled"), silence(pipe, ["up.0.1", "up.0.resnet.0"]):
+            assert np.array_equal(image(pipe), expected)
+    finally:
+        pipe.unet = expected_unet
+    assert not np.array_equal(expected, clean)

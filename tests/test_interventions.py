@@ -1,5 +1,6 @@
 """Steering: exact where nothing is asked, exactly the formula where something is."""
 
+import copy
 import warnings
 from dataclasses import replace
 from itertools import product
@@ -434,3 +435,19 @@ def test_a_setting_that_the_pipeline_would_ignore_is_refused(pipe):
         Exception, match=r"StableDiffusionXLPipeline takes no 'generatr', .* Did you mean 'generator'\?"
     ):
         draw(pipe, PROMPTS, SEEDS, generatr=None)
+
+
+def test_replay_says_what_it_takes(pipe, sae, unchecked_types):
+    with steer(pipe, sae, scale={0: 0.5}) as edit:
+        pass
+    for saes, edits in ((edit, sae), ("up.0.1", edit), (None, edit), (sae, [edit.to_json()]), (sae, 3)):
+        with pytest.raises(EditError, match="replay takes SAEs, then edits"), replay(pipe, saes, edits):
+            pass
+
+
+def test_an_sae_in_half_precision_edits_as_the_same_one_in_full(pipe, sae, latent):
+    half = copy.deepcopy(sae).half()
+    with steer(pipe, half.float(), scale={latent: 0.0}):
+        expected = images(pipe)
+    with steer(pipe, half, scale={latent: 0.0}):
+        assert np.allclose(images(pipe), expected, atol=1e-4)

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sdxl_sae_kit.judges import EmbeddingJudge, PictureJudge, WorldJudge, judge_of
+from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.judges import EmbeddingJudge, PictureJudge, WorldJudge, chosen_judge, judge_of
 from sdxl_sae_kit.pipelines import describe
 from sdxl_sae_kit.similarity import WorldEmbed
 from sdxl_sae_kit.tiny.world import Scene, object_mask, render
@@ -58,3 +59,11 @@ def test_only_the_embedded_model_brings_a_judge(pipe, monkeypatch) -> None:
     assert isinstance(judge_of(pipe), PictureJudge)
     monkeypatch.setattr(pipe, "sdxl_sae_kit_model", replace(describe(pipe), name="stabilityai/sdxl-turbo"))
     assert judge_of(pipe) is None
+
+
+def test_what_is_no_judge_is_refused(pipe, unchecked_types) -> None:
+    assert chosen_judge("ablate", pipe, None) is None
+    assert isinstance(chosen_judge("ablate", pipe, ...), WorldJudge)
+    for wrong in ("clip", WorldJudge, 3):
+        with pytest.raises(KitError, match="ablate: judge is one such as WorldJudge"):
+            chosen_judge("ablate", pipe, wrong)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdxl_sae_kit.artifacts import Store
-from sdxl_sae_kit.errors import ArtifactError
+from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.studies.lines import Lines
 
 
@@ -32,3 +32,13 @@ def test_a_line_that_is_no_result_is_refused(tmp_path, line) -> None:
     artifact.file("results.jsonl").write_bytes(line)
     with pytest.raises(ArtifactError, match="line 1 is no result. Delete its folder and make it again"):
         Lines(artifact, "results.jsonl")
+
+
+def test_a_number_that_is_not_finite_is_refused_with_its_unit_and_nothing_is_lost(tmp_path) -> None:
+    artifact = Store.at(tmp_path).artifact("studies", "made-up", {"study": "made up"})
+    artifact.folder.mkdir(parents=True)
+    lines = Lines(artifact, "results.jsonl")
+    lines.add("a", {"value": 1.0})
+    with pytest.raises(KitError, match="A number of image 3 is not finite"):
+        lines.add("image 3", {"value": float("nan")})
+    assert list(Lines(artifact, "results.jsonl")) == ["a"]

@@ -123,3 +123,10 @@ def test_a_message_does_not_print_a_huge_value():
     with pytest.raises(EditError) as caught:
         plain_map("add[3]", "x" * 10_000, "such as add={17: 2.0},")
     assert len(str(caught.value)) < 400
+
+
+def test_heat_maps_are_scaled_image_by_image_and_bytes_by_255():
+    found = plain_mask(np.stack([np.full((2, 2), 4.0), np.full((2, 2), 10.0), np.full((2, 2), 0.5)]))
+    assert np.allclose(np.array(found)[:, 0, 0], [1, 1, 0.5])
+    assert np.allclose(plain_mask(np.array([[0, 128]], np.uint8)), [[0, 128 / 255]])
+    assert np.allclose(plain_mask(torch.tensor([[0, 128]], dtype=torch.uint8)), [[0, 128 / 255]])

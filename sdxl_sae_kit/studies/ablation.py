@@ -20,7 +20,7 @@ from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.interventions import check_measured
-from sdxl_sae_kit.judges import PictureJudge, judge_of
+from sdxl_sae_kit.judges import PictureJudge, chosen_judge
 from sdxl_sae_kit.labels import LabelStore
 from sdxl_sae_kit.pipelines import scheduler
 from sdxl_sae_kit.prompts import Prompts, load_prompts
@@ -91,7 +91,7 @@ def ablate(
     check_measured("ablate", pipe, sae, stats)
     _ = sae.directions  # refuses an SAE that has none
     given = None if prompts is None else load_prompts(prompts)
-    judge = judge_of(pipe) if isinstance(judge, EllipsisType) else judge
+    judge = chosen_judge("ablate", pipe, judge)
     chosen = _choose(stats, features)
     recipe = {
         "study": "ablation",

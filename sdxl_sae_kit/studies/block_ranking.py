@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.hookpoints import list_blocks, resolve_block
 from sdxl_sae_kit.hooks import silence
-from sdxl_sae_kit.judges import PictureJudge, judge_of
+from sdxl_sae_kit.judges import PictureJudge, chosen_judge
 from sdxl_sae_kit.observation import as_prompts
 from sdxl_sae_kit.plots import ranked_bars, share_map
 from sdxl_sae_kit.prompts import Prompts
@@ -256,7 +257,7 @@ def rank_blocks(
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int = 12,
-    judge: PictureJudge | None = None,
+    judge: PictureJudge | EllipsisType | None = ...,
     store: Store | Path | str | None = None,
 ) -> BlockRanking:
     """Leave out what each block adds, one block at a time, and rank blocks by how far the pictures move.
@@ -271,8 +272,8 @@ def rank_blocks(
         blocks: names of `list_blocks(pipe)`, by default all: 28 of the real SDXL.
         num_inference_steps, guidance_scale: as the model is meant to be used unless given.
         batch_size: pictures made at once.
-        judge: tells distances and factors; by default the one that comes with the model. Real ones have none, and then
-            distances are in pixels only.
+        judge: tells distances and factors; by default the model's own, None for pixels only: real
+            models have none.
         store: folder of artifacts.
 
     Raises:
@@ -283,7 +284,7 @@ def rank_blocks(
     Example:
         >>> rank_blocks(pipe, kit.load_prompts("world", 24)).plot()                       # doctest: +SKIP
     """
-    given, judge = as_prompts(prompts), judge or judge_of(pipe)
+    given, judge = as_prompts(prompts), chosen_judge("rank_blocks", pipe, judge)
     known = list_blocks(pipe)
     named = list(known) if blocks is None else [resolve_block(pipe.unet, name).name for name in blocks]
     if len(named) < 2 or len(set(named)) < len(named):

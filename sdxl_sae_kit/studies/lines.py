@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sdxl_sae_kit.artifacts import Artifact
-from sdxl_sae_kit.errors import ArtifactError
+from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.files import explain_full
 
 
@@ -41,7 +41,13 @@ class Lines(Mapping[str, dict[str, Any]]):
 
     def add(self, unit: str, result: Mapping[str, Any]) -> None:
         """Add a unit's result; it is on the disk when this returns."""
-        line = json.dumps([unit, result], allow_nan=False).encode() + b"\n"
+        try:
+            line = json.dumps([unit, result], allow_nan=False).encode() + b"\n"
+        except ValueError:
+            raise KitError(
+                f"A number of {unit} is not finite, so it is not kept: what judges or targets give must be finite "
+                "numbers for every picture. Mend that and call again; what was measured before is kept."
+            ) from None
         with explain_full(self._path), open(self._path, "ab") as file:
             file.truncate(self._whole)
             file.write(line)

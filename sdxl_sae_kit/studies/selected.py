@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.errors import ArtifactError
 from sdxl_sae_kit.plots import selectivity_map
-from sdxl_sae_kit.studies.distances import estimate, written
+from sdxl_sae_kit.studies.distances import written
 from sdxl_sae_kit.studies.lines import Lines
 
 FILE = "selectivity.jsonl"
@@ -43,8 +45,8 @@ class Outcome:
     """What an edit did, prompt by prompt.
 
     `moved` is the change of the log-odds ln p / (1 − p) of the label's value, positive where it is as expected: up when
-    the feature is added, down when it is turned off; `flipped` whether the judge's likeliest answer followed; `changed`
-    by other factor whether its likeliest answer is another than without the edit.
+    the feature is added, down when it is turned off; `flipped` whether the judge's likeliest answer came to be it, or
+    ceased to be; `changed`, by other factor, whether the likeliest answer is another than without the edit.
     """
 
     moved: Sequence[float]
@@ -109,11 +111,11 @@ class Selectivity:
         return cls(artifact, tuple(found))
 
     def passing(self, condition: str = "feature") -> dict[str, Any]:
-        """Share of features that pass in a condition, with its 95 % bootstrap interval over features."""
-        return estimate("share", np.array([f.outcomes[condition].passes for f in self.features], dtype=float))
+        """Share of features that pass in a condition, with its 95 % interval (Wilson) over features."""
+        return share([f.outcomes[condition].passes for f in self.features])
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per feature; shares are of held-out prompts, each with its 95 % bootstrap interval over them."""
+        """One row per feature; shares are of held-out prompts, each with its 95 % interval (Wilson) over them."""
         return self._rows
 
     @cached_property
@@ -124,7 +126,7 @@ class Selectivity:
             row: dict[str, Any] = {"hookpoint": each.hookpoint, "feature": str(labelled.latent)}
             row |= {"label": f"{labelled.factor}: {labelled.value}", "AUC": labelled.area}
             row |= {"edit": f"× {each.dose:g}" if each.verb == "scale" else f"+ {each.dose:g} × mean"}
-            row |= estimate("moved", (np.array(own.moved) > NOTHING).astype(float))
+            row |= {"moved" + name[5:]: value for name, value in share(np.array(own.moved) > NOTHING).items()}
             row |= {"median log-odds": float(np.median(own.moved)), "flipped": float(np.mean(own.flipped))}
             worst = min(own.kept, key=lambda factor: own.kept[factor])
             row |= {"least kept": own.kept[worst], "of": worst, "passes": "yes" if own.passes else "no"}
@@ -140,14 +142,15 @@ class Selectivity:
         own, most = shares["feature"], max(shares[control]["share interval"][1] for control in CONTROLS)
         apart = own["share interval"][0] > most
         controls = ", ".join(f"{control} {written(shares[control], 'share', share=True)}" for control in CONTROLS)
-        flipped = float(np.mean([np.mean(each.outcomes["feature"].flipped) for each in self.features]))
+        flips = {c: float(np.mean([np.mean(f.outcomes[c].flipped) for f in self.features])) for c in CONDITIONS}
+        flipped = ", ".join(f"{condition} {often:.1%}" for condition, often in flips.items())
         return (
             f"Of the {len(self.features)} features that were the most selective on training prompts, "
             f"{written(own, 'share', share=True)} pass on held-out ones: they move the log-odds of their own value as "
             f"expected on at least {MOVED:.0%} of prompts and leave the answer to every other factor as it was on at "
             f"least {KEPT:.0%}. The same edits along other directions: {controls}; intervals are over features and "
-            f"{'stand apart' if apart else 'do not stand apart'}. The answer itself follows on {flipped:.0%} of "
-            "prompts on average."
+            f"{'stand apart' if apart else 'do not stand apart'}. The answer itself "
+            f"follows on so many prompts: {flipped}."
         )
 
     def plot(self) -> Any:
@@ -165,7 +168,7 @@ class Selectivity:
     def _repr_html_(self) -> str:
         caption = (
             "Moved: share of held-out prompts on which the log-odds of the label's value go as expected, with 95 % "
-            "bootstrap intervals over prompts. Least kept: of all other factors the lowest share of prompts on which "
+            "intervals (Wilson) over prompts. Least kept: of all other factors the lowest share of prompts on which "
             "the judge's answer stays. AUC is on training images, where the labels come from"
         )
         title = html.heading("Which features move their own factor and no other", html.escape(self.sentence()))
@@ -173,3 +176,10 @@ class Selectivity:
 
     def __repr__(self) -> str:
         return f"Selectivity of {len(self.features)} features: {self.sentence()}" if self.features else "Selectivity: –"
+
+
+def share(hits: Sequence[bool] | NDArray[np.bool_]) -> dict[str, Any]:
+    """The share that are true, with Wilson's 95 % interval, which is not of width 0 where all are or none is."""
+    test = binomtest(int(np.sum(hits)), len(hits))
+    low, high = test.proportion_ci(method="wilson")
+    return {"share": float(np.mean(hits)), "share interval": (float(low), float(high))}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.interventions import check_model, steer
-from sdxl_sae_kit.judges import PictureJudge, judge_of
+from sdxl_sae_kit.judges import PictureJudge, chosen_judge
 from sdxl_sae_kit.metrics import areas_under_curve
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.questions import ask_of, expected
@@ -32,14 +33,11 @@ from sdxl_sae_kit.studies.lines import Lines
 from sdxl_sae_kit.studies.selected import CONDITIONS, CONTROLS, FILE, Labelled, Outcome, Selectivity
 from sdxl_sae_kit.tiny.world import FACTORS
 
-DOSES: tuple[tuple[str, float], ...] = (("scale", 0.0), ("scale", -2.0), ("add", 3.0), ("add", 10.0))
-"""The edits that are tried of each feature: its activation times 0 or −2 where it fires and its value is shown; and,
+DOSES: tuple[tuple[str, float], ...] = (("scale", 0.0), ("scale", -1.0), ("add", 2.0), ("add", 5.0))
+"""The edits that are tried of each feature: its activation times 0 or −1 where it fires and its value is shown; and,
 where another value is, so many times its mean activation added everywhere."""
 _LEAST_AREA, _IMAGES, _POOL, _FEWEST = 0.75, 1024, 240, 6
 _BATCH = 48
-_SAFE = 0.93
-"""Edits that keep so much of every other factor on training prompts are told apart by what they move alone: some more
-than `KEPT`, as what is best among many trials is somewhat lucky."""
 
 Answers = dict[str, Float[np.ndarray, "image answer"]]
 """The judge's probabilities, by factor."""
@@ -54,7 +52,7 @@ def screen(
     per_value: int = 2,
     trials: int = 16,
     prompts: int = 24,
-    judge: PictureJudge | None = None,
+    judge: PictureJudge | EllipsisType | None = ...,
     seed: int = 0,
     store: Store | Path | str | None = None,
 ) -> Selectivity:
@@ -62,12 +60,13 @@ def screen(
 
     A feature's label is a value of a factor that it tells on training images (AUC of its maximum over tokens, at least
     0.75). Of every value the best few are tried: each edit of `DOSES` on training prompts of one object, those that
-    turn it off on prompts on which it fires. The n features
-    that pass there with the greatest share moved, then the greatest median change, go on with their best edit; those
-    that keep other factors best follow. On held-out prompts they stand beside three controls, each an edit of the same
-    amounts at the same tokens: along a random direction, along that of the feature that fires on most nearly as many
-    images, and along that of the untrained SAE's, all of the same length. Killed at any moment, it goes on at the
-    feature in hand.
+    turn it off on prompts on which it fires. The edits that keep every other factor best there come first, of equal
+    ones those that move the greatest share, then those with the greatest mean / deviation of the change; each feature
+    once, with its best edit, if enough held-out prompts show what it needs. On held-out prompts it stands beside three
+    controls, each the same edit, of the same amounts at the same tokens, along another direction of the same length: a
+    random one, that of the feature that fires on most nearly as many images, and that of the untrained SAE's. The dose
+    is the one chosen for the feature; features of two SAEs of one hookpoint may be alike. Killed at any moment, it
+    goes on at the feature in hand.
 
     Args:
         pipe: the pipeline whose updates the SAEs were trained on.
@@ -93,14 +92,17 @@ def screen(
         check_model("screen", pipe, sae)
         cache.grid(sae.hookpoint)
         _ = sae.directions  # refuses an SAE that has none
-    judge = judge or judge_of(pipe)
-    if judge is None or not hasattr(judge, "factors"):
+    judge = chosen_judge("screen", pipe, judge)
+    if judge is None:
         raise KitError("screen: this model has no judge that names factors. Pass judge=, such as WorldJudge().")
     recipe = made_by(pipe) | drawing(pipe, None, None)
     recipe |= {"study": "selectivity", "cache": cache.digest, "judge": judge.name}
     recipe |= {"saes": [[sae.hookpoint, sae.name, sae.digest] for sae in chosen]}
     recipe |= {name: whole_number(f"screen: {name}", value) for name, value in (("n", n), ("per_value", per_value))}
-    recipe |= {"trials": whole_number("screen: trials", trials, least=_FEWEST), "seed": seed}
+    recipe |= {
+        "trials": whole_number("screen: trials", trials, least=_FEWEST),
+        "seed": whole_number("screen: seed", seed, least=0),
+    }
     recipe |= {"prompts": whole_number("screen: prompts", prompts, least=_FEWEST)}
     artifact = Store.at(store).artifact("studies", f"selectivity_{len(chosen)}saes", recipe)
     if not artifact.finished:
@@ -275,13 +277,13 @@ def compare(labelled: Labelled, before: Answers, after: Answers, *, up: bool) ->
     """What an edit did to the judge's answers."""
     column, sign = FACTORS[labelled.factor].index(labelled.value), 1 if up else -1
     own = [log_odds(answers[labelled.factor], column) for answers in (before, after)]
-    says = after[labelled.factor].argmax(axis=1) == column
+    said, says = (answers[labelled.factor].argmax(axis=1) == column for answers in (before, after))
     changed = {
         factor: (before[factor].argmax(axis=1) != after[factor].argmax(axis=1)).tolist()
         for factor in before
         if factor != labelled.factor
     }
-    return Outcome((sign * (own[1] - own[0])).tolist(), (says == up).tolist(), changed)
+    return Outcome((sign * (own[1] - own[0])).tolist(), ((said != up) & (says == up)).tolist(), changed)
 
 
 def log_odds(told: Float[np.ndarray, "image answer"], column: int) -> Float[NDArray[np.float64], " image"]:
@@ -293,7 +295,7 @@ def log_odds(told: Float[np.ndarray, "image answer"], column: int) -> Float[NDAr
 def _merit(outcome: Outcome) -> tuple[float, float, float]:
     """Edits that keep other factors first; among them by the share moved, then by how surely (mean / deviation)."""
     moved = np.array(outcome.moved)
-    return (min(*outcome.kept.values(), _SAFE), outcome.share_moved, float(moved.mean() / (moved.std() + 1e-9)))
+    return (min(outcome.kept.values()), outcome.share_moved, float(moved.mean() / (moved.std() + 1e-9)))
 
 
 def _spread(images: Int[np.ndarray, " image"], n: int) -> Int[np.ndarray, " image"]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.hookpoints import by_hookpoint, list_hookpoints
 from sdxl_sae_kit.hooks import Call, rewrite
 from sdxl_sae_kit.interventions import check_fit, check_model
-from sdxl_sae_kit.judges import PictureJudge, judge_of
+from sdxl_sae_kit.judges import PictureJudge, chosen_judge
 from sdxl_sae_kit.observation import as_prompts
 from sdxl_sae_kit.plots import effects_by_group
 from sdxl_sae_kit.prompts import Prompts
@@ -230,7 +231,7 @@ def splice(
     *,
     n: int = 32,
     batch_size: int = 16,
-    judge: PictureJudge | None = None,
+    judge: PictureJudge | EllipsisType | None = ...,
     store: Store | Path | str | None = None,
 ) -> Splicing:
     """Make pictures with x̂ in place of the update, at each SAE's hookpoint and at all at once, beside three controls.
@@ -247,8 +248,8 @@ def splice(
         prompts: by default the cache's held-out ones.
         n: at most so many of them, the first.
         batch_size: pictures made at once.
-        judge: tells distances and factors; by default the one that comes with the model. Real ones have none, and then
-            distances are in pixels only.
+        judge: tells distances and factors; by default the model's own, None for pixels only: real
+            models have none.
         store: folder of artifacts.
 
     Raises:
@@ -259,7 +260,7 @@ def splice(
         >>> chosen = [saes[h, "k20-white"] for h in cache.hookpoints]                    # doctest: +SKIP
         >>> splice(pipe, chosen, cache).plot()                                           # doctest: +SKIP
     """
-    placed, judge = _in_order(pipe, saes, cache), judge or judge_of(pipe)
+    placed, judge = _in_order(pipe, saes, cache), chosen_judge("splice", pipe, judge)
     given = cache.prompts.take(cache.images("held_out").tolist()) if prompts is None else as_prompts(prompts)
     chosen = given[: whole_number("splice: n", n)]
     if not len(chosen):
