@@ -30,11 +30,11 @@ from sdxl_sae_kit.recovery import strongest
 from sdxl_sae_kit.sae import FIRES, SAE
 from sdxl_sae_kit.studies.distances import draw, drawing, made_by
 from sdxl_sae_kit.studies.lines import Lines
-from sdxl_sae_kit.studies.selected import CONDITIONS, CONTROLS, FILE, Labelled, Outcome, Selectivity
+from sdxl_sae_kit.studies.selected import CONDITIONS, CONTROLS, FILE, KEPT, Labelled, Outcome, Selectivity
 from sdxl_sae_kit.tiny.world import FACTORS
 
-DOSES: tuple[tuple[str, float], ...] = (("scale", 0.0), ("scale", -1.0), ("add", 2.0), ("add", 5.0))
-"""The edits that are tried of each feature: its activation times 0 or −1 where it fires and its value is shown; and,
+DOSES: tuple[tuple[str, float], ...] = (("scale", 0.0), ("scale", -3.0), ("add", 5.0), ("add", 15.0))
+"""The edits that are tried of each feature: its activation times 0 or −3 where it fires and its value is shown; and,
 where another value is, so many times its mean activation added everywhere."""
 _LEAST_AREA, _IMAGES, _POOL, _FEWEST = 0.75, 1024, 240, 6
 _BATCH = 48
@@ -60,8 +60,8 @@ def screen(
 
     A feature's label is a value of a factor that it tells on training images (AUC of its maximum over tokens, at least
     0.75). Of every value the best few are tried: each edit of `DOSES` on training prompts of one object, those that
-    turn it off on prompts on which it fires. The edits that keep every other factor best there come first, of equal
-    ones those that move the greatest share, then those with the greatest mean / deviation of the change; each feature
+    turn it off on prompts on which it fires. The edits that keep every other factor well enough to pass there come
+    first, of them those that move the greatest share, then those with the greatest mean / deviation of the change; each feature
     once, with its best edit, if enough held-out prompts show what it needs. On held-out prompts it stands beside three
     controls, each the same edit, of the same amounts at the same tokens, along another direction of the same length: a
     random one, that of the feature that fires on most nearly as many images, and that of the untrained SAE's. The dose
@@ -295,7 +295,7 @@ def log_odds(told: Float[np.ndarray, "image answer"], column: int) -> Float[NDAr
 def _merit(outcome: Outcome) -> tuple[float, float, float]:
     """Edits that keep other factors first; among them by the share moved, then by how surely (mean / deviation)."""
     moved = np.array(outcome.moved)
-    return (min(outcome.kept.values()), outcome.share_moved, float(moved.mean() / (moved.std() + 1e-9)))
+    return (min(*outcome.kept.values(), KEPT), outcome.share_moved, float(moved.mean() / (moved.std() + 1e-9)))
 
 
 def _spread(images: Int[np.ndarray, " image"], n: int) -> Int[np.ndarray, " image"]:
