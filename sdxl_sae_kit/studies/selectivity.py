@@ -61,8 +61,8 @@ def screen(
     A feature's label is a value of a factor that it tells on training images (AUC of its maximum over tokens, at least
     0.75). Of every value the best few are tried: each edit of `DOSES` on training prompts of one object, those that
     turn it off on prompts on which it fires. The edits that keep every other factor well enough to pass there come
-    first, of them those that move the greatest share, then those with the greatest mean / deviation of the change; each feature
-    once, with its best edit, if enough held-out prompts show what it needs. On held-out prompts it stands beside three
+    first, of them those that move the greatest share, then those with the greatest mean / deviation of the change;
+    each feature once, with its best edit, if enough held-out prompts show what it needs. On held-out prompts it stands beside three
     controls, each the same edit, of the same amounts at the same tokens, along another direction of the same length: a
     random one, that of the feature that fires on most nearly as many images, and that of the untrained SAE's. The dose
     is the one chosen for the feature; features of two SAEs of one hookpoint may be alike. Killed at any moment, it
