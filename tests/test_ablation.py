@@ -310,6 +310,10 @@ def test_killed_after_any_image_it_goes_on_and_ends_bit_identical(micro, chosen,
     assert drawn[-1] == len(drawn) + 2  # labels draw nothing
 
 
+def test_an_ablation_whose_doses_were_read_otherwise_is_another_study(result) -> None:
+    assert result.artifact.recipe["readings"] == 2
+
+
 def test_an_ablation_of_an_older_format_is_refused_by_its_version(result, tmp_path) -> None:
     folder = tmp_path / "studies" / result.artifact.name
     shutil.copytree(result.artifact.folder, folder)

@@ -105,8 +105,8 @@ class Ablation:
         that have an outside (`with outside`; NaN below 4); per control the paired difference ablated − control inside,
         and `p`: a one-sided sign-flip test of it. `p` alone is the largest of them, `q` that corrected for the number
         of features by Benjamini–Hochberg. `monotone` is the share of images whose readings (`statistics.read_doses`)
-        rise with every dose, by chance 1 / (number of doses)!; `rho` their mean Spearman correlation, by chance about
-        0; both also for the control that is drawn at every dose. The semantic measure is of whole pictures.
+        rise with every dose, which by chance is not rare; `rho` their mean Spearman correlation, by chance about 0;
+        compare both with those of the control that is drawn at every dose. The semantic measure is of whole pictures.
         """
         return self._tabulated(self._check(measure))[0]
 

@@ -101,8 +101,8 @@ def doses(row: Mapping[str, Any], n: int) -> str:
     rho, other = with_interval(row, "rho"), with_interval(row, f"rho, {HARDEST}")
     return (
         f"Read off each picture by a line through the pictures of the other doses, the {n} doses are in their order in "
-        f"{share} of images on average over features (share 0 to 1; by chance 1 / {n}!), and Spearman's ρ of reading "
-        f"and dose is {rho} (by chance about 0). Along the direction of {HARDEST} they are {control} and {other}: that "
+        f"{share} of images on average over features (share 0 to 1), and Spearman's ρ of reading and dose is {rho} "
+        f"(by chance about 0). Along the direction of {HARDEST} they are {control} and {other}: that "
         "a picture follows the dose is no proof that the feature means something; how far it moves is told above."
     )
 
