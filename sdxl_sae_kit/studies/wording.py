@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,11 +63,14 @@ def effect(row: Mapping[str, Any], images: str) -> str:
 
 
 def passing(row: Mapping[str, Any], rate: float) -> str:
-    """How many features are above every control by themselves."""
+    """How many features are above every control by themselves, and how many could not have been."""
+    few = row["on too few prompts"]
+    least = math.ceil(-math.log2(rate))
+    unable = f" Of these features {few} could not: of fewer than {least} prompts no p-value is below {rate:g}."
     return (
         f"By themselves {row['passing']} of {row['features']} features exceed every control at a false discovery rate "
         f"of {rate:.0%}: one-sided sign-flip tests over prompts, the largest p-value of the controls, corrected for "
-        "the number of features by Benjamini–Hochberg."
+        f"the number of features by Benjamini–Hochberg.{unable if few else ''}"
     )
 
 
