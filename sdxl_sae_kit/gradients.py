@@ -61,8 +61,8 @@ def differentiate(
         kept[call.hookpoint].append((update.detach(), zero, call.guided))
         return update + zero
 
-    counter = _Counter(pipe)
     with differentiable(pipe), rewrite(pipe, dict.fromkeys(hookpoints, keep)):
+        counter = _Counter(pipe)  # only here weights are where they stay: the VAE's may have been copied to float32
         with torch.autograd.graph.saved_tensors_hooks(counter, lambda saved: saved):
             pictures = draw_with_graph(pipe, prompts, seeds, **settings)
             values = target(pictures)

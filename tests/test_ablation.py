@@ -22,7 +22,7 @@ from sdxl_sae_kit.collection import collect
 from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.features import FeatureStats
-from sdxl_sae_kit.hooks import rewrite
+from sdxl_sae_kit.hooks import Call, rewrite
 from sdxl_sae_kit.interventions import steer
 from sdxl_sae_kit.judges import EmbeddingJudge, WorldJudge
 from sdxl_sae_kit.pipelines import describe, generate, load_pipeline
@@ -30,12 +30,12 @@ from sdxl_sae_kit.prompts import Prompts, load_prompts
 from sdxl_sae_kit.sae import FIRES
 from sdxl_sae_kit.search import most_energetic
 from sdxl_sae_kit.similarity import WorldEmbed
-from sdxl_sae_kit.studies import ablation, results
+from sdxl_sae_kit.studies import ablation, pairs, results
 from sdxl_sae_kit.studies.ablation import ablate
 from sdxl_sae_kit.studies.controls import CONDITIONS, CONTROLS, HARDEST, Change, changing, choose_other, draw_controls
 from sdxl_sae_kit.studies.effects import FeatureEffects
 from sdxl_sae_kit.studies.measures import MEASURES
-from sdxl_sae_kit.studies.pairs import Order, draw_pairs, fill_batches
+from sdxl_sae_kit.studies.pairs import Order, Pairs, draw_pairs, fill_batches
 from sdxl_sae_kit.studies.results import LINES, Ablation
 from sdxl_sae_kit.training import train
 
@@ -97,6 +97,34 @@ def test_a_batch_of_changes_is_what_steer_makes_of_each(micro, chosen) -> None:
             alone = generate(micro.pipe, texts, seeds, output_type="np")[row]
         np.testing.assert_allclose(made[row], alone, atol=2e-5)
     assert np.abs(made[1:] - generate(micro.pipe, texts, seeds, output_type="np")[1:]).max(axis=(1, 2, 3)).min() > 1e-4
+
+
+def test_in_half_precision_a_change_is_rounded_once_and_no_other_token_changes(micro, chosen) -> None:
+    latent, sae = chosen[0], micro.sae
+    direction = 9 * sae.directions.numpy()[latent]
+    update = torch.randn(1, 16, 16, sae.d_in, generator=torch.Generator().manual_seed(0)).bfloat16()
+    z = sae.encode(update.float())[..., latent, None]
+    made = changing(sae, [Change(latent, direction)])(update, Call(HOOKPOINT, 0, 1, False))
+    fires = (z > 0).expand_as(made)
+    assert fires.any() and not fires.all()
+    assert torch.equal(made[~fires].view(torch.int16), update[~fires].view(torch.int16))
+    once = (update.float() - z * torch.from_numpy(direction)).bfloat16()
+    assert (made != once)[fires].float().mean() < 1e-3  # float32 sums in another order may round otherwise
+
+
+def test_an_image_that_is_done_is_not_kept_waiting_for_batches_that_are_not_drawn(micro, chosen, monkeypatch) -> None:
+    change, kept = Change(chosen[0], micro.sae.directions.numpy()[0]), []
+    orders = [Order(i, "", 0, {(chosen[0], f"condition {c}"): change for c in range(5)}) for i in range(3)]
+    picture = np.zeros((2, 2, 3), np.float32)
+
+    def draw(_pipe, _sae, _stats, batch):
+        for order, keys in batch:
+            yield order, keys, np.zeros((1, 1, 1), np.float32), np.stack([picture] * (1 + len(keys)))
+
+    monkeypatch.setattr(pairs, "_draw", draw)
+    monkeypatch.setattr(pairs, "Pairs", lambda order, z: kept.append(order.image) or Pairs(order, z))
+    drawn = draw_pairs(micro.pipe, micro.sae, micro.stats, orders, {0}, 5)  # the first batch is of image 0 alone
+    assert [each.order.image for each in drawn] == [1, 2] and set(kept) == {1, 2}
 
 
 def test_controls_change_the_same_tokens_by_the_same_amount_and_one_is_another_feature(micro, chosen) -> None:
@@ -310,6 +338,10 @@ def test_killed_after_any_image_it_goes_on_and_ends_bit_identical(micro, chosen,
     assert drawn[-1] == len(drawn) + 2  # labels draw nothing
 
 
+def test_an_ablation_whose_doses_were_read_otherwise_is_another_study(result) -> None:
+    assert result.artifact.recipe["readings"] == 2
+
+
 def test_an_ablation_of_an_older_format_is_refused_by_its_version(result, tmp_path) -> None:
     folder = tmp_path / "studies" / result.artifact.name
     shutil.copytree(result.artifact.folder, folder)
@@ -464,8 +496,18 @@ def test_rows_and_overall_are_the_means_of_what_was_measured(result) -> None:
 def test_features_count_as_above_every_control_only_after_correction(result) -> None:
     strong = [made_up(f, [2] * 6, [1] * 6) for f in range(3)]
     assert replace(result, features=tuple(strong)).overall()["passing"] == 3  # p = q = 1/64
+    assert "could not" not in replace(result, features=tuple(strong)).sentence()
     weak = [made_up(f, [1, 2] * 3, [2, 1] * 3) for f in range(3, 13)]
     assert replace(result, features=(*strong, *weak)).overall()["passing"] == 0  # q = 13/3 · 1/64
+
+
+def test_features_on_too_few_prompts_to_pass_are_counted(result) -> None:
+    few, enough = [made_up(f, [9] * 4, [1] * 4) for f in (1, 2)], made_up(3, [9] * 5, [1] * 5)
+    made = replace(result, features=(*few, enough))
+    assert min(row["p"] for row in made.rows() if row["prompts"] == 4) == 1 / 16  # however far above
+    assert replace(result, features=(enough,)).overall()["passing"] == 1
+    assert made.overall()["on too few prompts"] == 2
+    assert "Of these features 2 could not: of fewer than 5 prompts no p-value is below 0.05." in made.sentence()
 
 
 def test_doses_factors_and_labels_are_tabled(result) -> None:

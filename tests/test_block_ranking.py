@@ -116,6 +116,8 @@ def test_the_yardstick_is_another_picture_of_the_same_prompt(pipe, prompts, resu
 def test_too_few_prompts_do_not_tell_how_stable_the_ranking_is(pipe, store, monkeypatch) -> None:
     monkeypatch.setattr(block_ranking, "judge_of", lambda pipe: None)
     made = rank_blocks(pipe, ["a red circle"], blocks=BLOCKS[:2], store=store)
+    assert all(np.isnan(row["rank interval"]).all() for row in made.rows())
+    assert "1 [–, –]" in made._repr_html_()
     assert np.isnan(made.stability()["tau"]) and "do not tell how stable" in made.sentence()
     assert made.measures == ("pixel",) and made.factors == () and "judge" not in made.sentence()
     assert made.plot().layout.meta["alt"] and "nan" not in made.sentence() + made._repr_html_().split("</style>")[1]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from sdxl_sae_kit import gradients
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.gradients import differentiable, differentiate
 from sdxl_sae_kit.hooks import record, rewrite
@@ -103,6 +104,24 @@ def test_a_half_precision_vae_that_computes_in_float32_is_differentiated_there()
     assert torch.cosine_similarity(one, other, dim=0) > 0.95
     assert pipe.vae.dtype == torch.float16 and n_hooks(pipe.vae) == 0
     assert describe(pipe).name == "tiny-turbo"
+
+
+def test_weights_of_a_vae_that_computes_in_float32_are_not_counted_as_the_graph(monkeypatch):
+    pipe = load_pipeline("tiny-turbo", device="cpu", dtype="float16")
+    pipe.vae.register_to_config(force_upcast=True)
+    counted = []
+
+    class Noting(gradients._Counter):
+        def __call__(self, saved):
+            before = self.nbytes
+            kept = super().__call__(saved)
+            if saved.untyped_storage().data_ptr() in {w.untyped_storage().data_ptr() for w in pipe.vae.parameters()}:
+                counted.append(self.nbytes - before)
+            return kept
+
+    monkeypatch.setattr(gradients, "_Counter", Noting)
+    differentiate(pipe, ["up.0.1"], redness, PROMPTS[:1], SEEDS[:1], **PLAIN)
+    assert counted and not any(counted)
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,18 @@ def test_the_sentence_follows_the_numbers(result) -> None:
     assert "over 3 prompts (4 images)" in told(0.5, 0.5)
 
 
+def test_that_one_mean_stands_for_all_steps_and_halves_is_said_where_there_are_several(result, monkeypatch) -> None:
+    def told(steps: int, guidance: float) -> str:
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance}
+        monkeypatch.setattr(result.artifact, "_recipe", result.artifact.recipe | settings)
+        return result.sentence()
+
+    assert "The mean update is one vector for all 4 steps and both guidance halves, not one for each." in told(4, 5.0)
+    assert "one vector for all 2 steps, not" in told(2, 0.0)
+    assert "one vector for both guidance halves, not" in told(1, 5.0)
+    assert "one vector" not in told(1, 0.0)
+
+
 def test_prompts_are_shown_and_never_run(result) -> None:
     nasty = "<script>alert(1)</script>\"'&"
     results = {name: r | {"texts": [nasty, *r["texts"][1:]]} for name, r in result._results.items()}

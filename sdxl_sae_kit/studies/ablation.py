@@ -103,6 +103,7 @@ def ablate(
         "prompts": None if given is None else given.digest,
         "prompts_per_feature": whole_number("ablate: prompts_per_feature", prompts_per_feature, least=MIN_IMAGES),
         "doses": _read_doses(doses),
+        "readings": 2,  # how doses are read off pictures (`statistics.read_doses`); other readings are another study
         "steps_alone": _count_steps(sae) if by_step else 0,
         "judge": None if judge is None else judge.name,
         "seed": whole_number("ablate: seed", seed, least=0),

@@ -59,7 +59,7 @@ class BlockRanking:
     blocks: tuple[str, ...]
     """In the order of the forward pass."""
     measures: tuple[str, ...]
-    """The distances that could be told: see `pairs.MEASURES`."""
+    """The distances that could be told: see `distances.MEASURES`."""
     n_images: int
     _results: Mapping[str, Mapping[str, Any]] = field(repr=False)
 
@@ -89,8 +89,9 @@ class BlockRanking:
     def rows(self) -> list[dict[str, Any]]:
         """A row per block, the one whose absence moves pictures furthest first, with 95 % intervals over prompts.
 
-        Each distance from the clean picture; the `rank` by `measure` with its bootstrap interval; and `most changed`,
-        the factor to which the judge's answer differs from the clean picture's most often, in which `share` of images.
+        Each distance from the clean picture; the `rank` by `measure` with its bootstrap interval (NaN of one prompt
+        alone); and `most changed`, the factor to which the judge's answer differs from the clean picture's most often,
+        in which `share` of images.
         """
         return self._rows
 
@@ -98,9 +99,11 @@ class BlockRanking:
     def _rows(self) -> list[dict[str, Any]]:
         distances_of = self._by_block(self.measure)
         places, order = _ranks(distances_of.mean(axis=0)), np.argsort(-distances_of.mean(axis=0), kind="stable")
-        low, high = self._rank_intervals(distances_of)
+        intervals = self._rank_intervals(distances_of).T.tolist()
+        if len(distances_of) < 2:  # samples of one prompt are all the same, which makes no rank certain
+            intervals = [[np.nan, np.nan]] * len(self.blocks)
         return [
-            {"block": self.blocks[at], "rank": int(places[at]), "rank interval": (int(low[at]), int(high[at]))}
+            {"block": self.blocks[at], "rank": int(places[at]), "rank interval": tuple(intervals[at])}
             | self._row(self.blocks[at])
             for at in order
         ]
@@ -216,7 +219,7 @@ class BlockRanking:
 
     def _readable(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row of the table people see."""
-        low, high = row["rank interval"]
+        low, high = ("–" if np.isnan(rank) else rank for rank in row["rank interval"])
         shown: dict[str, Any] = {"block": row["block"], "rank": f"{row['rank']} [{low}, {high}]"}
         shown |= {measure: written(row, measure) for measure in self.measures}
         told = {"most changed": row["most changed"], "share": written(row, "share")} if self.factors else {}

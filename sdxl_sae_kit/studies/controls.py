@@ -102,7 +102,8 @@ def changing(sae: SAE, changes: Sequence[Change | None]) -> Callable[[Tensor, Ca
         factors = torch.tensor([row.factor(call.step) for row in rows], device=device).repeat(halves)
         indices, values = sae.encode_sparse(update.float())
         mine = indices == latents.repeat(halves)[:, None, None, None]
-        amounts = factors[:, None, None] * (values * mine).sum(dim=-1)  # (batch, height, width)
-        return update + (amounts[..., None] * directions.repeat(halves, 1)[:, None, None]).to(update.dtype)
+        amounts = (factors[:, None, None] * (values * mine).sum(dim=-1))[..., None]  # (batch, height, width, 1)
+        changed = update.float() + amounts * directions.repeat(halves, 1)[:, None, None]
+        return torch.where(amounts != 0, changed.to(update.dtype), update)  # rounded once; bit-identical elsewhere
 
     return edit

@@ -61,12 +61,13 @@ def draw_pairs(
         if all(order.image in done for order, _ in batch):
             continue
         for order, keys, z, pictures in _draw(pipe, sae, stats, batch):
+            if order.image in done:  # its other pictures may be in batches that are not drawn: it would never be whole
+                continue
             pairs = started.setdefault(order.image, Pairs(order, z))
             pairs.pictures |= {key: (pictures[0], each) for key, each in zip(keys, pictures[1:], strict=True)}
             if len(pairs.pictures) == len(order.changes):
                 del started[order.image]
-                if order.image not in done:
-                    yield pairs
+                yield pairs
 
 
 def count_pictures(orders: Sequence[Order], done: Collection[int], batch_size: int) -> int:

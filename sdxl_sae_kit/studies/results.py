@@ -105,8 +105,8 @@ class Ablation:
         that have an outside (`with outside`; NaN below 4); per control the paired difference ablated − control inside,
         and `p`: a one-sided sign-flip test of it. `p` alone is the largest of them, `q` that corrected for the number
         of features by Benjamini–Hochberg. `monotone` is the share of images whose readings (`statistics.read_doses`)
-        rise with every dose, by chance 1 / (number of doses)!; `rho` their mean Spearman correlation, by chance about
-        0; both also for the control that is drawn at every dose. The semantic measure is of whole pictures.
+        rise with every dose, which by chance is not rare; `rho` their mean Spearman correlation, by chance about 0;
+        compare both with those of the control that is drawn at every dose. The semantic measure is of whole pictures.
         """
         return self._tabulated(self._check(measure))[0]
 
@@ -115,7 +115,8 @@ class Ablation:
 
         Of one feature alone they resample its prompts; so do those of the other tables over features.
 
-        `passing` is the number of features with q ≤ 0.05: those above every control.
+        `passing` is the number of features with q ≤ 0.05: those above every control. `on too few prompts` is the number
+        of those that cannot be, whatever they do: of n prompts the least p-value is 1 / 2ⁿ.
         """
         return self._tabulated(self._check(measure))[1]
 
@@ -128,6 +129,7 @@ class Ablation:
             for row, effects in zip(rows, self.measured, strict=True):
                 row |= order_of(effects, self.doses) if dosed else {}
             passing = {"passing": sum(row["q"] <= PASSES for row in rows)}
+            passing["on too few prompts"] = sum(0.5 ** row["prompts"] > PASSES for row in rows)
             order = order_of_all(self.measured, self.doses) if dosed else {}
             self._tables[measure] = rows, compare_all(self.measured, measure) | passing | order
         return self._tables[measure]

@@ -60,7 +60,7 @@ class Splicing:
     artifact: Artifact = field(repr=False)
     hookpoints: tuple[str, ...]
     measures: tuple[str, ...]
-    """The distances that could be told: see `pairs.MEASURES`."""
+    """The distances that could be told: see `distances.MEASURES`."""
     n_images: int
     _results: Mapping[str, Mapping[str, Any]] = field(repr=False)
 
@@ -154,8 +154,15 @@ class Splicing:
             f"x̂ repairs {written(own, 'repaired', share=True)} of the zero-ablation damage (1 − d(x̂) / d(zero)), the "
             f"untrained SAE's x̂ {written(control, 'repaired', share=True)}.{alone} Paired by prompt, x̂'s "
             f"pictures are {verdict}. In brackets 95 % bootstrap intervals over {self._n_prompts} prompts "
-            f"({self.n_images} images).{adhering}"
+            f"({self.n_images} images).{adhering}{self._on_the_mean()}"
         )
+
+    def _on_the_mean(self) -> str:
+        """What the mean update does not tell apart, where there is something."""
+        steps, guidance = (self.artifact.recipe[key] for key in ("num_inference_steps", "guidance_scale"))
+        shared = [f"all {steps} steps"] if steps > 1 else []
+        shared += ["both guidance halves"] if guidance > 1 else []
+        return f" The mean update is one vector for {' and '.join(shared)}, not one for each." if shared else ""
 
     def plot(self) -> Any:
         """Distance from the clean picture by place and replacement, with 95 % intervals, on a log axis (plotly)."""

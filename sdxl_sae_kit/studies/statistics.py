@@ -57,23 +57,24 @@ def benjamini_hochberg(p: Sequence[float]) -> list[float]:
 
 
 def read_doses(
-    doses: Sequence[float], pictures: Float[np.ndarray, "dose number"]
+    doses: Sequence[float], changes: Float[np.ndarray, "dose number"]
 ) -> Float[NDArray[np.float64], "dose"]:
     """The dose that each picture shows, by a line through the pictures of the *other* doses.
 
-    With x the pictures, x̄ and d̄ the means of all, u = Σ w x over the other doses, w = d − their mean (so u / Σ w² is
-    the slope of the pictures on the dose): reading = d̄ + (x − x̄) · u Σ w² / ‖u‖². It is the dose itself where pictures
-    change in proportion to it. Its own picture has no say in the direction on which it is read, so readings of pictures
-    that have nothing to do with their doses are in no order; d̄ where the others do not change at all.
+    With x the changes from the picture at dose 1 (so 0 there), u = Σ w x over the other doses, w = d − their mean (so
+    u / Σ w² is the slope of the pictures on the dose): reading = 1 + x · u Σ w² / ‖u‖². It is the dose itself where
+    pictures change in proportion to it, and 1 where the others do not change at all. Its own picture has no say in the
+    direction on which it is read, so for changes that have nothing to do with their doses Spearman's ρ of reading and
+    dose is 0 on average; that they happen to be in order is not rare, and has to be compared with a control.
     """
-    d, x = np.asarray(doses, dtype=np.float64), pictures.astype(np.float64)
-    centred, readings = x - x.mean(axis=0), np.full(len(d), d.mean())
+    d, x = np.asarray(doses, dtype=np.float64), changes.astype(np.float64)
+    readings = np.ones(len(d))
     for at in range(len(d)):
         others = np.arange(len(d)) != at
         weights = d[others] - d[others].mean()
         slope = weights @ x[others]
         if norm := float(slope @ slope):
-            readings[at] += centred[at] @ slope * (weights @ weights) / norm
+            readings[at] += x[at] @ slope * (weights @ weights) / norm
     return readings
 
 

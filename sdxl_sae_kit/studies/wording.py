@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,11 +63,14 @@ def effect(row: Mapping[str, Any], images: str) -> str:
 
 
 def passing(row: Mapping[str, Any], rate: float) -> str:
-    """How many features are above every control by themselves."""
+    """How many features are above every control by themselves, and how many could not have been."""
+    few = row["on too few prompts"]
+    least = math.ceil(-math.log2(rate))
+    unable = f" Of these features {few} could not: of fewer than {least} prompts no p-value is below {rate:g}."
     return (
         f"By themselves {row['passing']} of {row['features']} features exceed every control at a false discovery rate "
         f"of {rate:.0%}: one-sided sign-flip tests over prompts, the largest p-value of the controls, corrected for "
-        "the number of features by Benjamini–Hochberg."
+        f"the number of features by Benjamini–Hochberg.{unable if few else ''}"
     )
 
 
@@ -101,8 +105,8 @@ def doses(row: Mapping[str, Any], n: int) -> str:
     rho, other = with_interval(row, "rho"), with_interval(row, f"rho, {HARDEST}")
     return (
         f"Read off each picture by a line through the pictures of the other doses, the {n} doses are in their order in "
-        f"{share} of images on average over features (share 0 to 1; by chance 1 / {n}!), and Spearman's ρ of reading "
-        f"and dose is {rho} (by chance about 0). Along the direction of {HARDEST} they are {control} and {other}: that "
+        f"{share} of images on average over features (share 0 to 1), and Spearman's ρ of reading and dose is {rho} "
+        f"(by chance about 0). Along the direction of {HARDEST} they are {control} and {other}: that "
         "a picture follows the dose is no proof that the feature means something; how far it moves is told above."
     )
 
