@@ -62,8 +62,8 @@ def screen(
     0.75). Of every value the best few are tried: each edit of `DOSES` on training prompts of one object, those that
     turn it off on prompts on which it fires. The edits that keep every other factor well enough to pass there come
     first, of them those that move the greatest share, then those with the greatest mean / deviation of the change;
-    each feature once, with its best edit, if enough held-out prompts show what it needs. On held-out prompts it stands beside three
-    controls, each the same edit, of the same amounts at the same tokens, along another direction of the same length: a
+    each feature once, with its best edit, if enough held-out prompts show what it needs. On these it stands beside
+    three controls, each the same edit, of the same amounts at the same tokens, along another direction as long: a
     random one, that of the feature that fires on most nearly as many images, and that of the untrained SAE's. The dose
     is the one chosen for the feature; features of two SAEs of one hookpoint may be alike. Killed at any moment, it
     goes on at the feature in hand.
