@@ -160,9 +160,9 @@ def test_the_image_as_it_is_was_collected_and_stays_bit_identical_where_the_feat
     silent, fires = draw_pairs(micro.pipe, micro.sae, micro.stats, orders, (), 10)
     collected = [Image.open(io.BytesIO(micro.cache.thumbnail(i))).convert("RGB") for i in range(48)]
     pixels = np.stack([np.asarray(image) for image in collected]) / 255
-    for pairs in (silent, fires):
-        distances = np.abs(pixels - pairs.clean).mean(axis=(1, 2, 3))
-        assert distances.argmin() == pairs.order.image
+    for each in (silent, fires):
+        distances = np.abs(pixels - each.clean).mean(axis=(1, 2, 3))
+        assert distances.argmin() == each.order.image
         assert distances.min() < 0.02  # what WebP loses
     assert all((clean == edited).all() for clean, edited in silent.pictures.values())
     assert all((clean != edited).any() for clean, edited in fires.pictures.values())

@@ -56,9 +56,7 @@ def benjamini_hochberg(p: Sequence[float]) -> list[float]:
     return [float(each) for each in q]
 
 
-def read_doses(
-    doses: Sequence[float], changes: Float[np.ndarray, "dose number"]
-) -> Float[NDArray[np.float64], "dose"]:
+def read_doses(doses: Sequence[float], changes: Float[np.ndarray, "dose number"]) -> Float[NDArray[np.float64], "dose"]:
     """The dose that each picture shows, by a line through the pictures of the *other* doses.
 
     With x the changes from the picture at dose 1 (so 0 there), u = Σ w x over the other doses, w = d − their mean (so
