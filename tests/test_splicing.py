@@ -156,11 +156,9 @@ def test_stopped_it_goes_on_at_the_batch_in_hand_and_ends_the_same(
     assert again.artifact.digest == result.artifact.digest  # covers every byte of every file
 
 
-def test_without_a_judge_distances_are_in_pixels_and_one_sae_needs_no_all(
-    pipe, chosen, small_cache, tmp_path, monkeypatch
-) -> None:
-    monkeypatch.setattr(splicing, "judge_of", lambda pipe: None)
-    made = splice(pipe, chosen[0], small_cache, load_prompts(["a red circle", "a blue star"]), store=tmp_path)
+def test_without_a_judge_distances_are_in_pixels_and_one_sae_needs_no_all(pipe, chosen, small_cache, tmp_path) -> None:
+    two = load_prompts(["a red circle", "a blue star"])
+    made = splice(pipe, chosen[0], small_cache, two, judge=None, store=tmp_path)
     assert made.measures == ("pixel",) and made.places == ("up.0.1",) and made.clean_adherence() == {}
     assert not {"adherence", "perceptual"} & set(made.rows()[0])
     assert "pixel distance" in made.sentence() and "judge" not in made.sentence()
