@@ -47,6 +47,9 @@ __all__ = ["LONGEST", "Label", "LabelStore", "LabelTest", "Undo"]
 
 _Line = TypeVar("_Line", Label, LabelTest)
 
+AUTOMATIC = "_automatic"
+"""How the name of a file of labels that a labeller gave ends, after the SAE's."""
+
 
 @runtime_checkable
 class OfAnSAE(Protocol):
@@ -92,6 +95,8 @@ class LabelStore:
     def of(cls, stats: OfAnSAE | str, store: Path | str | None = None) -> LabelStore:
         """The labels of the SAE that has this name or that `stats` are of; by default in the store of `stats`.
 
+        A name may end in `_automatic`: those that a labeller gave to that SAE, in a file of their own.
+
         Raises:
             ArtifactError: the name cannot name a file.
             KitError: `stats` are something else.
@@ -104,7 +109,8 @@ class LabelStore:
                 f"Labels are kept in a file named after their SAE, and {name!r} cannot name one. Pass the SAE's name."
             )
         d_sae = None if isinstance(stats, str) else stats.d_sae
-        return cls(Store.at(store or beside).root / "labels" / f"{name}.jsonl", d_sae, name)
+        of_sae = name.removesuffix(AUTOMATIC)
+        return cls(Store.at(store or beside).root / "labels" / f"{name}.jsonl", d_sae, of_sae)
 
     # Saying --------------------------------------------------------------------------------------------------------
 

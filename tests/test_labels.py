@@ -746,3 +746,7 @@ def test_a_killed_writer_loses_nothing_it_had_confirmed(labels: LabelStore) -> N
         assert set(confirmed) <= set(labels.all())
         labels.set(99_999, f"still writable {attempt}")
         assert labels.get(99_999) == f"still writable {attempt}"
+
+
+def test_automatic_labels_are_of_the_sae_that_they_name(tmp_path) -> None:
+    assert LabelStore.of("mid.0_k5-1234_automatic", tmp_path).sae == LabelStore.of("mid.0_k5-1234", tmp_path).sae
