@@ -11,6 +11,7 @@ import errno
 import fcntl
 import getpass
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,8 +48,8 @@ __all__ = ["LONGEST", "Label", "LabelStore", "LabelTest", "Undo"]
 
 _Line = TypeVar("_Line", Label, LabelTest)
 
-AUTOMATIC = "_automatic"
-"""How the name of a file of labels that a labeller gave ends, after the SAE's."""
+_OWN_FILE = re.compile(r"(?<=-[0-9a-f]{8})_\w+$")
+"""What may follow an SAE's name where some labels of it have a file of their own."""
 
 
 @runtime_checkable
@@ -95,7 +96,7 @@ class LabelStore:
     def of(cls, stats: OfAnSAE | str, store: Path | str | None = None) -> LabelStore:
         """The labels of the SAE that has this name or that `stats` are of; by default in the store of `stats`.
 
-        A name may end in `_automatic`: those that a labeller gave to that SAE, in a file of their own.
+        A name may go on after the SAE's: `…-0123abcd_automatic` is a file of its own for some labels of that SAE.
 
         Raises:
             ArtifactError: the name cannot name a file.
@@ -109,7 +110,7 @@ class LabelStore:
                 f"Labels are kept in a file named after their SAE, and {name!r} cannot name one. Pass the SAE's name."
             )
         d_sae = None if isinstance(stats, str) else stats.d_sae
-        of_sae = name.removesuffix(AUTOMATIC)
+        of_sae = _OWN_FILE.sub("", name)
         return cls(Store.at(store or beside).root / "labels" / f"{name}.jsonl", d_sae, of_sae)
 
     # Saying --------------------------------------------------------------------------------------------------------

@@ -748,5 +748,6 @@ def test_a_killed_writer_loses_nothing_it_had_confirmed(labels: LabelStore) -> N
         assert labels.get(99_999) == f"still writable {attempt}"
 
 
-def test_automatic_labels_are_of_the_sae_that_they_name(tmp_path) -> None:
-    assert LabelStore.of("mid.0_k5-1234_automatic", tmp_path).sae == LabelStore.of("mid.0_k5-1234", tmp_path).sae
+@pytest.mark.parametrize("own_file", ["", "_automatic", "_control"])
+def test_labels_in_a_file_of_their_own_are_of_the_sae_that_it_names(tmp_path, own_file) -> None:
+    assert LabelStore.of(f"tiny_mid.0_k5-0123abcd{own_file}", tmp_path).sae == "tiny_mid.0_k5-0123abcd"
