@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from sdxl_sae_kit.artifacts import Store
 from sdxl_sae_kit.errors import ArtifactError, KitError
-from sdxl_sae_kit.studies.lines import Lines
+from sdxl_sae_kit.studies.lines import Lines, open_study
 
 
 @given(cut=st.integers(0, 200))
@@ -42,3 +42,12 @@ def test_a_number_that_is_not_finite_is_refused_with_its_unit_and_nothing_is_los
     with pytest.raises(KitError, match="A number of image 3 is not finite"):
         lines.add("image 3", {"value": float("nan")})
     assert list(Lines(artifact, "results.jsonl")) == ["a"]
+
+
+def test_a_study_of_another_kind_is_refused_with_what_makes_one(tmp_path) -> None:
+    artifact = Store.at(tmp_path).artifact("studies", "made-up", {"study": "made up"})
+    with artifact.lock():
+        artifact.seal()
+    assert open_study(artifact.folder, "made up", "make").digest == artifact.digest
+    with pytest.raises(ArtifactError, match="is a study of made up, not of splicing. Call splice"):
+        open_study(artifact.folder, "splicing", "splice")

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact, Store, human_bytes, whole_number
-from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.gradients import differentiate
 from sdxl_sae_kit.hookpoints import by_hookpoint, list_hookpoints
@@ -32,7 +32,7 @@ from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.studies.attributed import KINDS, Attributed, pack
 from sdxl_sae_kit.studies.distances import batches, by_prompt, drawing, estimate, made_by, written
-from sdxl_sae_kit.studies.lines import Lines
+from sdxl_sae_kit.studies.lines import Lines, open_study
 from sdxl_sae_kit.studies.rank_agreement import rank_correlation, shuffled_range
 from sdxl_sae_kit.targets import FactorScore
 
@@ -66,10 +66,8 @@ class Attribution:
     @classmethod
     def open(cls, folder: Path | str) -> Attribution:
         """Read what `attribute` made; ArtifactError where there is no finished study of that kind."""
-        artifact = Artifact.open(folder, "studies")
+        artifact = open_study(folder, "attribution", "attribute")
         recipe = artifact.recipe
-        if recipe["study"] != "attribution":
-            raise ArtifactError(f"{artifact.name} is a study of {recipe['study']}, not of attribution. Call attribute.")
         found = {kind: _attributed(artifact, kind) for kind in KINDS}
         texts = Prompts.from_jsonl(artifact.read_text("prompts.jsonl")).texts
         values = found["trained"].values

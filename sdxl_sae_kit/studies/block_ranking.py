@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
-from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.hookpoints import list_blocks, resolve_block
 from sdxl_sae_kit.hooks import silence
@@ -39,7 +39,7 @@ from sdxl_sae_kit.studies.distances import (
     sheet,
     written,
 )
-from sdxl_sae_kit.studies.lines import Lines
+from sdxl_sae_kit.studies.lines import Lines, open_study
 
 OTHER_SEED = "another seed"
 """The yardstick: another picture of the same prompt, with every block at work."""
@@ -66,10 +66,8 @@ class BlockRanking:
     @classmethod
     def open(cls, folder: Path | str) -> BlockRanking:
         """Read what `rank_blocks` made; ArtifactError where there is no finished study of that kind."""
-        artifact = Artifact.open(folder, "studies")
+        artifact = open_study(folder, "block ranking", "rank_blocks")
         recipe = artifact.recipe
-        if recipe["study"] != "block ranking":
-            raise ArtifactError(f"{artifact.name} is a study of {recipe['study']}, not of blocks. Call rank_blocks.")
         results = Lines(artifact, _FILE)
         first = next(iter(results.values()))["changed"][OTHER_SEED]
         measures = tuple(measure for measure in MEASURES if measure in first)

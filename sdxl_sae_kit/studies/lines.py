@@ -5,11 +5,24 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.files import explain_full
+
+
+def open_study(folder: Path | str, study: str, call: str) -> Artifact:
+    """The finished study of this kind in a folder; `call` is what makes one.
+
+    Raises:
+        ArtifactError: there is none, or it is of another kind.
+    """
+    artifact = Artifact.open(folder, "studies")
+    if (found := artifact.recipe.get("study", "something else")) != study:
+        raise ArtifactError(f"{artifact.name} is a study of {found}, not of {study}. Call {call}.")
+    return artifact
 
 
 class Lines(Mapping[str, dict[str, Any]]):

@@ -13,7 +13,7 @@ import numpy as np
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact
-from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
+from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.plots import dose_responses, effects_by_group
 from sdxl_sae_kit.studies import wording
 from sdxl_sae_kit.studies.controls import CONDITIONS, HARDEST, at_step
@@ -27,7 +27,7 @@ from sdxl_sae_kit.studies.effects import (
     order_of,
     order_of_all,
 )
-from sdxl_sae_kit.studies.lines import Lines
+from sdxl_sae_kit.studies.lines import Lines, open_study
 from sdxl_sae_kit.studies.measures import DOSED, MEASURES, MIN_DOSES
 from sdxl_sae_kit.studies.statistics import benjamini_hochberg
 from sdxl_sae_kit.studies.strips import columns
@@ -58,10 +58,8 @@ class Ablation:
     @classmethod
     def open(cls, folder: Path | str) -> Ablation:
         """Read what `ablate` made; ArtifactError where there is no finished ablation."""
-        artifact = Artifact.open(folder, "studies")
+        artifact = open_study(folder, "ablation", "ablate")
         recipe = artifact.recipe
-        if recipe["study"] != "ablation":
-            raise ArtifactError(f"{artifact.name} is a study of {recipe['study']}, not an ablation. Call ablate.")
         return cls(artifact, recipe["sae_name"], recipe["hookpoint"], _read(artifact))
 
     @property

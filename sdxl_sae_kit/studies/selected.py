@@ -14,10 +14,9 @@ from scipy.stats import binomtest
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact
-from sdxl_sae_kit.errors import ArtifactError
 from sdxl_sae_kit.plots import selectivity_map
 from sdxl_sae_kit.studies.distances import written
-from sdxl_sae_kit.studies.lines import Lines
+from sdxl_sae_kit.studies.lines import Lines, open_study
 
 FILE = "selectivity.jsonl"
 CONTROLS = ("random direction", "other feature", "untrained SAE")
@@ -97,9 +96,7 @@ class Selectivity:
     @classmethod
     def open(cls, folder: Path | str) -> Selectivity:
         """Read what `screen` made; ArtifactError where there is no finished screening."""
-        artifact = Artifact.open(folder, "studies")
-        if artifact.recipe["study"] != "selectivity":
-            raise ArtifactError(f"{artifact.name} is a study of {artifact.recipe['study']}. Call screen.")
+        artifact = open_study(folder, "selectivity", "screen")
         lines, names = Lines(artifact, FILE), artifact.recipe["saes"]
         found = []
         for unit, told in lines.items():

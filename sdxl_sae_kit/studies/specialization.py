@@ -23,11 +23,12 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact, Store
-from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import Example, FeatureStats
 from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.metrics import bootstrap_interval
 from sdxl_sae_kit.plots import cluster_map, cluster_shares, response_map
+from sdxl_sae_kit.studies.lines import open_study
 
 MIN_IMAGES = 5
 """A feature is described when it fires on at least so many images, and its looks on the strongest so many."""
@@ -62,9 +63,7 @@ class Specialization:
     @classmethod
     def open(cls, folder: Path | str) -> Specialization:
         """Read what `specialize` made; ArtifactError where there is no finished study of that kind."""
-        artifact = Artifact.open(folder, "studies")
-        if artifact.recipe["study"] != "specialization":
-            raise ArtifactError(f"{artifact.name} is a study of {artifact.recipe['study']}. Call specialize.")
+        artifact = open_study(folder, "specialization", "specialize")
         facts: dict[str, Any] = json.loads(artifact.file(_TABLES).read_text(encoding="utf-8"))
         return cls(artifact, **facts)
 

@@ -43,7 +43,7 @@ from sdxl_sae_kit.studies.distances import (
     sheet,
     written,
 )
-from sdxl_sae_kit.studies.lines import Lines
+from sdxl_sae_kit.studies.lines import Lines, open_study
 
 REPLACEMENTS = ("zero", "mean", "untrained x̂", "x̂")
 """What the update becomes: 0; the mean update of training tokens; the untrained SAE's reconstruction; the SAE's."""
@@ -67,10 +67,8 @@ class Splicing:
     @classmethod
     def open(cls, folder: Path | str) -> Splicing:
         """Read what `splice` made; ArtifactError where there is no finished study of that kind."""
-        artifact = Artifact.open(folder, "studies")
+        artifact = open_study(folder, "splicing", "splice")
         recipe = artifact.recipe
-        if recipe["study"] != "splicing":
-            raise ArtifactError(f"{artifact.name} is a study of {recipe['study']}, not of splicing. Call splice.")
         results = Lines(artifact, _FILE)
         first = next(iter(results.values()))["changed"][recipe["hookpoints"][0]]["zero"]
         measures, images = tuple(m for m in MEASURES if m in first), sum(len(r["texts"]) for r in results.values())
