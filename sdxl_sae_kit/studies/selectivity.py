@@ -96,7 +96,7 @@ def screen(
     if judge is None:
         raise KitError("screen: this model has no judge that names factors. Pass judge=, such as WorldJudge().")
     recipe = made_by(pipe) | drawing(pipe, None, None)
-    recipe |= {"study": "selectivity", "cache": cache.digest, "judge": judge.name}
+    recipe |= {"study": "selectivity", "cache": cache.digest, "judge": judge.name, "edits": list(map(list, DOSES))}
     recipe |= {"saes": [[sae.hookpoint, sae.name, sae.digest] for sae in chosen]}
     recipe |= {name: whole_number(f"screen: {name}", value) for name, value in (("n", n), ("per_value", per_value))}
     recipe |= {
