@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
-from jaxtyping import Float, Int
 from plotly.colors import qualitative
 
 from sdxl_sae_kit.artifacts import human_bytes
@@ -143,106 +142,6 @@ def _last_group(groups: Sequence[str], series: Mapping[str, Sequence[tuple[float
     return f"For {groups[-1]}: {ends}. {next(iter(series))} is the highest in {highest} of {len(groups)} groups."
 
 
-def response_map(rows: Sequence[str], columns: Sequence[str], means: Float[np.ndarray, "row column"]) -> go.Figure:
-    """A heat map of means with their numbers written in, a row per descriptor and a column per group of features."""
-    best = means.argmax(axis=0)
-    peaks = "; ".join(f"{columns[at]}: {rows[row]} {means[row, at]:.3f}" for at, row in enumerate(best))
-    made = figure(
-        f"Heat map of {len(rows)} descriptors in {len(columns)} groups of features. Highest in each: {peaks}.",
-        title="What the features respond to: mean over features", height=140 + 28 * len(rows),
-    )  # fmt: skip
-    texts = [[f"{value:.2f}" for value in row] for row in means]
-    made.add_heatmap(z=means, x=list(columns), y=list(rows), text=texts, texttemplate="%{text}", colorscale="Viridis")
-    made.update_yaxes(autorange="reversed")
-    made.update_layout(margin={"l": 110})
-    return made
-
-
-def cluster_map(
-    position: Float[np.ndarray, "feature 2"],
-    feature: Int[np.ndarray, "feature"],
-    group: Int[np.ndarray, "feature"],
-    groups: Sequence[str],
-    cluster: Int[np.ndarray, "feature"],
-    clusters: Sequence[str],
-) -> go.Figure:
-    """Features in a plane, coloured by group; the symbol is the cluster, and hovering names the feature."""
-    sizes = ", ".join(f"{int((group == at).sum())} of {name}" for at, name in enumerate(groups))
-    made = figure(
-        f"Scatter of {len(feature)} features ({sizes}) on the first two principal components of their descriptors, "
-        f"coloured by hookpoint; symbols are their {len(clusters)} clusters.",
-        title="Features by what they respond to", x="first principal component", y="second principal component",
-        height=520,
-    )  # fmt: skip
-    for at, name in enumerate(groups):
-        chosen = group == at
-        pairs = zip(feature[chosen], cluster[chosen], strict=True)
-        made.add_scatter(
-            x=position[chosen, 0], y=position[chosen, 1], name=name, mode="markers", hoverinfo="text+name",
-            hovertext=[f"feature {latent}, cluster {clusters[which]}" for latent, which in pairs],
-            marker={"symbol": cluster[chosen], "size": 7, "opacity": 0.7},
-        )  # fmt: skip
-    return made
-
-
-def cluster_shares(
-    groups: Sequence[str], clusters: Sequence[str], shares: Float[np.ndarray, "group cluster"]
-) -> go.Figure:
-    """Stacked bars: the share of each cluster in each group."""
-    best = zip(groups, shares.argmax(axis=1), shares.max(axis=1), strict=True)
-    largest = "; ".join(f"{name}: {clusters[which]} {share:.0%}" for name, which, share in best)
-    made = figure(
-        f"Stacked bars: shares of {len(clusters)} clusters in {len(groups)} hookpoints. Largest in each: {largest}.",
-        title="Clusters of features in each hookpoint", y="share of features",
-    )  # fmt: skip
-    for at, cluster in enumerate(clusters):
-        made.add_bar(x=list(groups), y=shares[:, at], name=cluster)
-    made.update_layout(barmode="stack")
-    return made
-
-
-def confusion_map(
-    values: Sequence[tuple[str, str]], latents: Sequence[str], shares: Float[np.ndarray, "value value"]
-) -> go.Figure:
-    """A heat map of shares of images: in each row the latent for a value, in each column the images that show one.
-
-    `values` are pairs of factor and value, for rows and columns alike; white lines set factors apart.
-    """
-    names, factors = [f"{factor}: {value}" for factor, value in values], [factor for factor, _ in values]
-    right = np.diagonal(shares)
-    told = f"{right.mean():.0%} of its images on average, the worst {names[right.argmin()]} ({right.min():.0%})"
-    made = figure(
-        f"Heat map of {len(values)} latents, each the best for a value of a factor, on the images that show each "
-        f"value. They tell their own value of {told}. {_most_confused(names, factors, shares)}",
-        title="Share of held-out images on which a value's latent tells it", x="images that show",
-        y="latent for", height=240 + 20 * len(values),
-    )  # fmt: skip
-    made.add_heatmap(
-        z=shares, x=names, y=names, zmin=0, zmax=1, colorscale="Viridis", hoverinfo="text", xgap=1, ygap=1,
-        hovertext=[
-            [f"{latent}, for {one}: {share:.0%} of {other}" for other, share in zip(names, line, strict=True)]
-            for one, latent, line in zip(names, latents, shares, strict=True)
-        ],
-    )  # fmt: skip
-    for at in (at for at in range(1, len(factors)) if factors[at] != factors[at - 1]):
-        made.add_hline(at - 0.5, line={"color": "white", "width": 3}).add_vline(
-            at - 0.5, line={"color": "white", "width": 3}
-        )
-    made.update_yaxes(autorange="reversed", automargin=True, tickfont={"size": 10}, dtick=1)
-    made.update_xaxes(automargin=True, tickfont={"size": 10}, dtick=1, tickangle=-60)
-    return made
-
-
-def _most_confused(names: Sequence[str], factors: Sequence[str], shares: Float[np.ndarray, "value value"]) -> str:
-    """Which latent most often tells another value of its factor, and how often all do."""
-    kin = np.equal.outer(np.array(factors), np.array(factors)) & ~np.eye(len(names), dtype=bool)
-    if not kin.any():
-        return "No factor has two values."
-    row, column = divmod(int(np.where(kin, shares, -1).argmax()), len(names))
-    most = f"most often that for {names[row]} of {names[column]} ({shares[row, column]:.0%})"
-    return f"They tell it of {shares[kin].mean():.0%} of those of their factor's other values, {most}."
-
-
 def ranked_bars(
     names: Sequence[str],
     kinds: Sequence[str],
@@ -269,23 +168,6 @@ def ranked_bars(
     return made
 
 
-def share_map(
-    rows: Sequence[str], columns: Sequence[str], shares: Float[np.ndarray, "row column"], *, title: str
-) -> go.Figure:
-    """A heat map of shares, a row for each thing and a column for each factor, with the numbers written in."""
-    row, column = divmod(int(shares.argmax()), len(columns))
-    alt = f"{title}: heat map of {len(rows)} rows and {len(columns)} columns, mean {shares.mean():.0%}."
-    highest = f"Highest: {rows[row]}, {columns[column]}, {shares[row, column]:.0%}."
-    made = figure(f"{alt} {highest}", title=title, height=200 + 22 * len(rows))
-    texts = [[f"{share:.0%}" for share in line] for line in shares]
-    made.add_heatmap(
-        z=shares, x=list(columns), y=list(rows), text=texts, texttemplate="%{text}", colorscale="Viridis", zmin=0,
-        hoverinfo="x+y+z",
-    )  # fmt: skip
-    made.update_yaxes(autorange="reversed", automargin=True, dtick=1)
-    return made
-
-
 def predicted_and_true(
     series: Mapping[str, Sequence[tuple[float, float, str]]], told: str, *, title: str, x: str, y: str
 ) -> go.Figure:
@@ -303,27 +185,6 @@ def predicted_and_true(
             x=[point[0] for point in points], y=[point[1] for point in points], name=name, mode="markers",
             hovertext=[point[2] for point in points], hoverinfo="text+x+y", marker={"symbol": at, "size": 8},
         )  # fmt: skip
-    return made
-
-
-def selectivity_map(points: Mapping[str, Sequence[tuple[float, float, str]]], moved: float, kept: float) -> go.Figure:
-    """Points (least share kept, share moved, name) of several conditions; the corner that passes is framed."""
-    told = "; ".join(
-        f"{name}: {sum(y >= moved and x >= kept for x, y, _ in line)} of {len(line)}" for name, line in points.items()
-    )
-    made = figure(
-        f"Scatter of edits by the share of prompts that move as expected and the lowest share that stay the same in "
-        f"another factor. In the corner that passes: {told}.",
-        title="Which edits move their own factor and no other", x="lowest share kept among the other factors",
-        y="share moved as expected", height=480,
-    )  # fmt: skip
-    for at, (name, line) in enumerate(points.items()):
-        made.add_scatter(
-            x=[x for x, _, _ in line], y=[y for _, y, _ in line], name=name, mode="markers", hoverinfo="text+name",
-            hovertext=[f"{text}: moved {y:.0%}, kept {x:.0%}" for x, y, text in line],
-            marker={"symbol": at, "size": 9, "opacity": 0.75},
-        )  # fmt: skip
-    made.add_shape(type="rect", x0=kept, x1=1.02, y0=moved, y1=1.04, line={"width": 1, "dash": "dot"}, layer="below")
     return made
 
 

@@ -17,6 +17,14 @@ from sdxl_sae_kit.tiny.world import FACTORS, ONE_OBJECT_FACTORS, TWO_OBJECT_FACT
 MIN_IMAGES = 5
 """A value is asked for if at least so many training and so many held-out images show it, and as many do not."""
 
+ROLES = {
+    "composition": ("size", "position", "count", "relation"),
+    "content": ("shape", "shape2", "pose"),
+    "detail": ("material", "pattern"),
+    "style": ("colour", "colour2", "background", "style"),
+}
+"""Which factors of the world say where things are, what they are, how their surface is, and how all of it looks."""
+
 _SCENES = [set(FACTORS) - set(absent) for absent in (ONE_OBJECT_FACTORS, TWO_OBJECT_FACTORS)]
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.hookpoints import by_hookpoint
+from sdxl_sae_kit.maps import confusion_map
 from sdxl_sae_kit.metrics import areas_under_curve, resampled_areas
-from sdxl_sae_kit.plots import confusion_map
 from sdxl_sae_kit.questions import Question, ask_of
 from sdxl_sae_kit.sae import SAE
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-from sdxl_sae_kit import plots
+from sdxl_sae_kit import maps, plots
 
 LOGS = {"mid.0 k5": [{"step": 1, "unexplained": 0.9}, {"step": 20, "unexplained": 0.123}]}
 FIGURES = {
@@ -20,9 +20,9 @@ FIGURES = {
         lambda: plots.effects_by_group(["f 1"], {"off": [(0.5, 0.4, 0.6)], "on": [(0.2, 0.1, 0.3)]}, title="t", y="y"),
         "off 0.5 [0.4, 0.6]",
     ),
-    "responses": (lambda: plots.response_map(["shape"], ["mid.0"], np.array([[0.321]])), "mid.0: shape 0.321"),
+    "responses": (lambda: maps.response_map(["shape"], ["mid.0"], np.array([[0.321]])), "mid.0: shape 0.321"),
     "clusters": (
-        lambda: plots.cluster_map(
+        lambda: maps.cluster_map(
             np.eye(2), np.array([3, 4]), np.array([0, 0]), ["mid.0"], np.array([0, 1]), ["a", "b"]
         ),
         "2 of mid.0",
@@ -39,14 +39,14 @@ FIGURES = {
         "b 0.75 [0.5, 1]; a 0.25 [0, 0.5]. The line is line, 0.125.",
     ),
     "share map": (
-        lambda: plots.share_map(["a", "b"], ["shape", "colour"], np.array([[0, 0.5], [0, 0]]), title="t"),
+        lambda: maps.share_map(["a", "b"], ["shape", "colour"], np.array([[0, 0.5], [0, 0]]), title="t"),
         "mean 12%. Highest: a, colour, 50%.",
     ),
     "predictions": (
         lambda: plots.predicted_and_true({"top": [(1.0, 2.0, "p")]}, "ρ is 1.", title="t", x="x", y="y"),
         "y over x, 1 of top, with the line of equality. ρ is 1.",
     ),
-    "shares": (lambda: plots.cluster_shares(["mid.0"], ["a", "b"], np.array([[0.25, 0.75]])), "mid.0: b 75%"),
+    "shares": (lambda: maps.cluster_shares(["mid.0"], ["a", "b"], np.array([[0.25, 0.75]])), "mid.0: b 75%"),
 }
 
 

@@ -23,8 +23,9 @@ from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.hookpoints import list_blocks, resolve_block
 from sdxl_sae_kit.hooks import silence
 from sdxl_sae_kit.judges import PictureJudge, chosen_judge
+from sdxl_sae_kit.maps import share_map
 from sdxl_sae_kit.observation import as_prompts
-from sdxl_sae_kit.plots import ranked_bars, share_map
+from sdxl_sae_kit.plots import ranked_bars
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.studies.distances import (
     MEASURES,

@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact
-from sdxl_sae_kit.plots import selectivity_map
+from sdxl_sae_kit.maps import selectivity_map
 from sdxl_sae_kit.studies.distances import written
 from sdxl_sae_kit.studies.lines import Lines, open_study
 

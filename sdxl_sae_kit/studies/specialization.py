@@ -26,8 +26,8 @@ from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import Example, FeatureStats
 from sdxl_sae_kit.files import write_atomically
+from sdxl_sae_kit.maps import cluster_map, cluster_shares, response_map
 from sdxl_sae_kit.metrics import bootstrap_interval
-from sdxl_sae_kit.plots import cluster_map, cluster_shares, response_map
 from sdxl_sae_kit.studies.lines import open_study
 
 MIN_IMAGES = 5
