@@ -25,11 +25,20 @@ from sdxl_sae_kit.labels import LabelStore
 from sdxl_sae_kit.pipelines import scheduler
 from sdxl_sae_kit.prompts import Prompts, load_prompts
 from sdxl_sae_kit.sae import SAE
-from sdxl_sae_kit.search import MIN_IMAGES, held_out_firing, most_energetic
+from sdxl_sae_kit.search import MIN_IMAGES, most_energetic
 from sdxl_sae_kit.studies.controls import HARDEST, Change, at_dose, at_step, choose_other, draw_controls
 from sdxl_sae_kit.studies.lines import Lines
 from sdxl_sae_kit.studies.measures import measure
-from sdxl_sae_kit.studies.pairs import Key, Order, Pairs, count_pictures, draw_pairs, find_firing, token_pixels
+from sdxl_sae_kit.studies.pairs import (
+    Key,
+    Order,
+    Pairs,
+    count_pictures,
+    draw_pairs,
+    find_firing,
+    strongest_held_out,
+    token_pixels,
+)
 from sdxl_sae_kit.studies.results import LINES, PLAN, SHOWN, STRIP, Ablation
 from sdxl_sae_kit.studies.strips import draw_strip
 
@@ -212,7 +221,7 @@ def _plan(
     features = recipe["features"]
     if prompts is None:
         prompts = stats.prompts
-        tried = _strongest(stats, features, recipe["prompts_per_feature"])
+        tried = strongest_held_out(stats, features, recipe["prompts_per_feature"])
     else:
         tqdm.write(f"Looking on which of {len(prompts):,} images {len(features)} features of {sae.name} fire.")
         firing = find_firing(pipe, sae, stats, prompts, features, recipe["batch_size"])
@@ -224,13 +233,6 @@ def _plan(
         "features": {str(feature): [place[image] for image in images] for feature, images in tried.items()},
         "others": {str(feature): choose_other(stats, feature) for feature in features},
     }
-
-
-def _strongest(stats: FeatureStats, features: Sequence[int], n: int) -> dict[int, list[int]]:
-    """For each feature the held-out images on which it fires, strongest by spatial mean first."""
-    firing, means = held_out_firing(stats), stats.image_activations("mean")
-    order = {f: np.argsort(-means[:, f], kind="stable") for f in features}
-    return {f: images[firing[images, f]][:n].tolist() for f, images in order.items()}
 
 
 def _changes(

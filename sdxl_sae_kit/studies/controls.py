@@ -67,14 +67,15 @@ def draw_controls(sae: SAE, stats: FeatureStats, features: Sequence[int], seed: 
         rng, row, other = np.random.default_rng([seed, feature]), decoder[feature], choose_other(stats, feature)
         random = rng.standard_normal(sae.d_in)
         mixed = (rng.standard_normal(stats.d_sae) * spread) @ decoder
-        along = [_as_long(row, vector) for vector in (random, untrained[feature], mixed)]
+        along = [as_long(row, vector) for vector in (random, untrained[feature], mixed)]
         changes = [Change(feature, row), Change(feature, along[0]), Change(other, decoder[other])]
         changes += [Change(feature, vector) for vector in along[1:]]
         drawn[feature] = dict(zip(CONDITIONS, changes, strict=True))
     return drawn
 
 
-def _as_long(row: Float[np.ndarray, " d_in"], vector: Float[np.ndarray, " d_in"]) -> Float[np.ndarray, " d_in"]:
+def as_long(row: Float[np.ndarray, " d_in"], vector: Float[np.ndarray, " d_in"]) -> Float[np.ndarray, " d_in"]:
+    """The vector, as long as the row."""
     return np.asarray(vector * (np.linalg.norm(row) / np.linalg.norm(vector)), dtype=np.float32)
 
 

@@ -36,7 +36,7 @@ def measure(
     for feature in dict.fromkeys(feature for feature, _ in pairs.order.changes):
         fires = pairs.z[..., feature] > FIRES
         if fires.any():
-            found[str(feature)] = _measure_feature(pairs, feature, _enlarged(fires, pixels), doses, seen) | {
+            found[str(feature)] = _measure_feature(pairs, feature, enlarged(fires, pixels), doses, seen) | {
                 "overlap": float((pairs.z[..., others[feature]] > FIRES)[fires].mean())
             }
     return {"answers": seen["answers"], "features": found}
@@ -66,9 +66,9 @@ def _measure_feature(
     for row, ((mine, condition), (clean, edited)) in enumerate(pairs.pictures.items()):
         if mine != feature:
             continue
-        effects[condition] = {"pixel": _means(np.abs(edited - clean).mean(axis=2), region)}
+        effects[condition] = {"pixel": inside_and_outside(np.abs(edited - clean).mean(axis=2), region)}
         if seen["perceptual"] is not None:
-            effects[condition]["perceptual"] = _means(seen["perceptual"][row], region)
+            effects[condition]["perceptual"] = inside_and_outside(seen["perceptual"][row], region)
         if seen["semantic"] is not None:
             effects[condition]["semantic"] = [float(seen["semantic"][row]), None]
         if seen["changed"] is not None:
@@ -93,9 +93,11 @@ def dose_key(feature: int, dose: float, condition: str) -> Key:
     return feature, condition if dose == 0 else at_dose(condition, dose)
 
 
-def _means(change: Float[np.ndarray, "y x"], region: Bool[np.ndarray, "y x"]) -> list[float | None]:
+def inside_and_outside(change: Float[np.ndarray, "y x"], region: Bool[np.ndarray, "y x"]) -> list[float | None]:
+    """Mean change over the pixels of a region, and over the others; None where there are none."""
     return [float(change[where].mean(dtype=np.float64)) if where.any() else None for where in (region, ~region)]
 
 
-def _enlarged(tokens: Bool[np.ndarray, "height width"], pixels: int) -> Bool[np.ndarray, "y x"]:
+def enlarged(tokens: Bool[np.ndarray, "height width"], pixels: int) -> Bool[np.ndarray, "y x"]:
+    """The pixels of these tokens, each of which is so many across."""
     return tokens.repeat(pixels, axis=0).repeat(pixels, axis=1)

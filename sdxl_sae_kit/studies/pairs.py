@@ -16,6 +16,7 @@ from sdxl_sae_kit.hooks import record, rewrite
 from sdxl_sae_kit.pipelines import generate
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.sae import FIRES, SAE
+from sdxl_sae_kit.search import held_out_firing
 from sdxl_sae_kit.studies.controls import Change, changing
 
 Key = tuple[int, str]
@@ -110,6 +111,13 @@ def _draw(
         end = at + 1 + len(keys)
         yield order, keys, _encode(sae, recording.update(sae.hookpoint, stats.step)[at])[0], pictures[at:end]
         at = end
+
+
+def strongest_held_out(stats: FeatureStats, features: Sequence[int], n: int) -> dict[int, list[int]]:
+    """For each feature the held-out images on which it fires, strongest by spatial mean first; at most n."""
+    firing, means = held_out_firing(stats), stats.image_activations("mean")
+    order = {f: np.argsort(-means[:, f], kind="stable") for f in features}
+    return {f: images[firing[images, f]][:n].tolist() for f, images in order.items()}
 
 
 @torch.no_grad()

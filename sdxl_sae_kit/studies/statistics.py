@@ -76,6 +76,43 @@ def read_doses(doses: Sequence[float], changes: Float[np.ndarray, "dose number"]
     return readings
 
 
+def bhattacharyya(
+    p: Float[np.ndarray, "*#row value"], q: Float[np.ndarray, "*#row value"]
+) -> Float[NDArray[np.float64], "*row"]:
+    """1 − Σ √(p q) over the values of two distributions: 0 where they are the same, 1 where no value is in both.
+
+    Computed as ½ Σ (√p − √q)², which is the same and keeps its precision where they differ little.
+    """
+    distances: NDArray[np.float64] = np.square(np.sqrt(p.astype(np.float64)) - np.sqrt(q)).sum(axis=-1) / 2
+    return distances
+
+
+def coarse_share(change: Float[np.ndarray, "y x 3"], cell: int) -> float:
+    """Share of a change's energy that is left when each square cell of the picture is averaged, cell² Σ D̄² / Σ D².
+
+    D is the change of every pixel and colour, D̄ its mean over the `cell` × `cell` pixels of a cell: 1 for what is the
+    same all over each cell, 1 / cell² for white noise. NaN where nothing changes.
+    """
+    height, width = (side // cell for side in change.shape[:2])
+    means = change.astype(np.float64).reshape(height, cell, width, cell, 3).mean(axis=(1, 3))
+    return _share(cell**2 * np.square(means).sum(), change)
+
+
+def colour_share(change: Float[np.ndarray, "y x 3"]) -> float:
+    """Share of a change's energy that is in chroma, 1 − 3 Σ D̄² / Σ D², where D̄ is the mean over the three colours.
+
+    0 for what gets lighter or darker only, 1 for what changes colour only; 2 / 3 for three colours that change
+    independently by as much. NaN where nothing changes.
+    """
+    grey = change.astype(np.float64).mean(axis=2)
+    return 1 - _share(3 * np.square(grey).sum(), change)
+
+
+def _share(energy: float, of: Float[np.ndarray, "y x 3"]) -> float:
+    total = np.square(of.astype(np.float64)).sum()
+    return float(energy / total) if total else float("nan")
+
+
 def rank_correlation(one: Sequence[float], other: Float[np.ndarray, "n"]) -> float:
     """Spearman's ρ; 0 where either is the same everywhere, which tells nothing of the other."""
     a, b = (rankdata(values) - (len(values) + 1) / 2 for values in (np.asarray(one), other))
