@@ -160,12 +160,12 @@ def test_without_factors_colour_and_texture_are_read_under_the_heat_map() -> Non
     Image.fromarray(pixels.astype(np.uint8)).save(buffer, "WEBP", lossless=True)
     codes = np.zeros((N_IMAGES, 2, *GRID), np.float32)
     codes[:9, 0, 2:6, 0:3] = 1
-    codes[:9, 1, 2:6, 5:8] = 1
+    codes[:9, 1, 2:6, 5:7] = 1
     made = describe(planted(codes, factors=False, pictures=(buffer.getvalue(),) * N_IMAGES))
     assert column(made, "red − green") == pytest.approx([160 / 255, 0], abs=0.01)
     assert column(made, "yellow − blue")[0] == pytest.approx((200 + 40) / 2 / 255 - 40 / 255, abs=0.01)
     assert column(made, "brightness")[0] == pytest.approx(280 / 3 / 255, abs=0.01)
-    # of stripes of 2 pixels every central difference is half a step
+    # of stripes of 2 pixels every central difference is half a step (at the border it is none)
     assert column(made, "texture") == pytest.approx([0, 0.5], abs=0.02)
     with_factors = describe(planted(codes))
     assert "look" not in with_factors.kinds and "texture" not in with_factors.names
@@ -260,8 +260,11 @@ def test_names_do_not_depend_on_the_hookpoint_and_kinds_can_be_chosen() -> None:
     assert sum((part.names for part in parts), ()) == one.names
     np.testing.assert_array_equal(np.concatenate([part.values for part in parts], axis=1), one.values)
     assert one.only("cause", "space").names == one.only("space", "cause").names
+
+
+def test_what_is_no_kind_is_refused(unchecked_types) -> None:
     with pytest.raises(KitError, match="not 'caus'. Did you mean 'cause'"):
-        one.only("caus")
+        describe(planted(random_codes())).only("caus")
 
 
 def test_what_is_of_another_sae_is_refused() -> None:

@@ -83,8 +83,7 @@ def bhattacharyya(
 
     Computed as ½ Σ (√p − √q)², which is the same and keeps its precision where they differ little.
     """
-    distances: NDArray[np.float64] = np.square(np.sqrt(p.astype(np.float64)) - np.sqrt(q)).sum(axis=-1) / 2
-    return distances
+    return np.asarray(np.square(np.sqrt(p.astype(np.float64)) - np.sqrt(q)).sum(axis=-1) / 2)
 
 
 def coarse_share(change: Float[np.ndarray, "y x 3"], cell: int) -> float:
