@@ -189,6 +189,10 @@ def test_the_sentence_says_what_the_numbers_say(result) -> None:
     assert "changes most in colour" in more and re.search(r"more often for colour \(100.0% ", more)
     assert re.search(r"less often for colour \(0.0% ", less)
     assert "as often, within the interval, for shape" in more
+    few = planted(result, 0)
+    few.values[:] = 1e-6
+    few.values[::10, few.names.index("shape")] = 1  # 4 of 40
+    assert "changes most in shape" in few.sentence() and "100% of it by the tenth" in few.sentence()
     assert "means over 40 features on up to 2 held-out images" in more
 
 
