@@ -104,7 +104,7 @@ class Causes:
         random direction, `difference` the mean of feature − random direction on the same prompts, and `larger` the
         share of features that change more than the random direction does there, ties half: ½ by chance. Means hang on
         few features, `larger` on none. Features that were tried on the same images are taken as independent, which
-        they are only roughly.
+        they are only roughly; each interval is of its own name alone, not corrected for how many there are.
         """
         return self._rows
 
