@@ -121,7 +121,7 @@ def study(store, given: dict, **settings) -> Specialization:
     """As `specialize` keeps and opens it, without pictures."""
     settings = {"clusters": 3, "embedding": "pca", "permutations": 199, "seed": 0} | settings
     tables, _ = compare_blocks(given, **settings)
-    artifact = store.artifact("studies", "planted", {"study": "specialization", "seed": 0, "given": repr(tables)[:500]})
+    artifact = store.artifact("studies", "planted", {"study": "block specialisation", "seed": 0, "given": repr(tables)[:500]})
     return Specialization(artifact, **json.loads(json.dumps(tables), object_hook=_pairs))
 
 

@@ -107,7 +107,7 @@ def specialize(
     n_prompts = whole_number("specialize: prompts_per_feature", prompts_per_feature, least=0)
     judge = chosen_judge("specialize", pipe, judge) if n_prompts else None
     recipe = {
-        "study": "specialization",
+        "study": "block specialisation",
         "saes": [[sae.hookpoint, sae.name, sae.digest] for sae in placed.values()],
         "cache": cache.artifact.digest,
         "timing": timing.artifact.digest if timing else None,

@@ -51,7 +51,7 @@ class Specialization:
     @classmethod
     def open(cls, folder: Path | str) -> Specialization:
         """Read what `specialize` made; ArtifactError where there is no finished study of that kind."""
-        artifact = open_study(folder, "specialization", "specialize")
+        artifact = open_study(folder, "block specialisation", "specialize")
         return cls(artifact, **_with_pairs(json.loads(artifact.file(TABLES).read_text(encoding="utf-8"))))
 
     def rows(self) -> list[Row]:
@@ -125,7 +125,7 @@ class Specialization:
             if row["descriptor"].startswith(verb)
         }
 
-    # What the numbers say -----------------------------------------------------------------------------------------------
+    # What the numbers say ---------------------------------------------------------------------------------------------
 
     def sentence(self) -> str:
         """What the numbers say, and where a difference does not survive a control."""
@@ -185,7 +185,7 @@ class Specialization:
         told = ", ".join(f"{h} {row['descriptor']} ({written(row, 'effect')})" for h, row in best.items())
         return f"What sets each hookpoint's features apart most, in standard deviations: {told}."
 
-    # Figures ------------------------------------------------------------------------------------------------------------
+    # Figures ----------------------------------------------------------------------------------------------------------
 
     def plot(self) -> Any:
         """Heat map of what features of each block respond to, or of their looks, beside the controls (plotly)."""
@@ -252,8 +252,8 @@ class Specialization:
 
     def _repr_html_(self) -> str:
         effects = (
-            "Standardised mean difference from the other blocks with 95 % bootstrap interval over features; q by Benjamini "
-            "and Hochberg"
+            "Standardised mean difference from the other blocks with 95 % bootstrap interval over features; q by "
+            "Benjamini and Hochberg"
         )
         bits = (
             "What a feature's cluster tells of its hookpoint, in bits; gap: the features' above chance − the control's"
