@@ -25,6 +25,7 @@ from sdxl_sae_kit.studies.specialized import Specialization
 
 MEASURED = ("response", "space")
 COLOUR = "responds to colour"
+CHANGES = [f"changes {factor}" for factor in ROLES["style"]]
 STYLE, CONTENT = ([f"responds to {factor}" for factor in ROLES[role]] for role in ("style", "content"))
 
 # Formulas ------------------------------------------------------------------------------------------------------------
@@ -108,7 +109,8 @@ def described(shift: float, control: float = 0.0) -> dict:
     """Of three blocks two differ, and so do the controls' as far as is said."""
 
     def blocks(by: float, kinds: tuple = (), seed: int = 0) -> list:
-        more = {"down.2.1": dict.fromkeys([*STYLE, "active area"], by), "up.0.1": dict.fromkeys(CONTENT, -by)}
+        more = {"down.2.1": dict.fromkeys([*STYLE, "active area", *CHANGES], by)}
+        more["up.0.1"] = dict.fromkeys([*CONTENT, *CHANGES], -by)
         return [plant(b, more.get(b, {}), seed=seed, kinds=kinds) for b in ("down.2.1", "up.0.0", "up.0.1")]
 
     return {
@@ -121,7 +123,9 @@ def study(store, given: dict, **settings) -> Specialization:
     """As `specialize` keeps and opens it, without pictures."""
     settings = {"clusters": 3, "embedding": "pca", "permutations": 199, "seed": 0} | settings
     tables, _ = compare_blocks(given, **settings)
-    artifact = store.artifact("studies", "planted", {"study": "block specialisation", "seed": 0, "given": repr(tables)[:500]})
+    artifact = store.artifact(
+        "studies", "planted", {"study": "block specialisation", "seed": 0, "given": repr(tables)[:500]}
+    )
     return Specialization(artifact, **json.loads(json.dumps(tables), object_hook=_pairs))
 
 
@@ -135,19 +139,21 @@ def different(store):
 
 
 def test_planted_differences_are_found_beyond_controls(different) -> None:
-    main, own, untrained, channels = different.information
+    main, own, untrained, channels, same, random = different.information
     assert main["bits"] == pytest.approx(np.log2(3), abs=0.05) and main["p"] == 1 / 200
     assert own["of"] == TRAINED and own["descriptors"] == "those of controls"
+    assert (same["of"], random["of"]) == (SAME_PROMPT, RANDOM)
+    assert random["gap"] == pytest.approx(same["above"] - random["above"])
     assert untrained["gap interval"][0] > 0.5 and channels["gap interval"][0] > 0.5
     assert "so hookpoints differ" in different.sentence() and "more than any control" in different.sentence()
-    assert any(f"down.2.1 {name} (" in different.sentence() for name in [*STYLE, "active area"])
+    assert any(f"down.2.1 {name} (" in different.sentence() for name in [*STYLE, *CHANGES, "active area"])
 
 
 def test_a_difference_that_controls_have_too_does_not_survive(store) -> None:
     alike = study(store, described(6.0, control=6.0))
     untrained = next(row for row in alike.information if row["of"] == "untrained")
     assert untrained["gap"] == pytest.approx(0, abs=0.1)
-    assert "does not survive untrained" in alike.sentence()
+    assert "the difference does not survive untrained: so much" in alike.sentence()
 
 
 def test_of_blocks_alike_there_is_no_evidence(store) -> None:
@@ -228,7 +234,7 @@ def test_real_features_are_described_by_all_that_is_measured(real) -> None:
     f = real.features
     assert len(f["feature"]) == len(f["descriptors"]) == len(f["position"])
     assert np.isfinite(f["descriptors"]).all()
-    assert [row["of"] for row in real.information] == [TRAINED, TRAINED, "untrained", "channels"]
+    assert [row["of"] for row in real.information][:4] == [TRAINED, TRAINED, "untrained", "channels"]
     assert {claim["block"]: claim["outcome"] for claim in real.claims}["mid.0"] == "not asked"
 
 

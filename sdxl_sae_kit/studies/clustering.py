@@ -138,7 +138,7 @@ def place(points: Points, embedding: Embedding = "tsne", seed: int = 0) -> Float
     """
     check_choice("embedding", embedding, Embedding)
     if embedding == "umap":
-        return np.asarray(_umap()(n_components=2, random_state=seed).fit_transform(points), dtype=np.float64)
+        return np.asarray(load_umap()(n_components=2, random_state=seed).fit_transform(points), dtype=np.float64)
     if embedding == "pca":
         return np.asarray(PCA(2, random_state=seed).fit_transform(points), dtype=np.float64)
     perplexity = min(30.0, (len(points) - 1) / 3)
@@ -146,7 +146,8 @@ def place(points: Points, embedding: Embedding = "tsne", seed: int = 0) -> Float
     return np.asarray(tsne.fit_transform(points), dtype=np.float64)
 
 
-def _umap() -> Any:
+def load_umap() -> Any:
+    """UMAP's class; KitError where it is not installed."""
     try:
         from umap import UMAP
     except ImportError:

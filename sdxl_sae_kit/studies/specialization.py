@@ -34,6 +34,7 @@ from sdxl_sae_kit.studies.clustering import (
     check_choice,
     choose_number,
     cluster,
+    load_umap,
     measure_stability,
     place,
 )
@@ -47,6 +48,11 @@ CONTROLS = ("untrained", "channels")
 """What is measured beside the SAEs: see `evaluation.controls`."""
 
 _MEASURED: tuple[Kind, ...] = ("response", "space", "look", "time")
+_COMPARED: tuple[tuple[str, tuple[str, ...], tuple[Kind, ...], str], ...] = (
+    (TRAINED, CONTROLS, _MEASURED, "those of controls"),
+    (SAME_PROMPT, (RANDOM,), ("cause",), "causes, one prompt each"),
+)
+"""Features, what is compared with them, by which descriptors, and what these are called."""
 _SHOWN, _TILE = 3, 56
 _LEAST = 20
 
@@ -132,6 +138,8 @@ def _settings(
 ) -> dict[str, Any]:
     check_choice("method", method, Method)
     check_choice("embedding", embedding, Embedding)
+    if embedding == "umap":
+        load_umap()  # refused before anything is measured
     return {
         "method": method,
         "clusters": None if clusters is None else whole_number("specialize: clusters", clusters, least=2),
@@ -280,24 +288,36 @@ def _informations(
 ) -> list[dict[str, Any]]:
     """What clusters tell of blocks: by all descriptors; and by those that controls have, of features and of controls.
 
-    Each clustered by itself into as many clusters. `gap`: the features' bits above chance minus the control's.
+    Each is clustered by itself into as many clusters.
     """
-    told = {"of": TRAINED, "descriptors": "all"}
-    rows: list[dict[str, Any]] = [told | association(pools[TRAINED].block, labels, permutations, seed)]
-    beside = [name for name in CONTROLS if name in pools and len(pools[name]) > number]
-    found = dict[str, tuple[float, NDArray[np.float64]]]()
-    for name in [TRAINED, *beside] if beside else []:
-        pool = pools[name].only(*_MEASURED)
-        clusters = cluster(pool.bounded, number, method, seed)
-        row: dict[str, Any] = {"of": name, "descriptors": "those of controls"}
-        row |= association(pool.block, clusters, permutations, seed)
-        found[name] = row["above"], resampled_information(pool.block, clusters, seed + len(found))
-        if name != TRAINED:
-            gap = found[TRAINED][0] - row["above"]
-            low, high = gap + np.quantile(found[TRAINED][1] - found[name][1], [0.025, 0.975])
-            row |= {"gap": float(gap), "gap interval": (float(low), float(high))}
-        rows.append(row)
+    rows: list[dict[str, Any]] = [{"of": TRAINED, "descriptors": "all"}]
+    rows[0] |= association(pools[TRAINED].block, labels, permutations, seed)
+    for own, beside, kinds, words in _COMPARED:
+        compared = {name: pools[name].only(*kinds) for name in (own, *beside) if name in pools}
+        enough = {name: pool for name, pool in compared.items() if len(pool) > number}
+        found = {name: cluster(pool.bounded, number, method, seed) for name, pool in enough.items()}
+        told = {name: association(enough[name].block, found[name], permutations, seed) for name in found}
+        if own in told and len(told) > 1:
+            gaps = {name: _gap(told, own, name, enough, found, seed) for name in told if name != own}
+            rows += [{"of": name, "descriptors": words} | told[name] | gaps.get(name, {}) for name in told]
     return rows
+
+
+def _gap(
+    told: Mapping[str, Mapping[str, Any]],
+    own: str,
+    control: str,
+    pools: Mapping[str, Pool],
+    clusters: Mapping[str, Int[np.ndarray, "feature"]],
+    seed: int,
+) -> dict[str, Any]:
+    """The features' bits above chance minus the control's, with its 95 % bootstrap interval over features."""
+    samples = [
+        resampled_information(pools[name].block, clusters[name], seed + at) for at, name in enumerate((own, control))
+    ]
+    gap = told[own]["above"] - told[control]["above"]
+    low, high = gap + np.quantile(samples[0] - samples[1], [0.025, 0.975])
+    return {"gap": float(gap), "gap interval": (float(low), float(high))}
 
 
 def _effects(pools: Mapping[str, Pool], seed: int) -> list[dict[str, Any]]:

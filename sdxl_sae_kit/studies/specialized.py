@@ -154,21 +154,21 @@ class Specialization:
         )
 
     def _against_controls(self) -> str:
-        if len(self.information) < 3:
+        beside = [row for row in self.information if "gap" in row]
+        if not beside:
             return "Controls had too few features to be compared."
-        own, *beside = self.information[1:]
-        told = "; ".join(f"{row['of']} {row['above']:.3f} (gap {written(row, 'gap')})" for row in beside)
-        left = [row["of"] for row in beside if row["gap interval"][0] <= 0]
+        left = [str(row["of"]) for row in beside if row["gap interval"][0] <= 0]
         verdict = (
-            f"which does not survive {' and '.join(left)}: that much of a difference lies in the updates and need not "
-            "be learnt"
+            f"the difference does not survive {' and '.join(left)}: so much lies in the updates and need not be learnt"
             if left
             else "more than any control"
         )
-        return (
-            f"By the descriptors that controls have too it is {own['above']:.3f} bits above chance; of controls' "
-            f"features {told}: {verdict}."
-        )
+        told = "; ".join(f"{self._own(row)['above']:.3f} against {row['above']:.3f} of {_told(row)}" for row in beside)
+        return f"In bits above chance, by the descriptors that controls have too, it is {told}: {verdict}."
+
+    def _own(self, control: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The features' row by the same descriptors as this control's."""
+        return next(row for row in self.information[1:] if row["descriptors"] == control["descriptors"])
 
     def _on_robustness(self) -> str:
         rows = self.robustness[1:]
@@ -273,6 +273,10 @@ class Specialization:
         shown["effect"] = written(row, "effect")
         beside = [key for r in self.effects for key in r if key.endswith(" effect")]
         return shown | {key: written(row, key) if key in row else "–" for key in dict.fromkeys(beside)}
+
+
+def _told(control: Mapping[str, Any]) -> str:
+    return f"{control['of']} ({control['descriptors']}; gap {written(control, 'gap')})"
 
 
 def _readable(row: Mapping[str, Any]) -> Row:
