@@ -127,7 +127,7 @@ def choose_number(rows: Sequence[dict[str, Any]]) -> int:
     if not clear:
         return 1
     best = max(clear, key=lambda row: float(row["gain"]))
-    return max(row["clusters"] for row in clear if row["gain"] >= best["gain"] - best["standard error"])
+    return max(int(row["clusters"]) for row in clear if row["gain"] >= best["gain"] - best["standard error"])
 
 
 def place(points: Points, embedding: Embedding = "tsne", seed: int = 0) -> Float[NDArray[np.float64], "feature 2"]:

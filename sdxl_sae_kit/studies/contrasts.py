@@ -199,7 +199,7 @@ def _d(
         spread = spread + (w @ np.square(x[side]) - n * np.square(mean))
     deviation = np.sqrt(np.maximum(spread, 0) / (len(x) - 2))
     difference = lead(x, mine, weights)
-    return np.divide(difference, deviation, out=np.zeros_like(difference), where=deviation > 1e-9)
+    return np.asarray(np.divide(difference, deviation, out=np.zeros_like(difference), where=deviation > 1e-9))
 
 
 def _welch(x: Float[np.ndarray, "feature descriptor"], mine: Bool[np.ndarray, "feature"]) -> NDArray[np.float64]:
