@@ -340,7 +340,8 @@ def _write(
     n = sum(len(each.latents) for each in described[TRAINED])
     tqdm.write(f"Clustering {n:,} features of {len(stats)} hookpoints, with {settings['permutations']} shuffles.")
     tables, arrays = compare_blocks(described, **settings)
-    pictures = [_picture(stats[at], latent) for at, latent in zip(arrays["hookpoint"], arrays["feature"], strict=True)]
+    places = zip(arrays["hookpoint"].tolist(), arrays["feature"].tolist(), strict=True)
+    pictures = [_picture(stats[at], latent) for at, latent in places]
     arrays["pictures"] = np.frombuffer(b"".join(pictures), dtype=np.uint8)
     arrays["picture_ends"] = np.cumsum([len(picture) for picture in pictures])
     with h5py.File(artifact.file(ARRAYS), "w", libver=("v108", "v110")) as file:
@@ -352,6 +353,6 @@ def _write(
 
 def _picture(stats: FeatureStats, latent: int) -> bytes:
     """A feature's strongest images over their heat maps."""
-    examples = stats.examples(int(latent), n=_SHOWN)
+    examples = stats.examples(latent, n=_SHOWN)
     shown = [(example.thumbnail, example.heat_map) for example in examples]
     return html.strip(shown, max(example.value for example in examples), _TILE, places=_SHOWN)
