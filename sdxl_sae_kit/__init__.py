@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.pipelines import generate as generate
     from sdxl_sae_kit.pipelines import load_pipeline as load_pipeline
     from sdxl_sae_kit.plans import plan as plan
+    from sdxl_sae_kit.probes import probe as probe
     from sdxl_sae_kit.prompts import load_prompts as load_prompts
     from sdxl_sae_kit.reports import report as report
     from sdxl_sae_kit.sae import SAE as SAE
@@ -94,6 +95,7 @@ _NAMES = {
     "masks": ["Polygon"],
     "pipelines": ["generate", "load_pipeline"],
     "plans": ["plan"],
+    "probes": ["probe"],
     "prompts": ["load_prompts"],
     "reports": ["report"],
     "sae": ["SAE"],

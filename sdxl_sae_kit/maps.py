@@ -8,21 +8,28 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float, Int
 
-from sdxl_sae_kit.plots import figure
+from sdxl_sae_kit.plots import COLOURS, figure
 
 
-def response_map(rows: Sequence[str], columns: Sequence[str], means: Float[np.ndarray, "row column"]) -> go.Figure:
-    """A heat map of means with their numbers written in, a row per descriptor and a column per group of features."""
-    best = means.argmax(axis=0)
-    peaks = "; ".join(f"{columns[at]}: {rows[row]} {means[row, at]:.3f}" for at, row in enumerate(best))
+def response_map(
+    rows: Sequence[str], columns: Sequence[str], means: Float[np.ndarray, "row column"], *, title: str
+) -> go.Figure:
+    """A heat map of means with their numbers written in, a row per descriptor and a column per group of features.
+
+    NaN is left white.
+    """
+    peaks = "; ".join(
+        f"{name}: {rows[int(np.nanargmax(column))]} {np.nanmax(column):.3f}"
+        for name, column in zip(columns, means.T, strict=True)
+    )
     made = figure(
-        f"Heat map of {len(rows)} descriptors in {len(columns)} groups of features. Highest in each: {peaks}.",
-        title="What the features respond to: mean over features", height=140 + 28 * len(rows),
+        f"{title}: heat map of {len(rows)} descriptors in {len(columns)} groups of features. Highest in each: {peaks}.",
+        title=title, height=180 + 28 * len(rows),
     )  # fmt: skip
-    texts = [[f"{value:.2f}" for value in row] for row in means]
+    texts = [["" if np.isnan(value) else f"{value:.2g}" for value in row] for row in means]
     made.add_heatmap(z=means, x=list(columns), y=list(rows), text=texts, texttemplate="%{text}", colorscale="Viridis")
-    made.update_yaxes(autorange="reversed")
-    made.update_layout(margin={"l": 110})
+    made.update_yaxes(autorange="reversed", automargin=True, dtick=1)
+    made.update_xaxes(automargin=True, dtick=1)
     return made
 
 
@@ -33,14 +40,15 @@ def cluster_map(
     groups: Sequence[str],
     cluster: Int[np.ndarray, "feature"],
     clusters: Sequence[str],
+    plane: str,
 ) -> go.Figure:
     """Features in a plane, coloured by group; the symbol is the cluster, and hovering names the feature."""
     sizes = ", ".join(f"{int((group == at).sum())} of {name}" for at, name in enumerate(groups))
+    told = "; ".join(f"{name}, {int((cluster == at).sum())} features" for at, name in enumerate(clusters))
     made = figure(
-        f"Scatter of {len(feature)} features ({sizes}) on the first two principal components of their descriptors, "
-        f"coloured by hookpoint; symbols are their {len(clusters)} clusters.",
-        title="Features by what they respond to", x="first principal component", y="second principal component",
-        height=520,
+        f"Scatter of {len(feature)} features ({sizes}) in the plane of {plane} of their descriptors, coloured by "
+        f"hookpoint; symbols are their {len(clusters)} clusters: {told}.",
+        title="Features by what they respond to and cause", x=f"{plane} 1", y=f"{plane} 2", height=560,
     )  # fmt: skip
     for at, name in enumerate(groups):
         chosen = group == at
@@ -53,20 +61,31 @@ def cluster_map(
     return made
 
 
-def cluster_shares(
-    groups: Sequence[str], clusters: Sequence[str], shares: Float[np.ndarray, "group cluster"]
-) -> go.Figure:
-    """Stacked bars: the share of each cluster in each group."""
+def block_flow(groups: Sequence[str], clusters: Sequence[str], counts: Int[np.ndarray, "group cluster"]) -> go.Figure:
+    """How many features of each group flow into each cluster (Sankey)."""
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     best = zip(groups, shares.argmax(axis=1), shares.max(axis=1), strict=True)
-    largest = "; ".join(f"{name}: {clusters[which]} {share:.0%}" for name, which, share in best)
+    largest = "; ".join(f"{name}: {clusters[which]} ({share:.0%})" for name, which, share in best)
     made = figure(
-        f"Stacked bars: shares of {len(clusters)} clusters in {len(groups)} hookpoints. Largest in each: {largest}.",
-        title="Clusters of features in each hookpoint", y="share of features",
+        f"Flow of {int(counts.sum())} features from {len(groups)} hookpoints into {len(clusters)} clusters. Largest "
+        f"from each: {largest}.",
+        title="From hookpoints to clusters", height=220 + 50 * max(counts.shape),
     )  # fmt: skip
-    for at, cluster in enumerate(clusters):
-        made.add_bar(x=list(groups), y=shares[:, at], name=cluster)
-    made.update_layout(barmode="stack")
+    source, target = np.nonzero(counts)
+    colours = [_see_through(COLOURS[at % len(COLOURS)]) for at in range(len(groups))]
+    made.add_sankey(
+        node={"label": [*groups, *clusters], "pad": 18, "color": [*(c for c in colours), *["#999"] * len(clusters)]},
+        link={
+            "source": source, "target": target + len(groups), "value": counts[source, target],
+            "color": [colours[at] for at in source],
+        },
+    )  # fmt: skip
     return made
+
+
+def _see_through(colour: str) -> str:
+    """`rgb(…)` at half opacity."""
+    return colour.replace("rgb(", "rgba(").replace(")", ", 0.5)")
 
 
 def confusion_map(

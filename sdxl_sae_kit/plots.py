@@ -215,3 +215,21 @@ def dose_responses(
             error_y={"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low},
         )  # fmt: skip
     return made
+
+
+def interval_lines(
+    lines: Mapping[str, Sequence[tuple[float, float, float, float]]], *, title: str, x: str, y: str
+) -> go.Figure:
+    """A line of points (x, value, low, high) per name, with their intervals."""
+    told = "; ".join(
+        f"{name} " + ", ".join(f"{value:.3g} [{low:.3g}, {high:.3g}] at {at:g}" for at, value, low, high in line)
+        for name, line in lines.items()
+    )
+    made = figure(f"{title}: {len(lines)} lines of {y} over {x}, with 95 % intervals. {told}.", title=title, x=x, y=y)
+    for at, (name, line) in enumerate(lines.items()):
+        place, value, low, high = np.array(line, dtype=float).reshape(-1, 4).T
+        made.add_scatter(
+            x=place, y=value, name=name, mode="lines+markers", marker={"symbol": at, "size": 8},
+            error_y={"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low},
+        )  # fmt: skip
+    return made

@@ -1,230 +1,293 @@
-"""specialization: planted differences are found, shuffled ones are not, and each formula is checked by another."""
+"""specialize: planted differences are found, shuffled ones are not, and each formula is checked by another."""
 
 from __future__ import annotations
 
-import re
-import zlib
-from dataclasses import dataclass, field, replace
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
+from planted_descriptors import FACTORS, plant
 from reading_html import read_safely
-from scipy.stats import f_oneway
+from scipy.stats import norm, spearmanr
+from sklearn.metrics import mutual_info_score
 
-from sdxl_sae_kit.artifacts import Store
+from sdxl_sae_kit.collection import collect
 from sdxl_sae_kit.errors import KitError
-from sdxl_sae_kit.features import Example, FeatureStats
-from sdxl_sae_kit.html import to_webp
-from sdxl_sae_kit.prompts import Prompts
+from sdxl_sae_kit.prompts import load_prompts
+from sdxl_sae_kit.questions import ROLES
 from sdxl_sae_kit.studies import specialization
-from sdxl_sae_kit.studies.specialization import association, omega_squared, specialize
+from sdxl_sae_kit.studies.agreements import agreement
+from sdxl_sae_kit.studies.claims import RANDOM, SAME_PROMPT, TRAINED
+from sdxl_sae_kit.studies.contrasts import Pool, association, contrasts, information
+from sdxl_sae_kit.studies.specialization import compare_blocks, specialize
+from sdxl_sae_kit.studies.specialized import Specialization
 
-COLOURS, SHAPES = ("red", "green", "blue"), ("circle", "square")
-N_IMAGES, N_FEATURES, GRID = 60, 20, (8, 8)
-
-
-@dataclass(frozen=True)
-class Planted(FeatureStats):
-    """Statistics whose codes (image, latent, height, width) are made up, and held in memory."""
-
-    codes: np.ndarray = field(repr=False, kw_only=True)
-    known: Prompts = field(repr=False, kw_only=True)
-    picture: bytes = field(repr=False, kw_only=True)
-
-    @property
-    def prompts(self) -> Prompts:
-        return self.known
-
-    def image_activations(self, by: str = "max") -> np.ndarray:
-        return self.codes.max(axis=(2, 3))
-
-    def examples(self, feature: int, by: str = "max", n: int | None = None) -> list[Example]:
-        values = self.codes[:, feature].max(axis=(1, 2))
-        best = [i for i in np.argsort(-values, kind="stable")[: n or 12].tolist() if values[i] > 0]
-        return [Example(i, "", i, float(values[i]), self.codes[i, feature], self.picture) for i in best]
-
-
-def planted(store: Store, hookpoint: str, factor: str | None, *, factors: bool = True, name: str = "sae") -> Planted:
-    """Twenty features that answer to one value of a factor each, or to nothing; the last fires on four images only."""
-    rng = np.random.default_rng(zlib.crc32(f"{hookpoint} {name}".encode()))
-    scenes = [{"colour": COLOURS[i % 3], "shape": SHAPES[i // 3 % 2], "unique": str(i)} for i in range(N_IMAGES)]
-    strength = rng.uniform(0.5, 1, (N_IMAGES, N_FEATURES)) * (rng.random((N_IMAGES, N_FEATURES)) < 0.6)
-    if factor is not None:
-        values = sorted({scene[factor] for scene in scenes})
-        for feature in range(N_FEATURES):
-            match = np.array([scene[factor] == values[feature % len(values)] for scene in scenes])
-            strength[:, feature] = match * (1 + 0.1 * rng.random(N_IMAGES))
-    strength[:, -1] = 0
-    strength[:4, -1] = 1
-    codes = np.zeros((N_IMAGES, N_FEATURES, *GRID), np.float32)
-    codes[:, :, 2:5, 2:5] = strength[:, :, None, None]
-    fires = codes > 0
-    recipe = {"hookpoint": hookpoint, "factor": factor, "name": name}
-    artifact = store.artifact("features", name, recipe)
-    if not artifact.finished:
-        with artifact.lock():
-            artifact = artifact.seal()
-    texts = tuple(f"scene {i}" for i in range(N_IMAGES))
-    known = Prompts(texts, tuple(range(N_IMAGES)), tuple(scenes if factors else [{}] * N_IMAGES))
-    names = ("mean", "std", "max", "moran", "moran_low", "moran_high", "moran_n")
-    per_latent = {name: np.full(N_FEATURES, 0.75, np.float32) for name in names}
-    return Planted(
-        artifact=artifact, sae=name, hookpoint=hookpoint, grid=GRID, step=0, n_images=N_IMAGES, n_tokens=N_IMAGES * 64,
-        density=fires.mean((0, 2, 3)).astype(np.float32), image_density=fires.any((2, 3)).mean(0).astype(np.float32),
-        **per_latent, codes=codes, known=known, picture=to_webp(Image.new("RGB", (16, 16), (200, 40, 40))),
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def different(store):
-    """One hookpoint answers to colours, the other to shapes."""
-    return specialize([planted(store, "mid.0", "colour"), planted(store, "up.0.1", "shape")], clusters=2, store=store)
-
+MEASURED = ("response", "space")
+COLOUR = "responds to colour"
+CHANGES = [f"changes {factor}" for factor in ROLES["style"]]
+STYLE, CONTENT = ([f"responds to {factor}" for factor in ROLES[role]] for role in ("style", "content"))
 
 # Formulas ------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.integers(2, 6), st.floats(0, 3))
-def test_omega_squared_is_what_the_f_statistic_says(seed: int, g: int, effect: float) -> None:
-    rng = np.random.default_rng(seed)
-    group = np.concatenate([np.arange(g), np.arange(g), rng.integers(0, g, 30)])
-    y = rng.normal(5, 1, (len(group), 3)) + effect * group[:, None] * np.array([1, 0, -1])
-    f = np.array([f_oneway(*(column[group == i] for i in range(g))).statistic for column in y.T])
-    expected = (g - 1) * (f - 1) / ((g - 1) * (f - 1) + len(group))
-    np.testing.assert_allclose(omega_squared(y, [f"v{i}" for i in group]), np.maximum(expected, 0), atol=1e-9)
-
-
-def test_omega_squared_of_extremes() -> None:
-    group = ["a"] * 5 + ["b"] * 5
-    responses = np.stack([np.repeat([0.0, 1.0], 5), np.ones(10)], axis=1)
-    np.testing.assert_array_equal(omega_squared(responses, group), [1, 0])
-
-
-def test_a_factor_with_many_values_explains_no_more_of_noise_than_one_with_few() -> None:
+def test_information_is_that_of_scikit_learn() -> None:
     rng = np.random.default_rng(0)
-    noise = rng.normal(size=(120, 400))
-    many, few = ([f"v{i % g}" for i in range(120)] for g in (30, 2))
-    assert omega_squared(noise, few).mean() < 0.01
-    assert omega_squared(noise, many).mean() < 0.05  # uncorrected it is 29 / 119 = 0.24
+    block, cluster = rng.integers(0, 4, 200), rng.integers(0, 7, 200)
+    assert information(block, cluster) == pytest.approx(mutual_info_score(block, cluster) / np.log(2))
 
 
-def test_information_is_complete_when_clusters_are_hookpoints_and_p_is_as_small_as_it_can_be() -> None:
-    hookpoint = np.repeat(np.arange(4), 25)
-    bits, shuffled, p = association(hookpoint, 3 - hookpoint, permutations=99, seed=0)
-    assert bits == pytest.approx(2)
-    assert shuffled < 0.2
-    assert p == 1 / 100
+def test_information_is_complete_when_clusters_are_blocks_and_p_is_as_small_as_it_can_be() -> None:
+    block = np.repeat(np.arange(4), 25)
+    found = association(block, 3 - block, permutations=99, seed=0)
+    assert found["bits"] == pytest.approx(2) and found["share"] == pytest.approx(1)
+    assert found["chance"] < 0.2
+    assert found["p"] == 1 / 100
 
 
 def test_p_values_of_unrelated_labels_are_uniform() -> None:
     rng = np.random.default_rng(1)
-    hookpoint = np.repeat(np.arange(3), 30)
-    p = np.array([association(hookpoint, rng.integers(0, 4, 90), permutations=19, seed=s)[2] for s in range(80)])
-    assert 0.42 < p.mean() < 0.6
-    assert (p <= 0.05).mean() < 0.13
+    block = np.repeat(np.arange(3), 30)
+    p = np.array([association(block, rng.integers(0, 4, 90), permutations=19, seed=s)["p"] for s in range(200)])
+    assert 0.44 < p.mean() < 0.59
+    assert (p <= 0.05).mean() < 0.11
 
 
-# The study -----------------------------------------------------------------------------------------------------------
+def test_contrasts_are_cohens_d_and_noise_is_not_called_a_discovery() -> None:
+    pool = Pool.of([plant("a", {COLOUR: 2.0}), plant("b"), plant("c")])
+    rows = {(row["descriptor"], row["block"]): row for row in contrasts(pool)}
+    column = pool.values[:, pool.names.index(COLOUR)]
+    own, others = column[pool.block == 0], column[pool.block != 0]
+    deviation = np.sqrt((39 * own.var(ddof=1) + 79 * others.var(ddof=1)) / 118)
+    planted = rows[COLOUR, "a"]
+    assert planted["effect"] == pytest.approx((own.mean() - others.mean()) / deviation)
+    assert planted["mean"] == pytest.approx(own.mean())
+    low, high = planted["effect interval"]
+    assert low < planted["effect"] < high and 0.6 < high - low < 1.6
+    assert planted["q"] < 1e-6
+    others_found = [row["q"] for (name, _), row in rows.items() if name != COLOUR]
+    assert np.mean(np.array(others_found) < 0.05) < 0.03
 
 
-def test_planted_differences_are_found(different) -> None:
-    assert different.information == pytest.approx(1, abs=0.05)  # two hookpoints, told apart entirely
-    assert different.p_value == 1 / 501
-    rows = {row["descriptor"]: row for row in different.rows()}
-    assert rows["colour"]["mid.0"] > 0.9 and rows["shape"]["up.0.1"] > 0.9
-    assert rows["colour"]["up.0.1"] < 0.02 and rows["shape"]["mid.0"] < 0.02
-    low, high = rows["colour"]["mid.0 interval"]
-    assert low <= rows["colour"]["mid.0"] <= high
-    assert "so the hookpoints' features differ" in different.sentence()
-    assert "mid.0 colour" in different.sentence() and "up.0.1 shape" in different.sentence()
+def test_intervals_of_contrasts_cover_what_is_true_about_as_often_as_they_say() -> None:
+    hits = []
+    for seed in range(12):
+        pool = Pool.of([plant(block, n=30, seed=seed) for block in ("a", "b")])
+        hits += [r["effect interval"][0] <= 0 <= r["effect interval"][1] for r in contrasts(pool, seed)][::2]
+    assert 0.88 < np.mean(hits) <= 0.99
 
 
-def test_a_value_of_its_own_for_every_image_is_no_factor(different) -> None:
-    assert "unique" not in {row["descriptor"] for row in different.rows()}
+def cells(seed: int) -> dict[tuple[str, str], float]:
+    rng = np.random.default_rng(seed)
+    return {(block, factor): float(rng.normal()) for block in "abcd" for factor in "123456"}
 
 
-def test_features_on_fewer_than_five_images_are_left_out(different) -> None:
-    assert different.features["feature"].tolist() == [*range(N_FEATURES - 1)] * 2
+def test_agreement_is_spearmans_of_the_deviations_from_each_factors_mean() -> None:
+    one, other = cells(0), cells(1)
+    tables = [np.array([[t[b, f] for f in "123456"] for b in "abcd"]) for t in (one, other)]
+    a, b = ((table - table.mean(axis=0)).ravel() for table in tables)
+    found = agreement(one, other)
+    assert found["ρ"] == pytest.approx(spearmanr(a, b).statistic)
+    assert found["ρ interval"][0] < found["ρ"] < found["ρ interval"][1]
+    assert (found["blocks"], found["factors"]) == (4, 6)
 
 
-def test_looks_are_those_of_the_planted_patch(different) -> None:
-    rows = {row["descriptor"]: row for row in different.rows()}
-    assert rows["active area"]["mid.0"] == pytest.approx(9 / 64, abs=1e-5)
-    assert rows["Moran's I"]["mid.0"] == 0.75  # that of the statistics
-    assert 0.5 < rows["centre-ness"]["mid.0"] < 1
+def test_agreement_of_the_same_is_full_and_of_strangers_no_evidence() -> None:
+    one = cells(0)
+    easy = {key: 10 * value + 100 * float(key[1]) for key, value in one.items()}  # some factors are easier: taken off
+    same = agreement(one, easy | {("e", "1"): 0.0})
+    assert same["ρ"] == pytest.approx(1) and same["p"] == 1 / 2001
+    p = np.array([agreement(cells(2 * seed), cells(2 * seed + 1))["p"] for seed in range(1, 30)])
+    assert 0.3 < p.mean() < 0.7
+    assert np.isnan(agreement({("a", "1"): 1.0}, {("a", "1"): 1.0})["ρ"])
 
 
-def test_hookpoints_alike_give_no_evidence(store) -> None:
-    stats = [planted(store, hookpoint, None) for hookpoint in ("mid.0", "up.0.0")]
-    same = specialize(stats, clusters=3, permutations=99, store=store)
-    assert same.p_value > 0.05
+# The study, on planted descriptors -----------------------------------------------------------------------------------
+
+
+def described(shift: float, control: float = 0.0) -> dict:
+    """Of three blocks two differ, and so do the controls' as far as is said."""
+
+    def blocks(by: float, kinds: tuple = (), seed: int = 0) -> list:
+        more = {"down.2.1": dict.fromkeys([*STYLE, "active area", *CHANGES], by)}
+        more["up.0.1"] = dict.fromkeys([*CONTENT, *CHANGES], -by)
+        return [plant(b, more.get(b, {}), seed=seed, kinds=kinds) for b in ("down.2.1", "up.0.0", "up.0.1")]
+
+    return {
+        TRAINED: blocks(shift), "untrained": blocks(control, MEASURED, 1), "channels": blocks(0, MEASURED, 2),
+        SAME_PROMPT: blocks(shift, ("cause",)), RANDOM: blocks(0, ("cause",), 3),
+    }  # fmt: skip
+
+
+def study(store, given: dict, **settings) -> Specialization:
+    """As `specialize` keeps and opens it, without pictures."""
+    settings = {"clusters": 3, "embedding": "pca", "permutations": 199, "seed": 0} | settings
+    tables, _ = compare_blocks(given, **settings)
+    artifact = store.artifact(
+        "studies", "planted", {"study": "block specialisation", "seed": 0, "given": repr(tables)[:500]}
+    )
+    return Specialization(artifact, **json.loads(json.dumps(tables), object_hook=_pairs))
+
+
+def _pairs(told: dict) -> dict:
+    return {key: tuple(value) if key.endswith("interval") and value else value for key, value in told.items()}
+
+
+@pytest.fixture(scope="module")
+def different(store):
+    return study(store, described(6.0))
+
+
+def test_planted_differences_are_found_beyond_controls(different) -> None:
+    main, own, untrained, channels, same, random = different.information
+    assert main["bits"] == pytest.approx(np.log2(3), abs=0.05) and main["p"] == 1 / 200
+    assert own["of"] == TRAINED and own["descriptors"] == "those of controls"
+    assert (same["of"], random["of"]) == (SAME_PROMPT, RANDOM)
+    assert random["gap"] == pytest.approx(same["above"] - random["above"])
+    assert untrained["gap interval"][0] > 0.5 and channels["gap interval"][0] > 0.5
+    assert "so hookpoints differ" in different.sentence() and "more than any control" in different.sentence()
+    assert any(f"down.2.1 {name} (" in different.sentence() for name in [*STYLE, *CHANGES, "active area"])
+
+
+def test_a_difference_that_controls_have_too_does_not_survive(store) -> None:
+    alike = study(store, described(6.0, control=6.0))
+    untrained = next(row for row in alike.information if row["of"] == "untrained")
+    assert untrained["gap"] == pytest.approx(0, abs=0.1)
+    assert "the difference does not survive untrained: so much" in alike.sentence()
+
+
+def test_of_blocks_alike_there_is_no_evidence(store) -> None:
+    same = study(store, described(0.0))
+    assert same.information[0]["p"] > 0.05
     assert "no evidence of a difference" in same.sentence()
+    assert min(row["q"] for row in same.rows()) > 0.05
 
 
-def test_controls_are_shown_beside_and_judged(store) -> None:
-    stats = [planted(store, "mid.0", "colour"), planted(store, "up.0.1", "shape")]
-    untrained = [planted(store, "mid.0", "colour", name="u"), planted(store, "up.0.1", "shape", name="u")]
-    alike = specialize(stats, controls=untrained, clusters=2, permutations=9, store=store)
-    assert alike.control_information == pytest.approx(alike.information)
-    assert "no less, so the difference is in the updates and need not be learnt" in alike.sentence()
-    assert alike.rows()[0]["untrained mid.0"] == pytest.approx(alike.rows()[0]["mid.0"], abs=0.01)
-    assert "untrained up.0.1" in alike.plot().data[0].x
-    noise = [planted(store, hookpoint, None, name="u") for hookpoint in ("mid.0", "up.0.1")]
-    better = specialize(stats, controls=noise, clusters=2, permutations=9, store=store)
-    assert better.control_information < 0.5 * better.information
-    assert re.search(r"features it is -?[\d.]+: less\.", better.sentence())
+def test_the_number_of_clusters_is_found_and_said(store) -> None:
+    found = study(store, described(12.0), clusters=None)
+    assert found.stable_number == 3 == len(found.clusters)
+    assert "3 clusters are the most stable" in found.sentence()
+    nothing = study(store, described(0.0), clusters=None)
+    assert nothing.stable_number == 1 and len(nothing.clusters) == 2
+    assert "No number of clusters is more stable" in nothing.sentence()
 
 
-def test_without_factors_colours_describe(store) -> None:
-    stats = [planted(store, hookpoint, None, factors=False) for hookpoint in ("mid.0", "up.0.0")]
-    found = specialize(stats, clusters=2, permutations=9, seed=5, store=store)
-    rows = {row["descriptor"]: row for row in found.rows()}
-    assert rows["red − green"]["mid.0"] == pytest.approx(160 / 255, abs=0.05)
-    assert "No factors of the prompts are known" in found.sentence()
-    assert found.plot().layout.meta["alt"]
+def test_controls_stand_beside_every_effect_they_have(different) -> None:
+    rows = {(row["descriptor"], row["block"]): row for row in different.rows()}
+    assert abs(rows[COLOUR, "down.2.1"]["untrained effect"]) < 1 < rows[COLOUR, "down.2.1"]["effect"]
+    assert "random direction effect" in rows["changes colour", "up.0.1"]
+    assert "untrained effect" not in rows["changes colour", "up.0.1"]
+    assert all(f"{SAME_PROMPT} effect" not in row for row in different.rows())
 
 
-def test_shares_are_counted_and_drawn(different) -> None:
-    shares = different.shares()
-    np.testing.assert_allclose(shares.sum(axis=1), 1)
-    f = different.features
-    first = [np.mean(f["cluster"][f["hookpoint"] == 0] == c) for c in range(2)]
-    np.testing.assert_allclose(shares[0], first)
-    bars = different.plot_shares()
-    np.testing.assert_allclose([bar.y[0] for bar in bars.data], first)
-    assert "100%" in bars.layout.meta["alt"]
-    points = different.plot_clusters()
-    assert sum(len(trace.x) for trace in points.data) == len(f["feature"])
-    assert "19 of mid.0" in points.layout.meta["alt"]
+def test_variations_agree_where_a_difference_is_clear(different) -> None:
+    main, *varied = different.robustness
+    assert main["adjusted Rand index"] == 1
+    names = [row["variation"] for row in varied]
+    assert {"2 clusters", "4 clusters", "5 clusters", "method ward", "seed 1", "without cause"} <= set(names)
+    assert all(row["p"] == 1 / 200 for row in varied if row["variation"] not in ("without response", "without space"))
+    assert next(row for row in varied if row["variation"] == "seed 1")["adjusted Rand index"] > 0.95
 
 
-def test_it_is_computed_once(different, store, monkeypatch) -> None:
-    monkeypatch.delattr(specialization, "_run")
-    stats = [planted(store, "mid.0", "colour"), planted(store, "up.0.1", "shape")]
-    assert specialize(stats, clusters=2, store=store).rows() == different.rows()
-    different.artifact.verify()
+def test_agreement_with_probes_and_ablation_takes_what_they_share(different) -> None:
+    means = {(row["block"], row["descriptor"]): row["mean"] for row in different.rows()}
+    blocks = different.hookpoints
+    probes = [{"hookpoint": b, "factor": f, "AUC": means[b, f"responds to {f}"]} for b in blocks for f in FACTORS]
+    damage = [{"block": b} | {f: 1 - means[b, f"changes {f}"] for f in FACTORS} for b in blocks]
+    rows = different.agreement(probes, [*damage, {"block": "up.1.0"} | dict.fromkeys(FACTORS, 0.5)])
+    assert [row["ρ"] for row in rows[:2]] == [pytest.approx(1), pytest.approx(-1)]
+    assert rows[2]["blocks"] == 3
+    assert rows[1]["p"] > 0.9
 
 
-def test_what_does_not_fit_together_is_refused(store) -> None:
-    mid, up = planted(store, "mid.0", "colour"), planted(store, "up.0.1", "shape")
-    with pytest.raises(KitError, match="give two or more, each once"):
-        specialize([mid], store=store)
-    with pytest.raises(KitError, match="mid.0, mid.0; give two or more"):
-        specialize([mid, mid], store=store)
-    with pytest.raises(KitError, match="different images"):
-        specialize([mid, replace(up, known=up.known[:-1])], store=store)
-    with pytest.raises(KitError, match="controls are of down.2.1"):
-        specialize([mid, up], controls=[planted(store, "down.2.1", None)], store=store)
-    with pytest.raises(KitError, match="too few for 99 clusters"):
-        specialize([mid, up], clusters=99, store=store)
+def test_too_few_features_are_refused() -> None:
+    with pytest.raises(KitError, match=r"1 of a, 40 of b; that is too few"):
+        compare_blocks({TRAINED: [plant("a", n=1), plant("b")]})
 
 
-def test_names_are_shown_and_never_run(different) -> None:
+def test_figures_tell_the_same_numbers(different) -> None:
+    responses = different.plot()
+    assert list(responses.data[0].x[:4]) == ["down.2.1", "up.0.0", "up.0.1", "untrained down.2.1"]
+    rows = {(row["descriptor"], row["block"]): row for row in different.rows()}
+    at = list(responses.data[0].y).index(COLOUR)
+    assert responses.data[0].z[at][0] == pytest.approx(rows[COLOUR, "down.2.1"]["mean"])
+    causes = different.plot_causes()
+    assert "random direction up.0.1" in causes.data[0].x
+    assert all(made.layout.meta["alt"] for made in (responses, causes))
+
+
+# From pictures to the page -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(pipe, small_saes, small_cache, store):
+    timing = collect(pipe, load_prompts("world", 12), ["down.2.1", "up.0.1"], num_inference_steps=2, store=store)
+    return specialize(
+        pipe, small_saes, small_cache, timing=timing, prompts_per_feature=1, clusters=3, embedding="pca",
+        permutations=99, store=store,
+    )  # fmt: skip
+
+
+def test_real_features_are_described_by_all_that_is_measured(real) -> None:
+    kinds = {row["kind"] for row in real.rows()}
+    assert kinds == {"response", "space", "time", "cause"}
+    f = real.features
+    assert len(f["feature"]) == len(f["descriptors"]) == len(f["position"])
+    assert np.isfinite(f["descriptors"]).all()
+    assert [row["of"] for row in real.information][:4] == [TRAINED, TRAINED, "untrained", "channels"]
+    assert {claim["block"]: claim["outcome"] for claim in real.claims}["mid.0"] == "not asked"
+
+
+def test_shares_are_counted_with_wilsons_interval(real) -> None:
+    rows, f = real.shares(), real.features
+    mine = f["cluster"][f["hookpoint"] == 1]
+    n, k = len(mine), int((mine == 0).sum())
+    z = norm.ppf(0.975)
+    centre, half = (k + z * z / 2) / (n + z * z), z * np.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
+    row = next(row for row in rows if row["hookpoint"] == "up.0.1" and row["cluster"] == real.clusters[0])
+    assert row["share"] == k / n
+    assert row["share interval"] == pytest.approx((centre - half, centre + half))
+    flow = real.plot_flow().data[0].link
+    assert sum(flow.value) == len(f["feature"])
+
+
+def test_pointing_at_a_feature_shows_its_pictures(real) -> None:
+    view, f = real.view_clusters(), real.features
+    second = view.figure.data[1]
+    view._show(np.flatnonzero(f["hookpoint"] == 1).tolist(), [4])
+    latent = f["feature"][f["hookpoint"] == 1][4]
+    assert f"up.0.1, feature {latent}" in view.told.value and "data:image/webp" in view.told.value
+    assert len(second.x) == (f["hookpoint"] == 1).sum()
+    twin = view._repr_mimebundle_()["text/html"]
+    page = read_safely(twin)
+    assert all(name in page.text for name in real.clusters)
+    assert twin.count("<img") <= 3 * 2 * 2
+
+
+def test_it_is_computed_once_and_opens_again(real, pipe, small_saes, small_cache, store, monkeypatch) -> None:
+    real.artifact.verify()
+    assert Specialization.open(real.artifact.folder).rows() == real.rows()
+    monkeypatch.delattr(specialization, "compare_blocks")
+    timing = collect(pipe, load_prompts("world", 12), ["down.2.1", "up.0.1"], num_inference_steps=2, store=store)
+    again = specialize(
+        pipe, small_saes, small_cache, timing=timing, prompts_per_feature=1, clusters=3, embedding="pca",
+        permutations=99, store=store,
+    )  # fmt: skip
+    assert again.information == real.information
+
+
+def test_names_are_shown_and_never_run(real) -> None:
     nasty = "<script>alert(1)</script>\"'&"
-    row = dict(different.table[0], descriptor=nasty)
-    page = read_safely(replace(different, table=[row, *different.table[1:]], clusters=[nasty, "2"])._repr_html_())
-    assert page.text.count(nasty) >= 2
+    row = dict(real.effects[0], descriptor=nasty)
+    page = read_safely(replace(real, effects=[row, *real.effects[1:]])._repr_html_())
+    assert nasty in page.text
+
+
+def test_what_does_not_fit_together_is_refused(pipe, small_saes, small_cache, store) -> None:
+    one = small_saes["up.0.1", "k8"]
+    with pytest.raises(KitError, match="there is only up.0.1"):
+        specialize(pipe, one, small_cache, store=store)
+    with pytest.raises(KitError, match="2 of these 2 saes are of up.0.1"):
+        specialize(pipe, [one, one], small_cache, store=store)
+    with pytest.raises(KitError, match="clusters"):
+        specialize(pipe, small_saes, small_cache, clusters=1, store=store)

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.maps import selectivity_map
 from sdxl_sae_kit.studies.distances import written
 from sdxl_sae_kit.studies.lines import Lines, open_study
+from sdxl_sae_kit.studies.statistics import wilson
 
 FILE = "selectivity.jsonl"
 CONTROLS = ("random direction", "other feature", "untrained SAE")
@@ -177,6 +177,5 @@ class Selectivity:
 
 def share(hits: Sequence[bool] | NDArray[np.bool_]) -> dict[str, Any]:
     """The share that are true, with Wilson's 95 % interval, which is not of width 0 where all are or none is."""
-    test = binomtest(int(np.sum(hits)), len(hits))
-    low, high = test.proportion_ci(method="wilson")
-    return {"share": float(np.mean(hits)), "share interval": (float(low), float(high))}
+    value, interval = wilson(int(np.sum(hits)), len(hits))
+    return {"share": value, "share interval": interval}

@@ -1,383 +1,358 @@
-"""Block specialisation: what each hookpoint's features respond to, and whether hookpoints differ beyond chance."""
+"""Block specialisation: what each hookpoint's features respond to and cause, and whether hookpoints differ by it."""
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import h5py
 import numpy as np
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from PIL import Image
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
-from sklearn.metrics import mutual_info_score
-from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import Artifact, Store
+from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
+from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import KitError
-from sdxl_sae_kit.features import Example, FeatureStats
+from sdxl_sae_kit.evaluation import controls
+from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.files import write_atomically
-from sdxl_sae_kit.maps import cluster_map, cluster_shares, response_map
-from sdxl_sae_kit.metrics import bootstrap_interval
-from sdxl_sae_kit.studies.lines import open_study
+from sdxl_sae_kit.hookpoints import by_hookpoint
+from sdxl_sae_kit.judges import PictureJudge, chosen_judge
+from sdxl_sae_kit.sae import SAE
+from sdxl_sae_kit.similarity import Embed
+from sdxl_sae_kit.studies.causes import Causes, measure_causes
+from sdxl_sae_kit.studies.claims import RANDOM, SAME_PROMPT, TRAINED, weigh_claims
+from sdxl_sae_kit.studies.clustering import (
+    Embedding,
+    Method,
+    check_choice,
+    choose_number,
+    cluster,
+    load_umap,
+    measure_stability,
+    place,
+)
+from sdxl_sae_kit.studies.contrasts import Pool, association, contrasts, resampled_information
+from sdxl_sae_kit.studies.descriptors import Descriptors, Kind, describe
+from sdxl_sae_kit.studies.distances import made_by
+from sdxl_sae_kit.studies.robustness import vary
+from sdxl_sae_kit.studies.specialized import ARRAYS, TABLES, Specialization
 
-MIN_IMAGES = 5
-"""A feature is described when it fires on at least so many images, and its looks on the strongest so many."""
+CONTROLS = ("untrained", "channels")
+"""What is measured beside the SAEs: see `evaluation.controls`."""
 
-SPATIAL = ("active area", "Moran's I", "centre-ness")
-COLOUR = ("brightness", "red − green", "yellow − blue")
-
-_TABLES, _ARRAYS = "specialization.json", "specialization.h5"
-
-Integers = Int[np.ndarray, "feature"]
-
-
-@dataclass(frozen=True)
-class Specialization:
-    """What the described features of some hookpoints respond to, their clusters, and what those tell of hookpoints."""
-
-    artifact: Artifact = field(repr=False)
-    hookpoints: Sequence[str]
-    clusters: Sequence[str]
-    """Names, after the two descriptors in which each cluster's centre stands out most."""
-    information: float
-    """Mutual information of hookpoint and cluster, bits."""
-    shuffled: float
-    """Its mean over shuffled hookpoint labels, bits."""
-    p_value: float
-    permutations: int
-    control_information: float | None
-    """The same mutual information for the controls' features, clustered among themselves; None for fewer than two."""
-    control_shuffled: float | None
-    table: Sequence[Mapping[str, Any]] = field(repr=False)
-
-    @classmethod
-    def open(cls, folder: Path | str) -> Specialization:
-        """Read what `specialize` made; ArtifactError where there is no finished study of that kind."""
-        artifact = open_study(folder, "specialization", "specialize")
-        facts: dict[str, Any] = json.loads(artifact.file(_TABLES).read_text(encoding="utf-8"))
-        return cls(artifact, **facts)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row per descriptor: mean per block and, as `untrained <block>`, per control, with 95 % intervals.
-
-        Factors are in explained variance (`omega_squared`), the others in their own units.
-        """
-        return [dict(row) for row in self.table]
-
-    @cached_property
-    def features(self) -> dict[str, Any]:
-        """Arrays over features: `hookpoint` and `cluster` (indices), `feature`, `position` (PCA), `descriptors`."""
-        with h5py.File(self.artifact.file(_ARRAYS), "r") as file:
-            return {name: file[name][()] for name in file}
-
-    def shares(self) -> Float[np.ndarray, "hookpoint cluster"]:
-        """Share of each hookpoint's features in each cluster; rows sum to 1."""
-        counts = np.zeros((len(self.hookpoints), len(self.clusters)))
-        np.add.at(counts, (self.features["hookpoint"], self.features["cluster"]), 1)
-        return np.asarray(counts / counts.sum(axis=1, keepdims=True))
-
-    def sentence(self) -> str:
-        """What the numbers say."""
-        n, blocks = len(self.features["feature"]), len(self.hookpoints)
-        differ = "so the hookpoints' features differ" if self.p_value < 0.05 else "which is no evidence of a difference"
-        return (
-            f"The cluster of a feature tells {self.information:.3f} bits about its hookpoint, of at most "
-            f"{np.log2(blocks):.2f} ({n:,} features, {blocks} hookpoints); with shuffled hookpoint labels it is "
-            f"{self.shuffled:.3f} bits on average (p = {self.p_value:.3g}, {self.permutations} shuffles), {differ}. "
-            f"{self._against_control()} {self._best_explained()}"
-        )
-
-    def _against_control(self) -> str:
-        if self.control_information is None or self.control_shuffled is None:
-            return "Without untrained SAEs at two hookpoints it stays open whether that is the SAEs' doing."
-        own, control = self.information - self.shuffled, self.control_information - self.control_shuffled
-        verdict = "less" if control < own else "no less, so the difference is in the updates and need not be learnt"
-        return f"Above chance that is {own:.3f} bits; for untrained SAEs' features it is {control:.3f}: {verdict}."
-
-    def _best_explained(self) -> str:
-        rows = [row for row in self.table if row["kind"] == "factor"]
-        if not rows:
-            return "No factors of the prompts are known, so only looks describe the features."
-        best = {h: max(rows, key=lambda row, h=h: float(row[h])) for h in self.hookpoints}  # type: ignore[misc]
-        parts = (f"{h} {row['descriptor']} ({_with_interval(row, h)})" for h, row in best.items())
-        return f"The factor that explains most of the features' variance: {', '.join(parts)}."
-
-    def plot(self) -> Any:
-        """Heat map of what explains the features of each block, beside the controls (plotly)."""
-        rows = [row for row in self.table if row["kind"] == "factor"] or self.table
-        means = np.array([[row[column] for column in _columns(row)] for row in rows])
-        return response_map([row["descriptor"] for row in rows], _columns(rows[0]), means)
-
-    def plot_clusters(self) -> Any:
-        """The features in the plane of their first two principal components (plotly)."""
-        f = self.features
-        return cluster_map(f["position"], f["feature"], f["hookpoint"], self.hookpoints, f["cluster"], self.clusters)
-
-    def plot_shares(self) -> Any:
-        """Share of each cluster in each hookpoint (plotly)."""
-        return cluster_shares(self.hookpoints, self.clusters, self.shares())
-
-    def _repr_html_(self) -> str:
-        rows = [{"descriptor": r["descriptor"]} | {c: _with_interval(r, c) for c in _columns(r)} for r in self.table]
-        shares = [
-            {"hookpoint": hookpoint} | dict(zip(self.clusters, share.tolist(), strict=True))
-            for hookpoint, share in zip(self.hookpoints, self.shares(), strict=True)
-        ]
-        return html.fragment(
-            f"<h3>Block specialisation</h3><p>{html.escape(self.sentence())}</p>",
-            html.table(rows, "Mean over features with its 95 % bootstrap interval; factors as explained variance"),
-            html.table(shares, "Share of each hookpoint's features in each cluster"),
-        )
+_MEASURED: tuple[Kind, ...] = ("response", "space", "look", "time")
+_COMPARED: tuple[tuple[str, tuple[str, ...], tuple[Kind, ...], str], ...] = (
+    (TRAINED, CONTROLS, _MEASURED, "those of controls"),
+    (SAME_PROMPT, (RANDOM,), ("cause",), "causes, one prompt each"),
+)
+"""Features, what is compared with them, by which descriptors, and what these are called."""
+_SHOWN, _TILE = 3, 56
+_LEAST = 20
 
 
 def specialize(
-    stats: Sequence[FeatureStats],
+    pipe: Any,
+    saes: SAE | Mapping[Any, SAE] | Sequence[SAE],
+    cache: ActivationCache,
     *,
-    controls: Sequence[FeatureStats] = (),
-    clusters: int = 8,
+    timing: ActivationCache | None = None,
+    embed: Embed | None = None,
+    prompts_per_feature: int = 4,
+    method: Method = "kmeans",
+    clusters: int | None = None,
+    embedding: Embedding = "tsne",
+    judge: PictureJudge | EllipsisType | None = ...,
     seed: int = 0,
     permutations: int = 500,
     store: Store | Path | str | None = None,
 ) -> Specialization:
-    """Describe the features of several hookpoints by what they respond to, cluster them, and test for differences.
+    """Describe every live feature of several hookpoints, cluster them, and test how hookpoints differ, beside controls.
 
-    A feature that fires on at least 5 images is described by how much of the variance of its maximum over each
-    image every factor of the prompts explains (`omega_squared`), and by its looks: `active area` (share of tokens
-    on which it fires, in images where it does), its mean `Moran's I`, and the `centre-ness` of its five strongest
-    heat maps. Where no factors are known, the colours under those heat maps are added. K-means clusters the
-    standardised descriptors. The mutual information of hookpoint and cluster is compared with that of shuffled
-    hookpoint labels, which takes features as independent; those of one SAE are only roughly so.
+    Each feature is described by what it responds to, where it fires, how that looks, when it is active, and what
+    turning it off causes (see `describe`). The clusters of all hookpoints' features together, their number by stability
+    (see `measure_stability`), are compared with the hookpoints by mutual information; single descriptors by
+    standardised mean differences; and the published claims about four blocks are tested (see `claims.RULE`). The
+    features of untrained SAEs and raw channels are measured in the same way, but for what they cause: beside that
+    stands a random direction. What is measured on the way is kept, so that a call that was killed goes on; the rest
+    takes less than a minute.
 
     Args:
-        stats: one per hookpoint, measured on the same images.
-        controls: statistics of untrained SAEs at some or all of these hookpoints on the same images, shown beside.
-        clusters: how many.
-        seed: of clustering and shuffles.
-        permutations: shuffles.
+        pipe: the pipeline whose updates the SAEs were trained on.
+        saes: one SAE for each of two hookpoints or more, in a list or a mapping.
+        cache: updates of these hookpoints, whole grids.
+        timing: updates of several denoising steps; without it nothing is said of when features are active.
+        embed: a judge of images, such as `ClipEmbed`, that tells how alike a feature's top images are.
+        prompts_per_feature: held-out images on which each feature is turned off; 0 leaves causes out.
+        method: how to cluster: "kmeans", "ward" or "mixture" (of Gaussians).
+        clusters: how many; the most stable number unless given.
+        embedding: the plane in which features are drawn: "tsne", "pca" or "umap" (needs the extra `umap`).
+        judge: tells what pictures show; by default the model's own, None for pixels only.
+        seed: of clustering, plane, shuffles and random directions.
+        permutations: shuffles of the block labels.
         store: folder of artifacts.
 
     Raises:
-        KitError: fewer than two hookpoints, a hookpoint twice, statistics of different images, or too few features.
+        ArtifactError: an SAE of another model, or a cache that lacks a hookpoint or keeps only some tokens.
+        KitError: fewer than two hookpoints, two SAEs of one, too few features, or impossible settings.
 
     Example:
-        >>> untrained = FeatureStats.measure(SAE(config, d_in, site, "untrained"), cache)      # doctest: +SKIP
-        >>> specialize(stats, controls=[untrained]).plot()                                     # doctest: +SKIP
+        >>> study = specialize(pipe, [saes[h, "k5"] for h in cache.hookpoints], cache)            # doctest: +SKIP
+        >>> study.plot_clusters()                                                                # doctest: +SKIP
     """
-    _check(stats, controls)
+    placed = by_hookpoint("specialize", "saes", SAE, saes)
+    if len(placed) < 2:
+        raise KitError(f"specialize compares hookpoints; there is only {', '.join(placed)}. Pass SAEs of two or more.")
+    settings = _settings(method, clusters, embedding, seed, permutations)
+    n_prompts = whole_number("specialize: prompts_per_feature", prompts_per_feature, least=0)
+    judge = chosen_judge("specialize", pipe, judge) if n_prompts else None
     recipe = {
-        "study": "specialization",
-        "stats": [s.artifact.digest for s in stats],
-        "controls": [s.artifact.digest for s in controls],
-        "clusters": clusters,
-        "seed": seed,
-        "permutations": permutations,
+        "study": "block specialisation",
+        "saes": [[sae.hookpoint, sae.name, sae.digest] for sae in placed.values()],
+        "cache": cache.artifact.digest,
+        "timing": timing.artifact.digest if timing else None,
+        "embed": embed.name if embed else None,
+        "prompts_per_feature": n_prompts,
+        "judge": judge.name if judge else None,
+        **settings,
+        **made_by(pipe),
     }
-    artifact = Store.at(store).artifact("studies", f"specialization_{len(stats)}hookpoints", recipe)
+    artifact = Store.at(store).artifact("studies", f"specialization_{made_by(pipe)['model']}_{len(placed)}", recipe)
     if not artifact.finished:
+        measured = _Measurement(pipe, cache, timing, embed, n_prompts, judge, seed, store)
+        stats, described = measured.describe(placed)
         with artifact.lock():
             if not artifact.finished:
-                _run(stats, controls, artifact)
+                _write(artifact, described, [stats[hookpoint] for hookpoint in placed], settings)
     return Specialization.open(artifact.folder)
 
 
-def omega_squared(responses: Float[np.ndarray, "image feature"], values: Sequence[str]) -> Float[np.ndarray, "feature"]:
-    """Share of each feature's variance over images that a factor explains, corrected for its number of values.
-
-    ω² = (SS_between − (g − 1)·MS_within) / (SS_total + MS_within) for g values, where MS_within = SS_within / (n − g);
-    0 where that is negative or nothing varies. Uncorrected (η² = SS_between / SS_total), a factor with many values
-    would explain more of pure noise than one with few.
-    """
-    groups, group = np.unique(np.asarray(values), return_inverse=True)
-    n, g = len(group), len(groups)
-    y = responses.astype(np.float64) - responses.mean(axis=0, dtype=np.float64)
-    counts = np.bincount(group, minlength=g)
-    sums = np.stack([np.bincount(group, weights=column, minlength=g) for column in y.T], axis=1)  # (group, feature)
-    total, between = np.square(y).sum(axis=0), (np.square(sums) / counts[:, None]).sum(axis=0)
-    within = np.maximum(total - between, 0) / (n - g)
-    varies = total > 0
-    explained = (between - (g - 1) * within) / np.where(varies, total + within, 1)
-    return np.where(varies, np.maximum(explained, 0), 0)
-
-
-def association(hookpoint: Integers, cluster: Integers, permutations: int, seed: int) -> tuple[float, float, float]:
-    """Mutual information of two labellings in bits, its mean over shuffles of the first, and the permutation p-value.
-
-    p = (1 + shuffles with as much information) / (1 + shuffles), so it is never 0.
-    """
-    rng = np.random.default_rng(seed)
-    bits = mutual_info_score(hookpoint, cluster) / np.log(2)
-    shuffled = np.array([mutual_info_score(rng.permutation(hookpoint), cluster) for _ in range(permutations)]) / np.log(
-        2
-    )
-    as_large = int((shuffled >= bits - 1e-12).sum())
-    return float(bits), float(shuffled.mean()), (1 + as_large) / (1 + permutations)
-
-
-def _check(stats: Sequence[FeatureStats], controls: Sequence[FeatureStats]) -> None:
-    names = [s.hookpoint for s in stats]
-    if len(stats) < 2 or len(set(names)) < len(names):
-        raise KitError(f"specialize: hookpoints are {', '.join(names) or 'none'}; give two or more, each once.")
-    beside = [s.hookpoint for s in controls]
-    if not set(beside) <= set(names) or len(set(beside)) < len(beside):
-        raise KitError(
-            f"specialize: controls are of {', '.join(beside)}; give at most one for each of {', '.join(names)}."
-        )
-    if len({(s.prompts.digest, s.step) for s in [*stats, *controls]}) > 1:
-        raise KitError("specialize: statistics of different images or denoising steps. Measure all on the same cache.")
+def _settings(
+    method: Method, clusters: int | None, embedding: Embedding, seed: int, permutations: int
+) -> dict[str, Any]:
+    check_choice("method", method, Method)
+    check_choice("embedding", embedding, Embedding)
+    if embedding == "umap":
+        load_umap()  # refused before anything is measured
+    return {
+        "method": method,
+        "clusters": None if clusters is None else whole_number("specialize: clusters", clusters, least=2),
+        "embedding": embedding,
+        "seed": whole_number("specialize: seed", seed, least=0),
+        "permutations": whole_number("specialize: permutations", permutations),
+    }
 
 
 @dataclass(frozen=True)
-class _Described:
-    """Features of one SAE with their descriptors."""
+class _Measurement:
+    """What is measured of the SAEs and of their controls."""
 
-    feature: Integers
-    descriptors: dict[str, Float[np.ndarray, "feature"]]
+    pipe: Any
+    cache: ActivationCache
+    timing: ActivationCache | None
+    embed: Embed | None
+    prompts_per_feature: int
+    judge: PictureJudge | None
+    seed: int
+    store: Store | Path | str | None
 
-
-def _run(stats: Sequence[FeatureStats], controls: Sequence[FeatureStats], artifact: Artifact) -> None:
-    recipe = artifact.recipe
-    n = sum(len(_describable(s)) for s in [*stats, *controls])
-    tqdm.write(f"Describing {n:,} features of {len(stats)} hookpoints and {len(controls)} controls.")
-    with tqdm(total=n, desc="specialize", unit="feature") as bar:
-        described = [_describe(s, bar) for s in stats]
-        control = [_describe(s, bar) for s in controls]
-    names = list(described[0].descriptors)
-    hookpoint, cluster, position, clusters, x = _cluster(described, names, recipe["clusters"], recipe["seed"])
-    information, shuffled, p_value = association(hookpoint, cluster, recipe["permutations"], recipe["seed"])
-    columns = dict(zip([s.hookpoint for s in stats], described, strict=True))
-    columns |= dict(zip([f"untrained {s.hookpoint}" for s in controls], control, strict=True))
-    tables = {
-        "hookpoints": [s.hookpoint for s in stats],
-        "clusters": clusters,
-        "information": information,
-        "shuffled": shuffled,
-        "p_value": p_value,
-        "permutations": recipe["permutations"],
-        **_control_information(control, names, recipe),
-        "table": [_row(name, columns) for name in names],
-    }
-    arrays = {"hookpoint": hookpoint, "cluster": cluster, "position": position, "descriptors": x}
-    _save_arrays(artifact, {**arrays, "feature": np.concatenate([d.feature for d in described])})
-    write_atomically(artifact.file(_TABLES), json.dumps(tables, indent=1).encode())
-    artifact.seal(facts={"features": len(hookpoint), "information": information, "p_value": p_value})
-
-
-def _describable(stats: FeatureStats) -> Integers:
-    return np.flatnonzero(stats.image_density * stats.n_images >= MIN_IMAGES - 0.5)
-
-
-def _describe(stats: FeatureStats, bar: Any) -> _Described:
-    features = _describable(stats)
-    responses = stats.image_activations("max")[:, features]
-    by_factor = {name: omega_squared(responses[at], values) for name, at, values in _factors(stats)}
-    area = (stats.density[features] / stats.image_density[features]).astype(np.float64)
-    looks = []
-    for feature in features:
-        looks.append(_look(stats.examples(int(feature), n=MIN_IMAGES), colours=not by_factor))
-        bar.update()
-    names = (SPATIAL[2], *(() if by_factor else COLOUR))
-    looked = np.array(looks, dtype=np.float64).reshape(len(features), len(names))
-    smooth = np.nan_to_num(stats.moran[features].astype(np.float64))
-    spatial = {SPATIAL[0]: area, SPATIAL[1]: smooth}
-    return _Described(features, {**by_factor, **spatial, **dict(zip(names, looked.T, strict=True))})
-
-
-def _factors(stats: FeatureStats) -> Iterator[tuple[str, Int[np.ndarray, "image"], list[str]]]:
-    """Each factor that varies, with the images that have it and its values there."""
-    known = stats.prompts.factors
-    for name in dict.fromkeys(name for factors in known for name in factors):
-        images = np.array([i for i, factors in enumerate(known) if name in factors])
-        values = [known[i][name] for i in images]
-        if 2 <= len(set(values)) < len(values):
-            yield name, images, values
-
-
-def _look(examples: Sequence[Example], colours: bool) -> list[float]:
-    """How a feature's strongest examples look: centre-ness and, where wanted, colour under the heat map."""
-    maps = np.stack([example.heat_map for example in examples]).astype(np.float64)
-    weights = maps / maps.sum(axis=(1, 2), keepdims=True)
-    centred = float((weights * _centrality(*maps.shape[1:])).sum(axis=(1, 2)).mean())
-    return [centred, *_colour(examples, weights)] if colours else [centred]
-
-
-def _centrality(height: int, width: int) -> Float[np.ndarray, "height width"]:
-    """1 in the middle of the grid, 0 in its corners, falling with distance."""
-    y, x = (np.abs(np.arange(n) - (n - 1) / 2) / max((n - 1) / 2, 1) for n in (height, width))
-    return np.asarray(1 - np.hypot(y[:, None], x[None, :]) / np.sqrt(2))
-
-
-def _colour(examples: Sequence[Example], weights: Float[np.ndarray, "example height width"]) -> list[float]:
-    """Mean brightness, red − green and yellow − blue of the examples, weighted by activation; channels 0 to 1."""
-    size = (weights.shape[2], weights.shape[1])
-    small = [Image.open(io.BytesIO(e.thumbnail), formats=("WEBP",)).convert("RGB").resize(size) for e in examples]
-    pixels = np.stack([np.asarray(image, dtype=np.float64) / 255 for image in small])
-    red, green, blue = (weights[..., None] * pixels).sum(axis=(1, 2)).mean(axis=0)
-    return [float(value) for value in ((red + green + blue) / 3, red - green, (red + green) / 2 - blue)]
-
-
-def _cluster(
-    described: Sequence[_Described], names: Sequence[str], clusters: int, seed: int
-) -> tuple[Integers, Integers, Float[np.ndarray, "feature 2"], list[str], Float[np.ndarray, "feature descriptor"]]:
-    """Hookpoint and cluster of each feature, its place in the plane, the clusters' names, and the descriptors."""
-    x = np.concatenate([np.stack([d.descriptors[name] for name in names], axis=1) for d in described])
-    counts = [len(d.feature) for d in described]
-    if sum(counts) < clusters or min(counts) < 2:
-        raise KitError(
-            f"specialize: {counts} features fire on {MIN_IMAGES} images or more, too few for {clusters} clusters. "
-            f"Measure on more prompts, or ask for fewer clusters."
+    def describe(self, saes: Mapping[str, SAE]) -> tuple[dict[str, FeatureStats], dict[str, list[Descriptors]]]:
+        """The SAEs' statistics, and the descriptors of their features and of all controls', by hookpoint."""
+        n, caches = len(saes) * (1 + len(CONTROLS)), 1 if self.timing is None else 2
+        steps = f" and {self.timing.n_images:,} of several steps" if self.timing else ""
+        off = f"; then features are turned off, each on up to {self.prompts_per_feature} images"
+        tqdm.write(
+            f"Specialisation: statistics of {n} SAEs and controls on {self.cache.n_images:,} images{steps}"
+            f"{off if self.prompts_per_feature else ''}. What was measured before is read."
         )
-    hookpoint = np.repeat(np.arange(len(described)), counts)
-    standard = StandardScaler().fit_transform(x)
-    fitted = KMeans(clusters, n_init=10, random_state=seed).fit(standard)
-    position = PCA(2, random_state=seed).fit_transform(standard)
-    named = [f"{i + 1}: {_name(centre, names)}" for i, centre in enumerate(fitted.cluster_centers_)]
-    return hookpoint, fitted.labels_.astype(np.int64), position, named, x
+        stats, described = dict[str, FeatureStats](), dict[str, list[Descriptors]]()
+        with tqdm(total=n * caches, desc="specialize", unit="measurement") as bar:
+            for hookpoint, sae in saes.items():
+                beside = controls(sae, self.cache)
+                of_sae = {TRAINED: sae} | {name: beside[name] for name in CONTROLS}
+                for name, each in of_sae.items():
+                    measured, timed = self._measure(each, bar)
+                    if name == TRAINED:
+                        stats[hookpoint] = measured
+                    described.setdefault(name, []).append(describe(measured, timing=timed, embed=self.embed))
+        if self.prompts_per_feature:
+            causes = {hookpoint: self._turn_off(sae, stats[hookpoint]) for hookpoint, sae in saes.items()}
+            described |= _with_causes(described[TRAINED], stats, causes)
+        return stats, described
+
+    def _measure(self, sae: SAE, bar: Any) -> tuple[FeatureStats, FeatureStats | None]:
+        found = [FeatureStats.measure(sae, each, store=self.store) for each in (self.cache, self.timing) if each]
+        bar.update(len(found))
+        return found[0], found[1] if len(found) > 1 else None
+
+    def _turn_off(self, sae: SAE, stats: FeatureStats) -> Causes:
+        return measure_causes(
+            self.pipe, sae, stats, prompts_per_feature=self.prompts_per_feature, judge=self.judge, seed=self.seed,
+            store=self.store,
+        )  # fmt: skip
 
 
-def _name(centre: Float[np.ndarray, "descriptor"], names: Sequence[str]) -> str:
+def _with_causes(
+    trained: Sequence[Descriptors], stats: Mapping[str, FeatureStats], causes: Mapping[str, Causes]
+) -> dict[str, list[Descriptors]]:
+    """The trained features with what they cause; and what they and random directions cause on the same prompts."""
+    found: dict[str, list[Descriptors]] = {TRAINED: [], SAME_PROMPT: [], RANDOM: []}
+    for each in trained:
+        told = causes[each.hookpoint]
+        values = {TRAINED: told.values, SAME_PROMPT: told.paired, RANDOM: told.control}
+        for name, version in ((name, replace(told, values=these)) for name, these in values.items()):
+            caused = describe(stats[each.hookpoint], causes=version).only("cause")
+            found[name].append(_joined(each, caused) if name == TRAINED else caused)
+    return found
+
+
+def _joined(one: Descriptors, other: Descriptors) -> Descriptors:
+    values = np.concatenate([one.values, other.values], axis=1)
+    return Descriptors(one.hookpoint, one.latents, one.names + other.names, one.kinds + other.kinds, values)
+
+
+def compare_blocks(
+    described: Mapping[str, Sequence[Descriptors]],
+    *,
+    method: Method = "kmeans",
+    clusters: int | None = None,
+    embedding: Embedding = "tsne",
+    seed: int = 0,
+    permutations: int = 500,
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """The study but for its measurements: tables and arrays over features, as `Specialization` holds them.
+
+    Args:
+        described: the descriptors of every hookpoint, by what they are of: "trained", and what stands beside it.
+        method, clusters, embedding, seed, permutations: see `specialize`.
+
+    Raises:
+        KitError: too few features.
+    """
+    pools = {name: Pool.of(each) for name, each in described.items()}
+    pool = pools[TRAINED]
+    if min(sizes := np.bincount(pool.block, minlength=len(pool.blocks)).tolist()) < 2 or len(pool) < _LEAST:
+        told = ", ".join(f"{n} of {block}" for block, n in zip(pool.blocks, sizes, strict=True))
+        raise KitError(
+            f"specialize: features that fire on 5 images or more are {told}; that is too few. Measure on more prompts."
+        )
+    stability = [] if clusters else measure_stability(pool.bounded, method, seed)
+    found = clusters or choose_number(stability)
+    number = max(found, 2)  # blocks can be compared where features form no groups, too
+    labels = cluster(pool.bounded, number, method, seed)
+    tables = {
+        "hookpoints": list(pool.blocks),
+        "clusters": [f"{at + 1}: {_name(pool, labels == at)}" for at in range(number)],
+        "stability": stability,
+        "stable_number": None if clusters else found,
+        "information": _informations(pools, labels, number, method, seed, permutations),
+        "effects": _effects(pools, seed),
+        "claims": weigh_claims(pools, seed),
+        "robustness": vary(pool, labels, number, method, seed, permutations),
+    }
+    arrays = {
+        "hookpoint": pool.block, "cluster": labels, "feature": pool.latents, "descriptors": pool.values,
+        "position": place(pool.bounded, embedding, seed), "central": _distance(pool.bounded, labels),
+    }  # fmt: skip
+    return tables, arrays
+
+
+def _name(pool: Pool, mine: NDArray[np.bool_]) -> str:
+    """The two descriptors in which a cluster's centre stands out most."""
+    centre = pool.points[mine].mean(axis=0)
     strongest = np.argsort(-np.abs(centre), kind="stable")[:2]
-    return ", ".join(f"{'high' if centre[i] > 0 else 'low'} {names[i]}" for i in strongest)
+    return ", ".join(f"{'high' if centre[at] > 0 else 'low'} {pool.names[at]}" for at in strongest)
 
 
-def _control_information(
-    control: Sequence[_Described], names: Sequence[str], recipe: Mapping[str, Any]
-) -> dict[str, float | None]:
-    if len(control) < 2:
-        return {"control_information": None, "control_shuffled": None}
-    hookpoint, cluster, *_ = _cluster(control, names, recipe["clusters"], recipe["seed"])
-    information, shuffled, _p = association(hookpoint, cluster, recipe["permutations"], recipe["seed"])
-    return {"control_information": information, "control_shuffled": shuffled}
+def _distance(
+    points: Float[np.ndarray, "feature descriptor"], labels: Int[np.ndarray, "feature"]
+) -> NDArray[np.float64]:
+    """Of every feature from its cluster's centre."""
+    centres = np.stack([points[labels == at].mean(axis=0) for at in range(labels.max() + 1)])
+    return np.asarray(np.linalg.norm(points - centres[labels], axis=1))
 
 
-def _row(name: str, columns: Mapping[str, _Described]) -> dict[str, Any]:
-    row: dict[str, Any] = {"descriptor": name, "kind": "look" if name in (*SPATIAL, *COLOUR) else "factor"}
-    for column, described in columns.items():
-        values = described.descriptors[name]
-        row |= {column: float(values.mean()), f"{column} interval": bootstrap_interval(values)}
-    return row
+def _informations(
+    pools: Mapping[str, Pool],
+    labels: Int[np.ndarray, "feature"],
+    number: int,
+    method: Method,
+    seed: int,
+    permutations: int,
+) -> list[dict[str, Any]]:
+    """What clusters tell of blocks: by all descriptors; and by those that controls have, of features and of controls.
+
+    Each is clustered by itself into as many clusters.
+    """
+    rows: list[dict[str, Any]] = [{"of": TRAINED, "descriptors": "all"}]
+    rows[0] |= association(pools[TRAINED].block, labels, permutations, seed)
+    for own, beside, kinds, words in _COMPARED:
+        compared = {name: pools[name].only(*kinds) for name in (own, *beside) if name in pools}
+        enough = {name: pool for name, pool in compared.items() if len(pool) > number}
+        found = {name: cluster(pool.bounded, number, method, seed) for name, pool in enough.items()}
+        told = {name: association(enough[name].block, found[name], permutations, seed) for name in found}
+        if own in told and len(told) > 1:
+            gaps = {name: _gap(told, own, name, enough, found, seed) for name in told if name != own}
+            rows += [{"of": name, "descriptors": words} | told[name] | gaps.get(name, {}) for name in told]
+    return rows
 
 
-def _with_interval(row: Mapping[str, Any], column: str) -> str:
-    low, high = row[f"{column} interval"]
-    return f"{row[column]:.3f} [{low:.3f}, {high:.3f}]"
+def _gap(
+    told: Mapping[str, Mapping[str, Any]],
+    own: str,
+    control: str,
+    pools: Mapping[str, Pool],
+    clusters: Mapping[str, Int[np.ndarray, "feature"]],
+    seed: int,
+) -> dict[str, Any]:
+    """The features' bits above chance minus the control's, with its 95 % bootstrap interval over features."""
+    samples = [
+        resampled_information(pools[name].block, clusters[name], seed + at) for at, name in enumerate((own, control))
+    ]
+    gap = told[own]["above"] - told[control]["above"]
+    low, high = gap + np.quantile(samples[0] - samples[1], [0.025, 0.975])
+    return {"gap": float(gap), "gap interval": (float(low), float(high))}
 
 
-def _columns(row: Mapping[str, Any]) -> list[str]:
-    """The groups of features that a row has a mean of."""
-    return [key for key in row if f"{key} interval" in row]
+def _effects(pools: Mapping[str, Pool], seed: int) -> list[dict[str, Any]]:
+    """A row per descriptor and block, the controls' numbers beside the features'."""
+    rows = {(row["descriptor"], row["block"]): row for row in contrasts(pools[TRAINED], seed)}
+    for name, pool in pools.items():
+        if name not in (TRAINED, SAME_PROMPT):
+            for beside in contrasts(pool, seed):
+                if row := rows.get((beside["descriptor"], beside["block"])):
+                    row |= {f"{name} {key}": beside[key] for key in ("mean", "effect", "effect interval")}
+    return list(rows.values())
 
 
-def _save_arrays(artifact: Artifact, arrays: Mapping[str, NDArray[Any]]) -> None:
-    with h5py.File(artifact.file(_ARRAYS), "w", libver=("v108", "v110")) as file:
+def _write(
+    artifact: Artifact,
+    described: Mapping[str, Sequence[Descriptors]],
+    stats: Sequence[FeatureStats],
+    settings: Mapping[str, Any],
+) -> None:
+    n = sum(len(each.latents) for each in described[TRAINED])
+    tqdm.write(f"Clustering {n:,} features of {len(stats)} hookpoints, with {settings['permutations']} shuffles.")
+    tables, arrays = compare_blocks(described, **settings)
+    places = zip(arrays["hookpoint"].tolist(), arrays["feature"].tolist(), strict=True)
+    pictures = [_picture(stats[at], latent) for at, latent in places]
+    arrays["pictures"] = np.frombuffer(b"".join(pictures), dtype=np.uint8)
+    arrays["picture_ends"] = np.cumsum([len(picture) for picture in pictures])
+    with h5py.File(artifact.file(ARRAYS), "w", libver=("v108", "v110")) as file:
         for name, array in arrays.items():
             file[name] = array
+    write_atomically(artifact.file(TABLES), json.dumps(tables, indent=1).encode())
+    artifact.seal(facts={"features": n, "bits": tables["information"][0]["bits"], "p": tables["information"][0]["p"]})
+
+
+def _picture(stats: FeatureStats, latent: int) -> bytes:
+    """A feature's strongest images over their heat maps."""
+    examples = stats.examples(latent, n=_SHOWN)
+    shown = [(example.thumbnail, example.heat_map) for example in examples]
+    return html.strip(shown, max(example.value for example in examples), _TILE, places=_SHOWN)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import binomtest, rankdata
 
 _EXACT, _FLIPS, _ROWS = 13, 10_000, 2_000
 
@@ -54,6 +54,12 @@ def benjamini_hochberg(p: Sequence[float]) -> list[float]:
     q = np.empty(len(p))
     q[order] = np.minimum(1, np.minimum.accumulate(np.asarray(p, dtype=np.float64)[order] * len(p) / ranks))
     return [float(each) for each in q]
+
+
+def wilson(hits: int, n: int) -> tuple[float, tuple[float, float]]:
+    """A share with Wilson's 95 % interval, which is not of width 0 where all are or none is."""
+    low, high = binomtest(hits, n).proportion_ci(method="wilson")
+    return hits / n, (float(low), float(high))
 
 
 def read_doses(doses: Sequence[float], changes: Float[np.ndarray, "dose number"]) -> Float[NDArray[np.float64], "dose"]:

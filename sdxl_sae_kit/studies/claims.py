@@ -1,0 +1,236 @@
+"""Claims about four blocks, restated as tests on descriptors: what a block's features respond to and what they cause.
+
+The claims are those of arXiv 2410.22366. A part of a claim is a group of descriptors, each standardised (mean 0 and
+deviation 1 over the trained features of all blocks, for the controls as well). Its statistic, `lead`, is the mean over
+the block's features minus the mean over the other blocks'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from sdxl_sae_kit.questions import ROLES
+from sdxl_sae_kit.studies.contrasts import Pool, lead, resample
+
+RULE = (
+    "A part holds where the 95 % bootstrap interval (over features, drawn within blocks) of the lead is above 0 and so "
+    "is that of the lead minus each control's. It fails where the interval is below 0, or where it is above 0 and a "
+    "control's lead is no smaller. A claim is supported if all its parts hold, not supported if one fails, and "
+    "otherwise, also where a part could not be measured, undecided."
+)
+
+TRAINED, SAME_PROMPT, RANDOM = "trained", "same prompts", "random direction"
+"""Pools of features: of the SAEs, the same with what they change on the prompts of the random direction, and that."""
+
+BREADTH = "breadth of response"
+"""Entropy of a feature's explained variances over factors, as a share of the most possible; 1 where all are 0."""
+
+How = Literal["more", "less", "extreme"]
+Terms = tuple[tuple[How, str], ...]
+"""Descriptors, and whether the claim says there should be more, less, or more of what is far from the mean."""
+Row = dict[str, Any]
+_Weights = Float[NDArray[np.float64], "sample feature"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a claim: what should be higher at the block than elsewhere."""
+
+    words: str
+    terms: Terms
+    pictures: Terms = ()
+    """What is asked instead where nothing tells factors."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a block's features are said to do."""
+
+    role: str
+    parts: tuple[Part, ...]
+
+
+def _all(verb: str, role: str) -> Terms:
+    return tuple(("more", f"{verb} {factor}") for factor in ROLES[role])
+
+
+_FACTORS = tuple(factor for factors in ROLES.values() for factor in factors)
+
+CLAIMS = {
+    "down.2.1": Claim(
+        "composition, layout",
+        (
+            Part("respond to composition", _all("responds to", "composition"), (("more", "same place"),)),
+            Part("change composition", _all("changes", "composition"), (("more", "coarse share"), ("more", "spread"))),
+        ),
+    ),
+    "mid.0": Claim(
+        "abstract",
+        (
+            Part("respond to no single factor", (("more", BREADTH),)),
+            Part("are spread out in space", (("more", "active area"),)),
+            Part(
+                "change little of their own",
+                tuple(("less", f"changes {factor}") for factor in _FACTORS),
+                (("less", "change inside"),),
+            ),
+        ),
+    ),
+    "up.0.0": Claim(
+        "local detail",
+        (
+            Part("respond to detail", _all("responds to", "detail"), (("more", "texture"),)),
+            Part("fire on few tokens", (("less", "active area"),)),
+            Part("change detail", _all("changes", "detail"), (("less", "coarse share"),)),
+            Part("change what is local and fine", (("less", "spread"), ("less", "coarse share"))),
+        ),
+    ),
+    "up.0.1": Claim(
+        "colour, light, style, texture",
+        (
+            Part(
+                "respond to style",
+                _all("responds to", "style"),
+                (("extreme", "red − green"), ("extreme", "yellow − blue"), ("extreme", "brightness")),
+            ),
+            Part("change style", _all("changes", "style"), (("more", "colour share"),)),
+        ),
+    ),
+}  # fmt: skip
+
+
+def weigh_claims(pools: Mapping[str, Pool], seed: int = 0) -> list[Row]:
+    """A row per claim: `block`, `claim`, `outcome` ("not asked" without that block) and the rows of its `parts`.
+
+    Args:
+        pools: features by what they are: `TRAINED`; controls by their names; of causes `RANDOM` with `SAME_PROMPT`.
+        seed: of the bootstrap.
+    """
+    rows, weights = [], {name: resample(pool, seed) for name, pool in pools.items()}
+    for block, claim in CLAIMS.items():
+        asked = block in pools[TRAINED].blocks
+        parts = [_weigh(block, part, pools, weights) for part in claim.parts] if asked else []
+        outcomes = {part["outcome"] for part in parts}
+        rows.append({"block": block, "claim": claim.role, "outcome": _verdict(outcomes), "parts": parts})
+    return rows
+
+
+def _verdict(outcomes: set[str]) -> str:
+    if not outcomes:
+        return "not asked"
+    return "not supported" if "fails" in outcomes else "supported" if outcomes == {"holds"} else "undecided"
+
+
+def _weigh(block: str, part: Part, pools: Mapping[str, Pool], weights: Mapping[str, _Weights]) -> Row:
+    trained = pools[TRAINED]
+    terms = _known(part, _names(trained))
+    at = trained.blocks.index(block)
+    row: Row = {"part": part.words, "descriptors": [f"{how} {name}" for how, name in terms]}
+    row |= {"features": int((trained.block == at).sum()), "others": int((trained.block != at).sum())}
+    own = {name: _lead(block, terms, pool, trained, weights[name]) for name, pool in pools.items() if terms}
+    if (found := own.get(TRAINED)) is None:
+        return row | {"outcome": "not measured", "lead": None, "lead interval": None, "controls": []}
+    row |= _estimate("lead", *found)
+    controls = list(_against(own))
+    return row | {"outcome": _outcome(row, controls), "controls": controls}
+
+
+def _known(part: Part, names: Sequence[str]) -> Terms:
+    """The terms that are described; of pictures only where none is."""
+    own = tuple(term for term in part.terms if term[1] in names)
+    return own or tuple(term for term in part.pictures if term[1] in names)
+
+
+def _names(pool: Pool) -> tuple[str, ...]:
+    return (*pool.names, BREADTH) if sum(name.startswith("responds to") for name in pool.names) > 1 else pool.names
+
+
+_Lead = tuple[float, NDArray[np.float64]]
+"""The statistic, and in every bootstrap sample."""
+
+
+def _lead(block: str, terms: Terms, pool: Pool, trained: Pool, weights: _Weights) -> _Lead | None:
+    """None where this pool does not know the block or one of the descriptors."""
+    mine = pool.block == pool.blocks.index(block) if block in pool.blocks else np.zeros(len(pool), dtype=bool)
+    if not {name for _, name in terms} <= set(_names(pool)) or not mine.any() or mine.all():
+        return None
+    score = np.mean([_score(how, name, pool, trained) for how, name in terms], axis=0)
+    return float(lead(score, mine, np.ones((1, len(pool))))[0]), lead(score, mine, weights)
+
+
+def _score(how: How, name: str, pool: Pool, trained: Pool) -> Float[NDArray[np.float64], "feature"]:
+    """A descriptor in deviations from the trained features' mean, turned so that the claim says more."""
+    usual, values = _column(trained, name), _column(pool, name)
+    z = (values - usual.mean()) / (usual.std() if usual.std() > 1e-9 else np.inf)
+    return np.asarray({"more": z, "less": -z, "extreme": np.abs(z)}[how])
+
+
+def _column(pool: Pool, name: str) -> Float[NDArray[np.float64], "feature"]:
+    return _breadth(pool) if name == BREADTH else pool.values[:, pool.names.index(name)]
+
+
+def _breadth(pool: Pool) -> Float[NDArray[np.float64], "feature"]:
+    told = pool.values[:, [name.startswith("responds to") for name in pool.names]]
+    total = told.sum(axis=1, keepdims=True)
+    p = np.divide(told, total, out=np.full_like(told, 1 / told.shape[1]), where=total > 1e-12)
+    return np.asarray(-(p * np.log(np.where(p > 0, p, 1))).sum(axis=1) / np.log(told.shape[1]))
+
+
+def _against(own: Mapping[str, _Lead | None]) -> Iterator[Row]:
+    """Each control's lead, and by how much the features' is larger; of a random direction on the same prompts."""
+    for name, found in own.items():
+        if found is None or name in (TRAINED, SAME_PROMPT):
+            continue
+        value, samples = own[SAME_PROMPT if name == RANDOM else TRAINED]  # type: ignore[misc]
+        row = {"control": name} | _estimate("lead", *found)
+        yield row | _estimate("gap", value - found[0], samples - found[1])
+
+
+def _estimate(name: str, value: float, samples: NDArray[np.float64]) -> Row:
+    low, high = np.quantile(samples, [0.025, 0.975])
+    return {name: value, f"{name} interval": (float(low), float(high))}
+
+
+def _outcome(row: Row, controls: Sequence[Row]) -> str:
+    low, high = row["lead interval"]
+    if high < 0:
+        return "fails"
+    if low <= 0:
+        return "open"
+    if any(control["gap"] <= 0 for control in controls):
+        return "fails"
+    return "holds" if all(control["gap interval"][0] > 0 for control in controls) else "open"
+
+
+def part_rows(claims: Sequence[Row]) -> list[Row]:
+    """A row per part of every claim that was asked, with the lead of the features and of each control."""
+    names = list(dict.fromkeys(c["control"] for claim in claims for part in claim["parts"] for c in part["controls"]))
+    rows = []
+    for claim in claims:
+        for part in claim["parts"]:
+            leads = {c["control"]: _written(c) for c in part["controls"]}
+            rows.append(
+                {"block": claim["block"], "its features": part["part"], "measured by": ", ".join(part["descriptors"])}
+                | {"lead": _written(part)} | {name: leads.get(name, "–") for name in names}
+                | {"features": part["features"], "others": part["others"], "part": part["outcome"]}
+            )  # fmt: skip
+    return rows
+
+
+def _written(row: Row) -> str:
+    if row["lead"] is None:
+        return "–"
+    low, high = row["lead interval"]
+    return f"{row['lead']:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def claim_sentence(claim: Row) -> str:
+    """The outcome of a claim and what it rests on."""
+    told = "; ".join(f"{part['part']}: {part['outcome']} ({_written(part)})" for part in claim["parts"])
+    return f"{claim['block']} – {claim['claim']}: {claim['outcome']}{f' ({told})' if told else ''}."
