@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.studies.ablation import ablate as ablate
     from sdxl_sae_kit.studies.attribution import attribute as attribute
     from sdxl_sae_kit.studies.block_ranking import rank_blocks as rank_blocks
+    from sdxl_sae_kit.studies.generalization import generalize as generalize
     from sdxl_sae_kit.studies.selectivity import screen as screen
     from sdxl_sae_kit.studies.specialization import specialize as specialize
     from sdxl_sae_kit.studies.splicing import splice as splice
@@ -105,6 +106,7 @@ _NAMES = {
     "studies.ablation": ["ablate"],
     "studies.attribution": ["attribute"],
     "studies.block_ranking": ["rank_blocks"],
+    "studies.generalization": ["generalize"],
     "studies.selectivity": ["screen"],
     "studies.specialization": ["specialize"],
     "studies.splicing": ["splice"],

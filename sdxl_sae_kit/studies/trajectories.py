@@ -1,0 +1,159 @@
+"""Labels over denoising steps: how well latents chosen elsewhere tell what images show, and when that rises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+
+from sdxl_sae_kit.questions import ROLES, Question
+from sdxl_sae_kit.recovery import Choice, Estimate, area_of, mean_of
+
+MEAN = "all"
+"""Names the mean over all values of all factors."""
+
+_DRAWS = 1000
+
+Strengths = Float[np.ndarray, "image row candidate"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Images of one cache, what they are asked, and what was chosen elsewhere to answer."""
+
+    questions: Sequence[Question]
+    choices: Mapping[str, Sequence[Sequence[Choice]]]
+    """By kind of candidate, of each question, for each value."""
+
+    @property
+    def n_images(self) -> int:
+        """How many."""
+        return len(self.questions[0].asked)
+
+    @property
+    def can_be_told(self) -> bool:
+        """Whether some images show each value, and some do not."""
+        shown = (question.shows[question.asked] for question in self.questions)
+        return all(bool((shows.any(axis=0) & ~shows.all(axis=0)).all()) for shows in shown)
+
+    @cached_property
+    def draws(self) -> Int[np.ndarray, "sample image"]:
+        """How often each bootstrap sample holds each image."""
+        n = self.n_images
+        return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_DRAWS)
+
+    def areas(self, strengths: Mapping[str, Strengths], row: int) -> list[list[dict[str, Estimate]]]:
+        """Of each question, for each value, the AUC of every kind of candidate at one row."""
+        return [
+            [
+                {
+                    kind: area_of(
+                        _signed(of[question.asked, row], self.choices[kind][at][value]),
+                        shows[question.asked],
+                        self.draws[:, question.asked],
+                    )
+                    for kind, of in strengths.items()
+                }
+                for value, shows in enumerate(question.shows.T)
+            ]
+            for at, question in enumerate(self.questions)
+        ]
+
+    def groups(self) -> dict[tuple[str, str], list[int]]:
+        """Which questions belong to each factor, to each role, and to all."""
+        names = [question.factor for question in self.questions]
+        found = {("factor", name): [at] for at, name in enumerate(names)}
+        found |= {("role", role): [at for at, name in enumerate(names) if name in of] for role, of in ROLES.items()}
+        found[MEAN, MEAN] = list(range(len(names)))
+        return {group: places for group, places in found.items() if places}
+
+    def rows(self, strengths: Mapping[str, Strengths], places: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """AUC by row, group and kind, means over values, with 95 % intervals over images; `places` names the rows."""
+        found = []
+        for row, place in places.items():
+            areas = self.areas(strengths, row)
+            for (group, name), members in self.groups().items():
+                told = [each for at in members for each in areas[at]]
+                for kind, estimate in mean_of(told).items():
+                    interval = np.nanquantile(estimate.samples, [0.025, 0.975]).tolist()
+                    found.append(
+                        {"group": group, "name": name, **place, "who": kind, "AUC": estimate.value}
+                        | {"AUC interval": interval, "values": len(told), "images": self.n_images}
+                    )
+        return found
+
+    def roles(self, strengths: Mapping[str, Strengths], rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Role by role, what each kind of candidate does at these rows: see `Generalization.trajectories`.
+
+        A value whose latent is nowhere stronger on images that show it has no maximum to be relative to, and is left
+        out of `strength`.
+        """
+        areas = {row: self.areas(strengths, row) for row in rows}
+        found = []
+        for (group, role), members in self.groups().items():
+            if group != "role":
+                continue
+            for kind in strengths:
+                told = [mean_of([value for at in members for value in areas[row][at]])[kind] for row in rows]
+                value, samples = np.array([e.value for e in told]), np.stack([e.samples for e in told], axis=1)
+                strength, n_values = self._strength(strengths[kind], self.choices[kind], members, rows)
+                found.append(
+                    {"role": role, "who": kind, "AUC": value.tolist(), "AUC interval": _ends(samples)}
+                    | {"strength": strength[0].tolist(), "strength interval": _ends(strength[1:])}
+                    | {"rises at": _rise(value), "rises at interval": _range([_rise(each) for each in samples])}
+                    | {"values": sum(len(self.questions[at].values) for at in members)}
+                    | {"values with a maximum": n_values, "images": self.n_images}
+                )
+        return found
+
+    def _strength(
+        self, strengths: Strengths, choices: Sequence[Sequence[Choice]], members: Sequence[int], rows: Sequence[int]
+    ) -> tuple[Float[NDArray[np.float64], "sample row"], int]:
+        """Mean over values of the lead of images that show it, relative to its maximum; first that of all images."""
+        leads = []
+        for at in members:
+            question = self.questions[at]
+            draws = np.concatenate([np.ones_like(self.draws[:1]), self.draws])[:, question.asked].astype(np.float64)
+            for value, shows in enumerate(question.shows[question.asked].T):
+                signed = _signed(strengths[question.asked][:, rows], choices[at][value]).astype(np.float64)
+                with np.errstate(invalid="ignore"):
+                    lead = _mean(draws, signed, shows) - _mean(draws, signed, ~shows)
+                if lead[0].max() > 0:
+                    leads.append(lead / np.maximum(lead.max(axis=1, keepdims=True), 1e-12))
+        if not leads:
+            return np.full((1 + len(self.draws), len(rows)), np.nan), 0
+        return np.nanmean(leads, axis=0), len(leads)
+
+
+def _signed(strengths: Float[np.ndarray, "*image candidate"], choice: Choice) -> NDArray[np.float32]:
+    signed: NDArray[np.float32] = strengths[..., choice.candidate] * np.float32(1 if choice.fires else -1)
+    return signed
+
+
+def _mean(
+    draws: Float[np.ndarray, "sample image"], values: Float[np.ndarray, "image row"], of: Bool[np.ndarray, " image"]
+) -> Float[NDArray[np.float64], "sample row"]:
+    """Mean over some images in every sample; NaN where it holds none of them."""
+    mean: NDArray[np.float64] = draws[:, of] @ values[of] / draws[:, of].sum(axis=1, keepdims=True)
+    return mean
+
+
+def _rise(areas: Float[np.ndarray, " step"]) -> int:
+    """The first step at which AUC − ½ reaches half of its greatest; the first of all if it is nowhere above ½."""
+    lead = areas - 0.5
+    return int(np.argmax(lead >= lead.max() / 2)) if np.nanmax(lead) > 0 else 0
+
+
+def _range(rises: Sequence[int]) -> list[int]:
+    return [int(end) for end in np.quantile(rises, [0.025, 0.975], method="nearest")]
+
+
+def _ends(samples: Float[np.ndarray, "sample step"]) -> list[list[float]]:
+    """95 % intervals, step by step."""
+    ends: list[list[float]] = np.nanquantile(samples, [0.025, 0.975], axis=0).T.tolist()
+    return ends
