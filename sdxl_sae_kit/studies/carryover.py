@@ -89,7 +89,16 @@ def turnover(rows: Rows) -> str:
         f"{control['vanished']:.1%} and {control['appeared']:.1%})"
         for row, control in zip(rows[::2], rows[1::2], strict=True)
     )
-    return f"Of the latents that are live, {'; '.join(told)}."
+    more = [
+        f"{name} at {row['hookpoint']}"
+        for row, control in zip(rows[::2], rows[1::2], strict=True)
+        for name in ("vanished", "appeared")
+        if row[f"{name} interval"][0] > control[f"{name} interval"][1]
+    ]
+    verdict = f"That is clearly more than for random directions only for: {', '.join(more)}." if more else (
+        "That is nowhere clearly more than for random directions."
+    )  # fmt: skip
+    return f"Of the latents that are live, {'; '.join(told)}. {verdict}"
 
 
 def rises(rows: Rows) -> str:

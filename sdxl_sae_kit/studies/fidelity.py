@@ -27,7 +27,7 @@ METRICS = (
 )
 """What is measured; each is a ratio of two sums over images."""
 
-_BYTES, _SAMPLE = 64 * 2**20, 40_960
+_BYTES, _SAMPLE = 16 * 2**20, 40_960
 
 
 @dataclass(frozen=True)
@@ -156,22 +156,24 @@ class _Found:
     def add(self, made: SAE | Axes, x: Tensor, other: tuple[Tensor, Tensor] | None, halves: int) -> None:
         empty = x.new_zeros(*x.shape[:3], 0)
         z, x_hat = _coded(made, x) if isinstance(made, SAE) else (empty, made(x))
+        fires = _fires(z)
         self._error.add(x - x_hat)
         norm = x.norm(dim=-1).clamp_min(1e-30)
         means = [(x - x_hat).norm(dim=-1) / norm, x_hat.norm(dim=-1) / norm]
         unknown = torch.full_like(norm, torch.nan)
         if isinstance(made, SAE):
             before, source = unknown.unflatten(1, (-1, halves)).repeat(2, 1, 1, 1, 1), unknown.repeat(2, 1, 1, 1)
-            steps = z.unflatten(1, (-1, halves))
-            before[:, :, 1:] = torch.stack(likeness(steps[:, 1:], steps[:, :-1]))
+            steps, fired = (each.unflatten(1, (-1, halves)) for each in (z, fires))
+            before[:, :, 1:] = torch.stack(likeness(steps[:, 1:], steps[:, :-1], fired[:, 1:], fired[:, :-1]))
             if other and len(other[1]):
                 there, same = other
-                source[:, there] = torch.stack(likeness(z[there], _coded(made, same)[0][:, None]))
-            means += [(z > FIRES).sum(-1).to(norm), *before.flatten(2, 3), *source]
+                known = _coded(made, same)[0][:, None]
+                source[:, there] = torch.stack(likeness(z[there], known, fires[there], _fires(known)))
+            means += [fires.sum(-1), *before.flatten(2, 3), *source]
         else:
             means += [torch.full_like(norm, len(made.axes)), *[unknown] * 4]
         self._means.append(torch.stack(means, dim=-1).double().mean(2).cpu())
-        for name, kept in (("fired", (z > FIRES).sum(2)), ("total", z.sum(2)), ("peak", z.amax(2))):
+        for name, kept in (("fired", fires.sum(2)), ("total", z.sum(2)), ("peak", z.amax(2))):
             self._codes[name].append(kept.cpu())
 
     def measured(self, spread: _Spread) -> Measured:
@@ -187,16 +189,23 @@ class _Found:
 
 
 def likeness(
-    one: Float[Tensor, "*token d_sae"], other: Float[Tensor, "*token2 d_sae"]
+    one: Float[Tensor, "*token d_sae"],
+    other: Float[Tensor, "*token2 d_sae"],
+    fires: Float[Tensor, "*token d_sae"],
+    fires_too: Float[Tensor, "*token2 d_sae"],
 ) -> tuple[Float[Tensor, "*token"], Float[Tensor, "*token"]]:
     """Cosine and IoU (Jaccard) of codes: z·z′ / ‖z‖‖z′‖, and |A ∩ A′| / |A ∪ A′| of the latents that fire.
 
-    0 where either code is empty.
+    Of two codes and of where their latents fire; 0 where either is empty.
     """
     cosine = (one * other).sum(-1) / (one.norm(dim=-1) * other.norm(dim=-1)).clamp_min(1e-30)
-    fires, fires_too = one > FIRES, other > FIRES
-    both = (fires & fires_too).sum(-1)
+    both = (fires * fires_too).sum(-1)
     return cosine, both / (fires.sum(-1) + fires_too.sum(-1) - both).clamp_min(1)
+
+
+def _fires(z: Float[Tensor, "*token d_sae"]) -> Float[Tensor, "*token d_sae"]:
+    """1 where a latent fires, else 0: sums of floats are ten times quicker than those of booleans."""
+    return (z > FIRES).to(z)
 
 
 def _coded(sae: SAE, x: Float[Tensor, "*token d_in"]) -> tuple[Float[Tensor, "*token d_sae"], Tensor]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit.activations import Activations
-from sdxl_sae_kit.artifacts import Artifact, Store, human_bytes
+from sdxl_sae_kit.artifacts import Artifact, Store, counted, human_bytes
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.files import write_atomically
@@ -27,7 +27,7 @@ from sdxl_sae_kit.studies.carryover import CHANNEL, OWN, PCA_SOURCE, PCA_TARGET,
 from sdxl_sae_kit.studies.fidelity import Axes, Beside, Measured, by_prompt, measure
 from sdxl_sae_kit.studies.generalized import ARRAYS, FILE, Generalization
 from sdxl_sae_kit.studies.lines import Lines
-from sdxl_sae_kit.studies.trajectories import Asked
+from sdxl_sae_kit.studies.trajectories import Asked, can_be_told
 
 SAEs = SAE | Mapping[Any, SAE] | Iterable[SAE]
 
@@ -208,7 +208,7 @@ def _about(
         if each.fired.shape[-1]
     }
     return {
-        "name": f"{recipe['model']}, {recipe['num_inference_steps']} steps, guidance {recipe['guidance_scale']:g}",
+        "name": f"{recipe['model']}, {counted(recipe['num_inference_steps'], 'steps')}, guidance {recipe['guidance_scale']:g}",
         "rows": [[step, half] for step in layout.steps for half in layout.halves],
         "images": len(images),
         "tokens": len(images) * cache.tokens_per_row(hookpoint),
@@ -272,17 +272,17 @@ def _labels(
     except KitError as reason:
         return {"labels": [], "roles": [], "chosen": [], "no labels": str(reason)}
     choices = _choices(sae, cache, train, [_only(question, training) for question in questions])
-    asked = Asked([_only(question, ~training) for question in questions], choices)
     strengths = {who: there[who].peak for who in (TRAINED, UNTRAINED)} | {CHANNEL: _channels(target, sae, images)}
-    rows = asked.rows(strengths, _named(target, "target"))
+    asked = Asked([_only(question, ~training) for question in questions], choices, strengths)
+    rows = asked.rows(_named(target, "target"))
     same = places[places >= 0]
-    source = Asked([_only(question, places >= 0) for question in asked.questions], choices)
-    if source.can_be_told:
+    shared = [_only(question, places >= 0) for question in asked.questions]
+    if can_be_told(shared):
         known = {who: here[who].peak for who in (TRAINED, UNTRAINED)} | {CHANNEL: _channels(cache, sae, same)}
-        rows = source.rows(known, _named(cache, "source")) + rows
+        rows = Asked(shared, choices, known).rows(_named(cache, "source")) + rows
     last = len(target.layout.halves) - 1
     steps = range(last, target.rows_per_image, last + 1)
-    roles = asked.roles({who: strengths[who] for who in (TRAINED, UNTRAINED)}, list(steps))
+    roles = asked.roles(list(steps))
     return {"labels": rows, "roles": roles, "chosen": _chosen(questions, choices[TRAINED]), "no labels": ""}
 
 

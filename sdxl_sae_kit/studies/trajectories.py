@@ -17,9 +17,15 @@ from sdxl_sae_kit.recovery import Choice, Estimate, area_of, mean_of
 MEAN = "all"
 """Names the mean over all values of all factors."""
 
-_DRAWS = 1000
+_DRAWS = 500
 
 Strengths = Float[np.ndarray, "image row candidate"]
+
+
+def can_be_told(questions: Sequence[Question]) -> bool:
+    """Whether some images show each value, and some do not."""
+    shown = (question.shows[question.asked] for question in questions)
+    return all(bool((shows.any(axis=0) & ~shows.all(axis=0)).all()) for shows in shown)
 
 
 @dataclass(frozen=True)
@@ -29,17 +35,13 @@ class Asked:
     questions: Sequence[Question]
     choices: Mapping[str, Sequence[Sequence[Choice]]]
     """By kind of candidate, of each question, for each value."""
+    strengths: Mapping[str, Strengths]
+    """By kind, of every candidate in every image."""
 
     @property
     def n_images(self) -> int:
         """How many."""
         return len(self.questions[0].asked)
-
-    @property
-    def can_be_told(self) -> bool:
-        """Whether some images show each value, and some do not."""
-        shown = (question.shows[question.asked] for question in self.questions)
-        return all(bool((shows.any(axis=0) & ~shows.all(axis=0)).all()) for shows in shown)
 
     @cached_property
     def draws(self) -> Int[np.ndarray, "sample image"]:
@@ -47,22 +49,29 @@ class Asked:
         n = self.n_images
         return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_DRAWS)
 
-    def areas(self, strengths: Mapping[str, Strengths], row: int) -> list[list[dict[str, Estimate]]]:
-        """Of each question, for each value, the AUC of every kind of candidate at one row."""
+    @cached_property
+    def _draws(self) -> list[Int[np.ndarray, "sample asked"]]:
+        """Of the images that each question is asked of."""
+        return [self.draws[:, question.asked] for question in self.questions]
+
+    @cached_property
+    def areas(self) -> list[list[list[dict[str, Estimate]]]]:
+        """At each row, of each question, for each value, the AUC of every kind of candidate."""
         return [
             [
-                {
-                    kind: area_of(
-                        _signed(of[question.asked, row], self.choices[kind][at][value]),
-                        shows[question.asked],
-                        self.draws[:, question.asked],
-                    )
-                    for kind, of in strengths.items()
-                }
-                for value, shows in enumerate(question.shows.T)
+                [self._areas(at, value, row) for value in range(len(question.values))]
+                for at, question in enumerate(self.questions)
             ]
-            for at, question in enumerate(self.questions)
+            for row in range(next(iter(self.strengths.values())).shape[1])
         ]
+
+    def _areas(self, at: int, value: int, row: int) -> dict[str, Estimate]:
+        asked, shows = self.questions[at].asked, self.questions[at].shows[:, value]
+        draws = self._draws[at]
+        return {
+            kind: area_of(_signed(of[asked, row], self.choices[kind][at][value]), shows[asked], draws)
+            for kind, of in self.strengths.items()
+        }
 
     def groups(self) -> dict[tuple[str, str], list[int]]:
         """Which questions belong to each factor, to each role, and to all."""
@@ -72,13 +81,12 @@ class Asked:
         found[MEAN, MEAN] = list(range(len(names)))
         return {group: places for group, places in found.items() if places}
 
-    def rows(self, strengths: Mapping[str, Strengths], places: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def rows(self, places: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
         """AUC by row, group and kind, means over values, with 95 % intervals over images; `places` names the rows."""
         found = []
         for row, place in places.items():
-            areas = self.areas(strengths, row)
             for (group, name), members in self.groups().items():
-                told = [each for at in members for each in areas[at]]
+                told = [each for at in members for each in self.areas[row][at]]
                 for kind, estimate in mean_of(told).items():
                     interval = np.nanquantile(estimate.samples, [0.025, 0.975]).tolist()
                     found.append(
@@ -87,21 +95,20 @@ class Asked:
                     )
         return found
 
-    def roles(self, strengths: Mapping[str, Strengths], rows: Sequence[int]) -> list[dict[str, Any]]:
+    def roles(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Role by role, what each kind of candidate does at these rows: see `Generalization.trajectories`.
 
         A value whose latent is nowhere stronger on images that show it has no maximum to be relative to, and is left
         out of `strength`.
         """
-        areas = {row: self.areas(strengths, row) for row in rows}
         found = []
         for (group, role), members in self.groups().items():
             if group != "role":
                 continue
-            for kind in strengths:
-                told = [mean_of([value for at in members for value in areas[row][at]])[kind] for row in rows]
+            for kind in self.strengths:
+                told = [mean_of([value for at in members for value in self.areas[row][at]])[kind] for row in rows]
                 value, samples = np.array([e.value for e in told]), np.stack([e.samples for e in told], axis=1)
-                strength, n_values = self._strength(strengths[kind], self.choices[kind], members, rows)
+                strength, n_values = self._strength(kind, members, rows)
                 found.append(
                     {"role": role, "who": kind, "AUC": value.tolist(), "AUC interval": _ends(samples)}
                     | {"strength": strength[0].tolist(), "strength interval": _ends(strength[1:])}
@@ -112,15 +119,17 @@ class Asked:
         return found
 
     def _strength(
-        self, strengths: Strengths, choices: Sequence[Sequence[Choice]], members: Sequence[int], rows: Sequence[int]
+        self, kind: str, members: Sequence[int], rows: Sequence[int]
     ) -> tuple[Float[NDArray[np.float64], "sample row"], int]:
         """Mean over values of the lead of images that show it, relative to its maximum; first that of all images."""
         leads = []
         for at in members:
             question = self.questions[at]
-            draws = np.concatenate([np.ones_like(self.draws[:1]), self.draws])[:, question.asked].astype(np.float64)
+            draws = np.concatenate([np.ones_like(self._draws[at][:1]), self._draws[at]]).astype(np.float64)
             for value, shows in enumerate(question.shows[question.asked].T):
-                signed = _signed(strengths[question.asked][:, rows], choices[at][value]).astype(np.float64)
+                signed = _signed(self.strengths[kind][question.asked][:, rows], self.choices[kind][at][value]).astype(
+                    np.float64
+                )
                 with np.errstate(invalid="ignore"):
                     lead = _mean(draws, signed, shows) - _mean(draws, signed, ~shows)
                 if lead[0].max() > 0:
