@@ -202,13 +202,14 @@ def _about(
 ) -> dict[str, Any]:
     """What a cache is, which of its images were read, and the shares of latents that are dead, row by row."""
     recipe, layout = cache.recipe, cache.layout
+    steps = counted(recipe["num_inference_steps"], "steps")
     dead = {
         who: (each.fired.sum(axis=0) == 0).mean(axis=-1).tolist()
         for who, each in measured.items()
         if each.fired.shape[-1]
     }
     return {
-        "name": f"{recipe['model']}, {counted(recipe['num_inference_steps'], 'steps')}, guidance {recipe['guidance_scale']:g}",
+        "name": f"{recipe['model']}, {steps}, guidance {recipe['guidance_scale']:g}",
         "rows": [[step, half] for step in layout.steps for half in layout.halves],
         "images": len(images),
         "tokens": len(images) * cache.tokens_per_row(hookpoint),

@@ -348,7 +348,8 @@ def _ratio(sums: Float[np.ndarray, "*number 2"]) -> NDArray[np.float64]:
 
 
 def _estimate(name: str, value: Any, ends: Any) -> Row:
-    low, high = ends
+    """A number with its interval; None, as JSON has it, is NaN."""
+    value, low, high = np.array([value, *ends], dtype=np.float64)
     return {name: float(value), f"{name} interval": (float(low), float(high))}
 
 

@@ -111,7 +111,7 @@ class Asked:
                 strength, n_values = self._strength(kind, members, rows)
                 found.append(
                     {"role": role, "who": kind, "AUC": value.tolist(), "AUC interval": _ends(samples)}
-                    | {"strength": strength[0].tolist(), "strength interval": _ends(strength[1:])}
+                    | {"strength": _or_null(strength[0]), "strength interval": _ends(strength[1:])}
                     | {"rises at": _rise(value), "rises at interval": _range([_rise(each) for each in samples])}
                     | {"values": sum(len(self.questions[at].values) for at in members)}
                     | {"values with a maximum": n_values, "images": self.n_images}
@@ -136,7 +136,8 @@ class Asked:
                     leads.append(lead / np.maximum(lead.max(axis=1, keepdims=True), 1e-12))
         if not leads:
             return np.full((1 + len(self.draws), len(rows)), np.nan), 0
-        return np.nanmean(leads, axis=0), len(leads)
+        known = np.isfinite(leads).sum(axis=0)  # a sample may hold no image that shows a value
+        return np.nansum(leads, axis=0) / np.where(known, known, np.nan), len(leads)
 
 
 def _signed(strengths: Float[np.ndarray, "*image candidate"], choice: Choice) -> NDArray[np.float32]:
@@ -154,15 +155,22 @@ def _mean(
 
 def _rise(areas: Float[np.ndarray, " step"]) -> int:
     """The first step at which AUC − ½ reaches half of its greatest; the first of all if it is nowhere above ½."""
-    lead = areas - 0.5
-    return int(np.argmax(lead >= lead.max() / 2)) if np.nanmax(lead) > 0 else 0
+    lead = np.nan_to_num(areas - 0.5)
+    return int(np.argmax(lead >= lead.max() / 2)) if lead.max() > 0 else 0
+
+
+def _or_null(numbers: Float[np.ndarray, " step"]) -> list[float | None]:
+    """Numbers for JSON, which has no NaN."""
+    return [None if np.isnan(number) else number for number in numbers.tolist()]
 
 
 def _range(rises: Sequence[int]) -> list[int]:
     return [int(end) for end in np.quantile(rises, [0.025, 0.975], method="nearest")]
 
 
-def _ends(samples: Float[np.ndarray, "sample step"]) -> list[list[float]]:
+def _ends(samples: Float[np.ndarray, "sample step"]) -> list[list[float | None]]:
     """95 % intervals, step by step."""
-    ends: list[list[float]] = np.nanquantile(samples, [0.025, 0.975], axis=0).T.tolist()
-    return ends
+    known = ~np.isnan(samples).all(axis=0)
+    ends = np.full((2, samples.shape[1]), np.nan)
+    ends[:, known] = np.nanquantile(samples[:, known], [0.025, 0.975], axis=0)
+    return [_or_null(end) for end in ends.T]
