@@ -23,6 +23,7 @@ from sdxl_sae_kit.studies.densities import lost
 from sdxl_sae_kit.studies.fidelity import METRICS
 from sdxl_sae_kit.studies.generalization import generalize
 from sdxl_sae_kit.studies.generalized import Generalization
+from sdxl_sae_kit.studies.splicing import Splicing
 
 D_IN, GRID = 6, [2, 3]
 HOOKPOINTS = {"mid.0": [*GRID, D_IN], "up.0.1": [*GRID, D_IN]}
@@ -47,7 +48,7 @@ def cache_of(folder, prompts: Prompts, updates=None, seed=0, **settings) -> Acti
 
 
 def saes_at(model="m", revision="r", hookpoints=tuple(HOOKPOINTS), seed=0):
-    found = [random_sae(seed + at, D_IN) for at in range(len(hookpoints))]
+    found = [random_sae(seed + at, D_IN).requires_grad_(False) for at in range(len(hookpoints))]
     for sae, hookpoint in zip(found, hookpoints, strict=True):
         sae.site = Site(model, revision, hookpoint, 1, 0.0)
     return found
@@ -55,8 +56,8 @@ def saes_at(model="m", revision="r", hookpoints=tuple(HOOKPOINTS), seed=0):
 
 @pytest.fixture(scope="module")
 def prompts():
-    """World scenes, of which one text has markup in it and another two seeds."""
-    made = load_prompts("world", 90)
+    """World scenes, one of them with two seeds."""
+    made = load_prompts("world", 260)
     texts = [*made.texts[:-1], made.texts[np.flatnonzero(made.held_out)[0]]]
     return Prompts(tuple(texts), made.seeds, (*made.factors[:-1], made.factors[np.flatnonzero(made.held_out)[0]]))
 
@@ -72,7 +73,7 @@ GUIDED = {"num_inference_steps": 3, "steps": [0, 1, 2], "guidance_scale": 3.0, "
 @pytest.fixture(scope="module")
 def target(tmp_path_factory, prompts):
     """Another model's: 3 steps, guided, of the later two thirds of the prompts."""
-    return cache_of(tmp_path_factory.mktemp("target"), prompts[30:], seed=1, model=f"other {NASTY}", **GUIDED)
+    return cache_of(tmp_path_factory.mktemp("target"), prompts[60:], seed=1, model=f"other {NASTY}", **GUIDED)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def test_reconstruction_is_that_of_the_formulas(result, saes, own, source, targe
     for name, value in expected.items():
         assert row[name] == pytest.approx(value, abs=1e-5), name
         if "PCA" not in who or name != "L0":
-            assert row[f"{name} interval"][0] < row[name] < row[f"{name} interval"][1]
+            assert row[f"{name} interval"][0] <= row[name] <= row[f"{name} interval"][1]
     assert (row["tokens"], row["images"]) == (len(x), len(target.images("held_out")))
     assert row["prompts"] == len({target.prompts.texts[i] for i in target.images("held_out")})
 
@@ -172,9 +173,8 @@ def test_the_same_cache_gives_the_same(saes, source, tmp_path):
             row = found(same.rows(), **{"hookpoint": sae.hookpoint, "updates of": place, "who": "SAE"})
             for name in ("explained variance", "explained variance per channel", "L0", "dead share", "relative norm"):
                 assert row[name] == pytest.approx(expected[name.lower().replace(" ", "_")], rel=1e-5)
-        np.testing.assert_allclose(
-            row["explained variance interval"], expected["explained_variance_interval"], atol=5e-3
-        )
+        interval = expected["explained_variance_interval"]  # of images, two of which have one prompt
+        np.testing.assert_allclose(row["explained variance interval"], interval, rtol=0.03)
         assert row["cosine with the source"] == pytest.approx(1, abs=1e-5)
         assert row["IoU with the source"] == 1
         before, after = (
@@ -263,11 +263,9 @@ def test_labels_hold_where_the_planted_latent_fires(planted):
 
 def test_content_rises_after_what_is_there_from_the_start(planted):
     *_, study = planted
-    content, style = (
-        [row for row in study.trajectories() if (row["role"], row["who"]) == (role, "SAE")]
-        for role in ("content", "style")
-    )
-    assert content[0]["rises at"] == 1 and content[0]["rises at interval"] == (1, 1)
+    rows = [row for row in study.trajectories() if row["who"] == "SAE"]
+    content, style = ([row for row in rows if row["role"] == role] for role in ("content", "style"))
+    assert content[0]["rises at"] == 1 == content[0]["rises at interval"][0]
     assert style[0]["rises at"] == 0
     assert max(row["strength"] for row in content) <= 1
     figure = study.plot_trajectories("mid.0")
@@ -316,13 +314,12 @@ def test_it_says_what_it_found_and_escapes(result):
     for word in ("used unchanged on", "untrained", "PCA of the source", "bootstrap", "vanish"):
         assert word in text
     alt = result.plot().layout.meta["alt"]
-    row = found(
-        result.rows(), **{"hookpoint": "mid.0", "updates of": "target", "step": 2, "half": "cond", "who": "SAE"}
-    )
+    last = {"updates of": "target", "step": 2, "half": "cond", "who": "SAE"}
+    row = found(result.rows(), hookpoint="mid.0", **last)
     assert f"{row['explained variance']:.3g}" in alt and "uncond" not in alt and "dashed" in alt
     assert Generalization.open(result.artifact.folder).rows()[-1] == result.rows()[-1]
-    with pytest.raises(ArtifactError, match="Call splice"):
-        __import__("sdxl_sae_kit.studies.splicing").studies.splicing.Splicing.open(result.artifact.folder)
+    with pytest.raises(ArtifactError, match="is a study of generalization, not of splicing"):
+        Splicing.open(result.artifact.folder)
 
 
 def test_what_was_killed_goes_on_and_ends_the_same(saes, source, target, own, result, tmp_path, monkeypatch):

@@ -35,13 +35,13 @@ def reconstruction(summary: Rows, reference: Mapping[str, Mapping[str, Any]]) ->
 
 def _against(who: str, rows: Rows) -> str:
     """In which hookpoints the SAE explains more than this one, less, or cannot be told from it."""
-    verdicts: dict[str, list[str]] = {"more than": [], "less than": [], "not clearly more or less than": []}
+    verdicts: dict[str, list[str]] = {"more": [], "less": [], "not clearly either": []}
     for row in rows:
         low, high = row["SAE − this interval"]
-        verdict = "more than" if low > 0 else "less than" if high < 0 else "not clearly more or less than"
-        verdicts[verdict].append(f"{row['hookpoint']} by {written(row, 'SAE − this')}")
-    told = "; ".join(f"{verdict} {who} at {', '.join(where)}" for verdict, where in verdicts.items() if where)
-    return f"That is {told}."
+        verdict = "more" if low > 0 else "less" if high < 0 else "not clearly either"
+        verdicts[verdict].append(f"{row['hookpoint']} {written(row, 'SAE − this')}")
+    told = "; ".join(f"{verdict} at {', '.join(where)}" for verdict, where in verdicts.items() if where)
+    return f"Against {who}, paired by prompt (SAE − {who}): {told}."
 
 
 def codes(rows: Rows) -> str:

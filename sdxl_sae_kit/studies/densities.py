@@ -27,7 +27,9 @@ def live(fired: Counts) -> Int[NDArray[np.intp], " latent"]:
     return found
 
 
-def lost(here: Counts, there: Counts, n_tokens: Int[np.ndarray, " prompt"]) -> list[dict[str, Any]]:
+def lost(
+    here: Counts, there: Int[np.ndarray, "prompt row2 latent"], n_tokens: Int[np.ndarray, " prompt"]
+) -> list[dict[str, Any]]:
     """The live latents of one place that hardly fire at the other, on the same prompts.
 
     A latent's density at a place is the share of tokens on which it fires at the row where that is greatest, so that

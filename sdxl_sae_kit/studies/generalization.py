@@ -177,7 +177,7 @@ def _measure(
     here = measure(made, cache, hookpoint, reference) if len(reference) else {}
     arrays = _arrays("target", there, target, images) | _arrays("source", here, cache, reference)
     if comparable:
-        arrays |= _shared(here, there, cache, same, places, cache.tokens_per_row(hookpoint))
+        arrays |= _shared(here, there, cache, target, same, places, target.tokens_per_row(hookpoint))
     facts = {
         "source": _about(cache, hookpoint, reference, here),
         "target": _about(target, hookpoint, images, there),
@@ -237,16 +237,17 @@ def _shared(
     here: Mapping[str, Measured],
     there: Mapping[str, Measured],
     cache: Activations,
+    target: Activations,
     same: Int[np.ndarray, " image"],
     places: Int[np.ndarray, " image"],
     n_tokens: int,
 ) -> dict[str, NDArray[Any]]:
-    """On how many tokens of each prompt that both caches have every latent fires."""
+    """On how many tokens of each prompt that both caches have every latent fires, of the cond half where both are."""
     texts = [cache.prompts.texts[image] for image in same.tolist()]
     arrays: dict[str, NDArray[Any]] = {"shared/tokens": by_prompt(np.full(len(texts), n_tokens), texts)}
     for who in (TRAINED, UNTRAINED):
-        arrays[f"shared/source/{who}"] = by_prompt(here[who].fired, texts)
-        arrays[f"shared/target/{who}"] = by_prompt(there[who].fired[places >= 0], texts)
+        arrays[f"shared/source/{who}"] = by_prompt(here[who].fired[:, _steps(cache)], texts)
+        arrays[f"shared/target/{who}"] = by_prompt(there[who].fired[places >= 0][:, _steps(target)], texts)
     return arrays
 
 
@@ -281,9 +282,7 @@ def _labels(
     if can_be_told(shared):
         known = {who: here[who].peak for who in (TRAINED, UNTRAINED)} | {CHANNEL: _channels(cache, sae, same)}
         rows = Asked(shared, choices, known).rows(_named(cache, "source")) + rows
-    last = len(target.layout.halves) - 1
-    steps = range(last, target.rows_per_image, last + 1)
-    roles = asked.roles(list(steps))
+    roles = asked.roles(_steps(target))
     return {"labels": rows, "roles": roles, "chosen": _chosen(questions, choices[TRAINED]), "no labels": ""}
 
 
@@ -311,6 +310,12 @@ def _channels(cache: Activations, sae: SAE, images: Int[np.ndarray, " image"]) -
 
 def _only(question: Question, images: Bool[np.ndarray, " image"]) -> Question:
     return question._replace(asked=question.asked[images], shows=question.shows[images])
+
+
+def _steps(cache: Activations) -> list[int]:
+    """The rows of one half, step by step: cond, where it has both."""
+    halves = len(cache.layout.halves)
+    return list(range(halves - 1, cache.rows_per_image, halves))
 
 
 def _named(cache: Activations, place: str) -> dict[int, dict[str, Any]]:
