@@ -210,9 +210,9 @@ class Generalization:
     def vanished(self) -> list[Row]:
         """Latents that fire on the source's held-out prompts but hardly on the same prompts in the target.
 
-        See `densities.lost`: at none of the target's steps, of cond with guidance, does the share of tokens on which they fire reach a tenth of
-        that in the source, and the upper end of the ratio's 95 % interval over prompts is below ½. Empty where the
-        caches share no images or have different grids.
+        See `densities.lost`: at none of the target's steps (with guidance, of cond) does the share of tokens on which
+        they fire reach a tenth of that in the source, and the upper end of the ratio's 95 % interval over prompts is
+        below ½. Empty where the caches share no images or have different grids.
         """
         return self._lost("source", "target", TRAINED)
 
