@@ -127,21 +127,22 @@ class Asked:
             question = self.questions[at]
             draws = np.concatenate([np.ones_like(self._draws[at][:1]), self._draws[at]]).astype(np.float64)
             for value, shows in enumerate(question.shows[question.asked].T):
-                signed = _signed(self.strengths[kind][question.asked][:, rows], self.choices[kind][at][value]).astype(
-                    np.float64
-                )
-                with np.errstate(invalid="ignore"):
+                strengths = self.strengths[kind][question.asked][:, rows].astype(np.float64)
+                signed = _signed(strengths, self.choices[kind][at][value])
+                with np.errstate(invalid="ignore"):  # a sample may hold no image that shows the value
                     lead = _mean(draws, signed, shows) - _mean(draws, signed, ~shows)
-                if lead[0].max() > 0:
-                    leads.append(lead / np.maximum(lead.max(axis=1, keepdims=True), 1e-12))
+                greatest = lead.max(axis=1, keepdims=True)
+                if greatest[0] > 0:
+                    leads.append(lead / np.where(greatest > 0, greatest, np.nan))
         if not leads:
             return np.full((1 + len(self.draws), len(rows)), np.nan), 0
-        known = np.isfinite(leads).sum(axis=0)  # a sample may hold no image that shows a value
+        known = np.isfinite(leads).sum(axis=0)
         return np.nansum(leads, axis=0) / np.where(known, known, np.nan), len(leads)
 
 
-def _signed(strengths: Float[np.ndarray, "*image candidate"], choice: Choice) -> NDArray[np.float32]:
-    signed: NDArray[np.float32] = strengths[..., choice.candidate] * np.float32(1 if choice.fires else -1)
+def _signed(strengths: Float[np.ndarray, "*image candidate"], choice: Choice) -> NDArray[np.floating]:
+    """What is strong where the value is told: by the chosen candidate's strength, or by its lack."""
+    signed: NDArray[np.floating] = strengths[..., choice.candidate] * (1 if choice.fires else -1)
     return signed
 
 
