@@ -141,7 +141,8 @@ class Generalization:
         """When what chosen latents tell rises: a row per hookpoint, role, who and step (with guidance, of cond).
 
         `strength` is the mean strength (maximum of z over tokens) on images that show a value minus that on images that
-        do not, relative to its greatest over the steps, as a mean over the role's values; `AUC` is the mean of theirs.
+        do not, in standard deviations of the latent, as a mean over the role's values, relative to its greatest over
+        the steps (NaN where it is nowhere above 0); `AUC` is the mean of the values'.
         `rises at` is the first step at which AUC − ½ reaches half of its greatest. All with 95 % bootstrap intervals
         over images; that of a step is the nearest step.
         """

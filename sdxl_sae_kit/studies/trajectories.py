@@ -96,11 +96,7 @@ class Asked:
         return found
 
     def roles(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Role by role, what each kind of candidate does at these rows: see `Generalization.trajectories`.
-
-        A value whose latent is nowhere stronger on images that show it has no maximum to be relative to, and is left
-        out of `strength`.
-        """
+        """Role by role, what each kind of candidate does at these rows: see `Generalization.trajectories`."""
         found = []
         for (group, role), members in self.groups().items():
             if group != "role":
@@ -108,20 +104,23 @@ class Asked:
             for kind in self.strengths:
                 told = [mean_of([value for at in members for value in self.areas[row][at]])[kind] for row in rows]
                 value, samples = np.array([e.value for e in told]), np.stack([e.samples for e in told], axis=1)
-                strength, n_values = self._strength(kind, members, rows)
+                strength = self._strength(kind, members, rows)
                 found.append(
                     {"role": role, "who": kind, "AUC": value.tolist(), "AUC interval": _ends(samples)}
                     | {"strength": _or_null(strength[0]), "strength interval": _ends(strength[1:])}
                     | {"rises at": _rise(value), "rises at interval": _range([_rise(each) for each in samples])}
-                    | {"values": sum(len(self.questions[at].values) for at in members)}
-                    | {"values with a maximum": n_values, "images": self.n_images}
+                    | {"values": sum(len(self.questions[at].values) for at in members), "images": self.n_images}
                 )
         return found
 
     def _strength(
         self, kind: str, members: Sequence[int], rows: Sequence[int]
-    ) -> tuple[Float[NDArray[np.float64], "sample row"], int]:
-        """Mean over values of the lead of images that show it, relative to its maximum; first that of all images."""
+    ) -> Float[NDArray[np.float64], "sample row"]:
+        """The lead of images that show a value, relative to its greatest; first that of all images.
+
+        In units of the candidate's standard deviation over images and rows, so that values count alike, and averaged
+        over them before it is put in relation: a candidate that tells nothing has no greatest to speak of.
+        """
         leads = []
         for at in members:
             question = self.questions[at]
@@ -131,13 +130,10 @@ class Asked:
                 signed = _signed(strengths, self.choices[kind][at][value])
                 with np.errstate(invalid="ignore"):  # a sample may hold no image that shows the value
                     lead = _mean(draws, signed, shows) - _mean(draws, signed, ~shows)
-                greatest = lead.max(axis=1, keepdims=True)
-                if greatest[0] > 0:
-                    leads.append(lead / np.where(greatest > 0, greatest, np.nan))
-        if not leads:
-            return np.full((1 + len(self.draws), len(rows)), np.nan), 0
-        known = np.isfinite(leads).sum(axis=0)
-        return np.nansum(leads, axis=0) / np.where(known, known, np.nan), len(leads)
+                leads.append(np.nan_to_num(lead / (signed.std() or 1)))
+        mean = np.mean(leads, axis=0)
+        greatest = mean.max(axis=1, keepdims=True)
+        return np.asarray(mean / np.where(greatest > 0, greatest, np.nan))
 
 
 def _signed(strengths: Float[np.ndarray, "*image candidate"], choice: Choice) -> NDArray[np.floating]:
