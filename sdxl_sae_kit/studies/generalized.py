@@ -157,11 +157,8 @@ class Generalization:
                 for name in ("strength", "AUC"):
                     row |= _estimate(name, told[name][at], told[f"{name} interval"][at])
                 rises = tuple(steps[end] for end in told["rises at interval"])
-                yield (
-                    row
-                    | {"rises at": steps[told["rises at"]], "rises at interval": rises}
-                    | {name: told[name] for name in ("values", "values with a maximum", "images")}
-                )
+                row |= {"rises at": steps[told["rises at"]], "rises at interval": rises}
+                yield row | {name: told[name] for name in ("values", "images")}
 
     def plot_trajectories(self, hookpoint: str | None = None) -> Any:
         """Relative strength of each role's latents over steps, a panel per hookpoint or of one alone (plotly).
