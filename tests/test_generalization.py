@@ -234,7 +234,7 @@ def planted(tmp_path_factory):
 
     Channel 5 fires in the source alone, channel 1 in the target alone. Returns prompts, source, target, result.
     """
-    prompts = told(load_prompts("world", 200), "shape", "background")
+    prompts = told(load_prompts("world", 320), "shape", "background")
     circle = np.array([f["shape"] == "circle" for f in prompts.factors])
     black = np.array([f["background"] == "black" for f in prompts.factors])
     rng = np.random.default_rng(0)
@@ -290,12 +290,11 @@ def test_latents_that_fire_in_one_place_alone_vanish_or_appear(planted):
 
 
 def test_density_is_compared_at_the_densest_row():
-    """What fires at one of many steps is not lost, and what is lost in two prompts of five is not surely so."""
-    here = np.full((8, 1, 3), 4)
-    there = np.zeros((8, 5, 3), int)
-    there[:, 3, 0] = 4
-    there[:1, 3, 1] = 3
-    rows = lost(here, there, np.full(8, 10))
+    """What fires at one of many steps is not lost, and what hangs on a single prompt is not surely so."""
+    here, there = np.full((8, 1, 3), 80), np.zeros((8, 5, 3), int)
+    there[:, 3, 0] = 80
+    here[:, 0, 1], here[0, 0, 1], there[1, 3, 1] = 1, 100, 10
+    rows = lost(here, there, np.full(8, 200))
     assert [row["latent"] for row in rows] == [2]
     assert rows[0]["prompts"] == 8 and rows[0]["density here"] == pytest.approx(0.4)
 

@@ -18,7 +18,7 @@ HARDLY, SURELY = 0.1, 0.5
 Counts = Int[np.ndarray, "prompt row latent"]
 
 
-def live(fired: Counts) -> Int[NDArray[np.intp], " latent"]:
+def live(fired: Counts) -> Int[NDArray[np.intp], " found"]:
     """The latents that fire on at least 5 prompts at the row where they are densest."""
     densest = fired.sum(axis=0).argmax(axis=0)
     found: NDArray[np.intp] = np.flatnonzero(
