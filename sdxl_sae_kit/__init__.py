@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.studies.attribution import attribute as attribute
     from sdxl_sae_kit.studies.block_ranking import rank_blocks as rank_blocks
     from sdxl_sae_kit.studies.causes import measure_causes as measure_causes
+    from sdxl_sae_kit.studies.generalization import generalize as generalize
     from sdxl_sae_kit.studies.selectivity import screen as screen
     from sdxl_sae_kit.studies.specialization import specialize as specialize
     from sdxl_sae_kit.studies.splicing import splice as splice
@@ -109,6 +110,7 @@ _NAMES = {
     "studies.attribution": ["attribute"],
     "studies.block_ranking": ["rank_blocks"],
     "studies.causes": ["measure_causes"],
+    "studies.generalization": ["generalize"],
     "studies.selectivity": ["screen"],
     "studies.specialization": ["specialize"],
     "studies.splicing": ["splice"],

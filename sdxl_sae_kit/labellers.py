@@ -23,9 +23,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
+from sdxl_sae_kit.devices import choose_device
 from sdxl_sae_kit.errors import KitError, ModelError
 from sdxl_sae_kit.features import Example
-from sdxl_sae_kit.pipelines import choose_device
 from sdxl_sae_kit.tiny.judge import load_judge
 from sdxl_sae_kit.tiny.world import FACTORS
 

@@ -153,6 +153,28 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def bootstrap_intervals(
+    values: Float[np.ndarray, "row *number"],
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]] | None = None,
+    *,
+    level: float = 0.95,
+    samples: int = 2000,
+    seed: int = 0,
+) -> Float[NDArray[np.float64], "2 *more"]:
+    """`bootstrap_interval` of many numbers at once: lower ends, then upper ends; NaN for fewer than two rows.
+
+    All of them are resampled together, so that samples are one product of matrices. `statistic` is given the column
+    means (sample, *number) and may combine them, such as `lambda m: m[..., 0] / m[..., 1]`.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    rows = len(values)
+    drawn = np.random.default_rng(seed).integers(rows, size=(samples, rows)) + rows * np.arange(samples)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=samples * rows).reshape(samples, rows) / rows
+    means = (counts @ values.reshape(rows, -1)).reshape(samples, *values.shape[1:])
+    ends = np.quantile(statistic(means) if statistic else means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return np.asarray(ends if rows > 1 else np.full_like(ends, np.nan))
+
+
 @dataclass
 class ReconstructionMetrics:
     """Streamed sums of x, x̂ and their codes from which every reconstruction metric is read.

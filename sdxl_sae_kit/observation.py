@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.devices import dtype_name
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, Hookpoint, resolve
 from sdxl_sae_kit.hooks import Recording, watch
@@ -23,7 +24,6 @@ from sdxl_sae_kit.pipelines import (
     chosen_guidance,
     describe,
     draw,
-    dtype_name,
     scheduler,
 )
 from sdxl_sae_kit.prompts import Prompts, load_prompts

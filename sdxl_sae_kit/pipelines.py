@@ -7,19 +7,20 @@ import inspect
 import json
 import math
 import operator
-import os
 import re
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdxl_sae_kit import loras
 from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.devices import choose_device, choose_dtype
 from sdxl_sae_kit.errors import KitError, ModelError, PromptError, did_you_mean
 from sdxl_sae_kit.tiny import NAMES as TINY_NAMES
 from sdxl_sae_kit.tiny import weights_folder
@@ -33,8 +34,6 @@ else:
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 SIZE_STEP = 8
 """diffusers draws SDXL at multiples of this many pixels."""
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-DTYPE_SHORTHANDS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,7 @@ def load_pipeline(
     device: str | None = None,
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
+    lora: str | Path | None = None,
 ) -> StableDiffusionXLPipeline:
     """Load an SDXL pipeline, ready to draw, with its progress bar off.
 
@@ -83,31 +83,40 @@ def load_pipeline(
         device: "cuda", "cuda:1", "mps" or "cpu"; the first of them that is there if left out.
         dtype: "float16", "bfloat16" or "float32"; float16 if left out, but float32 on the CPU.
         revision: branch, tag or commit on the hub.
+        lora: a safetensors file of LoRA weights, its folder or hub id, to be fused into the model's; needs the extra
+            `lora`. The pipeline's model is then named "name + lora", with a revision of its own.
 
     Raises:
-        ModelError: nothing is found under that name, it is no SDXL pipeline, or device or dtype cannot be had.
+        ModelError: nothing is found under that name, it is no SDXL pipeline, the LoRA does not fit, or device or dtype
+            cannot be had.
 
     >>> pipe = load_pipeline("tiny-turbo")
     >>> pipe("a large red circle", num_inference_steps=1, guidance_scale=0.0).images[0].size
     (64, 64)
     """
     device = choose_device(device)
-    numbers = _dtype(dtype, device)
+    numbers = choose_dtype(dtype, device)
     local = local_folder(name)
     if local is not None and revision is not None:
         raise ModelError(f"revision={revision!r} is for models on the hub; {name} is local. Leave revision out.")
+    weights = None if lora is None else loras.locate(lora)
     folder = local or _look_up(str(name), revision)
     _check_sdxl(str(name), folder)
     pipe = _load(str(name), folder, numbers, on_hub=local is None)
     pipe.set_progress_bar_config(disable=True)
-    pipe.sdxl_sae_kit_model = pipe.unet.sdxl_sae_kit_model = _model(pipe, str(name), _revision(folder))
+    model = _model(pipe, str(name), _revision(folder))
+    if lora is not None and weights is not None:
+        revision = hashlib.sha256(f"{model.revision} {loras.fuse(pipe, weights)}".encode()).hexdigest()[:12]
+        model = replace(model, name=f"{model.name} + {loras.label(lora)}", revision=revision)
+    pipe.sdxl_sae_kit_model = pipe.unet.sdxl_sae_kit_model = model
     return pipe if device == "cpu" else pipe.to(device)
 
 
 def describe(pipe: StableDiffusionXLPipeline) -> Model:
     """Return which model this is, as `load_pipeline` noted it or, for a pipeline made elsewhere, as it is configured.
 
-    One made of another's components is of its model. Weights changed after loading (LoRA, …) are not noticed.
+    One made of another's components is of its model. Weights changed after loading (a LoRA set later, …) are not
+    noticed: give `load_pipeline` its lora=.
     """
     if not hasattr(pipe, "unet"):
         raise ModelError(f"This takes a pipeline, such as load_pipeline('tiny-turbo') gives, not {pipe!r}.")
@@ -313,45 +322,6 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read ({error}). Save or download the pipeline again.") from error
     return content if isinstance(content, dict) else {}
-
-
-def choose_device(device: str | None) -> str:
-    """The device given, or the best there is.
-
-    Raises:
-        ModelError: torch does not have it.
-    """
-    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if device is None:
-        kind = next(kind for kind, count in counts.items() if count)
-        local = int(os.environ.get("LOCAL_RANK", "0"))  # each of several processes takes a device of its own
-        return f"cuda:{local % counts['cuda']}" if kind == "cuda" and local else kind
-    kind, _, index = str(device).partition(":")
-    if kind not in counts or not (index or "0").isdecimal():
-        raise ModelError(f"No device {device!r}; it can be {', '.join(counts)}, cuda:1, ….{did_you_mean(kind, counts)}")
-    if int(index or 0) >= counts[kind]:
-        there = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-        raise ModelError(f"Device {device!r} is not there; torch finds {there}. Leave device out to take the best.")
-    return str(device)
-
-
-def _dtype(dtype: torch.dtype | str | None, device: str) -> torch.dtype:
-    if dtype is None:
-        return torch.float32 if device == "cpu" else torch.float16
-    return DTYPES[dtype_name(dtype)]
-
-
-def dtype_name(dtype: torch.dtype | str) -> str:
-    """Name in `DTYPES` of a torch dtype, its name or a shorthand such as "fp16".
-
-    Raises:
-        ModelError: it is none of them.
-    """
-    name = str(dtype).removeprefix("torch.")
-    name = DTYPE_SHORTHANDS.get(name, name)
-    if name not in DTYPES:
-        raise ModelError(f"No dtype {str(dtype)!r}; it can be {', '.join(DTYPES)}.{did_you_mean(name, DTYPES)}")
-    return name
 
 
 # Loading and describing it ------------------------------------------------------------------------------------------

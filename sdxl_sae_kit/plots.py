@@ -233,3 +233,41 @@ def interval_lines(
             error_y={"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low},
         )  # fmt: skip
     return made
+
+
+def step_lines(
+    panels: Mapping[str, Mapping[tuple[str, bool], Sequence[tuple[float, float, float, float]]]], *, title: str, y: str
+) -> go.Figure:
+    """Lines of (step, value, low, high) with their intervals, by name and whether dashed, a panel each."""
+    told = "; ".join(
+        f"{panel}, {name}{' (dashed)' * dashed}: {_ends(line)}"
+        for panel, lines in panels.items()
+        for (name, dashed), line in lines.items()
+        if line
+    )
+    alt = f"{title}: {y} over denoising steps with 95 % intervals, {len(panels)} panels. First to last step: {told}."
+    made = figure(alt, title=title, height=140 + 280 * -(-len(panels) // 2))
+    made.set_subplots(-(-len(panels) // 2), min(2, len(panels)), subplot_titles=list(panels), shared_yaxes=True)
+    names = list(dict.fromkeys(name for lines in panels.values() for name, _ in lines))
+    for at, lines in enumerate(panels.values()):
+        for (name, dashed), line in lines.items():
+            step, value, low, high = np.array(line, dtype=float).reshape(-1, 4).T
+            colour = COLOURS[names.index(name) % len(COLOURS)]
+            made.add_scatter(
+                x=step, y=value, name=name, legendgroup=name, mode="lines+markers", row=at // 2 + 1, col=at % 2 + 1,
+                showlegend=not dashed and at == 0, line={"color": colour, "dash": "dash" if dashed else "solid"},
+                marker={"symbol": names.index(name), "size": 6}, hoverinfo="x+y+name",
+                error_y={
+                    "type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low,
+                    "thickness": 1, "width": 0,
+                },
+            )  # fmt: skip
+    made.update_xaxes(title_text="denoising step")
+    made.update_yaxes(title_text=y, col=1)
+    return made
+
+
+def _ends(line: Sequence[tuple[float, float, float, float]]) -> str:
+    """The first and the last point of a line in numbers."""
+    points = [line[0], line[-1]] if len(line) > 1 else list(line)
+    return " to ".join(f"{value:.3g} [{low:.3g}, {high:.3g}]" for _, value, low, high in points)

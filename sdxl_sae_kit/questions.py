@@ -55,16 +55,25 @@ def ask_of(
     Raises:
         KitError: the prompts tell no factors, or none often enough: 5 images of each part with a value and 5 without.
     """
-    known = [_shown(cache.prompts.factors[image]) for image in images]
+    return ask(cache.name, [cache.prompts.factors[image] for image in images.tolist()], training)
+
+
+def ask(name: str, factors: Sequence[Mapping[str, str]], training: Bool[np.ndarray, " image"]) -> list[Question]:
+    """The same of images of any origin, which `name` says, from the factors that their prompts tell.
+
+    Raises:
+        KitError: as `ask_of`.
+    """
+    known = [_shown(each) for each in factors]
     if not any(known):
         raise KitError(
-            f"{cache.name}: its prompts tell no factors, so there is nothing to recover. Collect prompts of 'world', "
+            f"{name}: its prompts tell no factors, so there is nothing to recover. Collect prompts of 'world', "
             "or JSON lines with a field factors."
         )
     if questions := list(_often_shown(known, training)):
         return questions
     raise KitError(
-        f"{cache.name}: no factor has a value that {MIN_IMAGES} training and {MIN_IMAGES} held-out images show and as "
+        f"{name}: no factor has a value that {MIN_IMAGES} training and {MIN_IMAGES} held-out images show and as "
         "many do not. Collect more prompts."
     )
 

@@ -33,14 +33,14 @@ ALL = "all"
 _SAE, _RESAMPLES, _SAMPLE = "AUC", 2000, 40_960
 
 
-class _Estimate(NamedTuple):
+class Estimate(NamedTuple):
     """A number, and what it is in every bootstrap sample; NaN where a sample cannot tell."""
 
     value: float
     samples: Float[NDArray[np.float64], "sample"]
 
 
-class _Choice(NamedTuple):
+class Choice(NamedTuple):
     """The candidate that tells a value best on training images."""
 
     area: float
@@ -53,7 +53,7 @@ class _Choice(NamedTuple):
     """Of every image; negative where it tells by its lack."""
 
 
-_Choices = dict[str, list[list[_Choice]]]
+_Choices = dict[str, list[list[Choice]]]
 """By kind of candidate, of each question, for each value."""
 
 
@@ -96,7 +96,7 @@ def measure_recovery(saes: SAEs, cache: Activations, step: int = 0) -> list[Row]
     draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_RESAMPLES)
     rows = list[Row]()
     for hookpoint, choices in found.items():
-        told = list[dict[str, _Estimate]]()
+        told = list[dict[str, Estimate]]()
         for at, question in enumerate(questions):
             of_values = {kind: chosen[at] for kind, chosen in choices.items()}
             estimates = list(_estimates(question, of_values, training, draws))
@@ -161,7 +161,7 @@ def _search(
     for hookpoint in placed:
         cache.grid(hookpoint)  # refuses a hookpoint that the cache does not have
     row = cache.row(step)
-    train, held_out = (_spread(cache.images(split)) for split in ("train", "held_out"))
+    train, held_out = (spread(cache.images(split)) for split in ("train", "held_out"))
     training = np.arange(len(train) + len(held_out)) < len(train)
     images = np.concatenate([train, held_out])
     questions = ask_of(cache, images, training)
@@ -169,14 +169,15 @@ def _search(
     for hookpoint, sae in placed.items():  # of each, only what was chosen is kept
         strengths = _strengths(sae, cache, images, row, controls=controls)
         found[hookpoint] = {
-            kind: _choose(questions, strength, training, hookpoint) for kind, strength in strengths.items()
+            kind: choose(questions, strength, training, hookpoint) for kind, strength in strengths.items()
         }
     if len(found) > 1:
         found[ALL] = {kind: _best([each[kind] for each in found.values()]) for kind in next(iter(found.values()))}
     return questions, training, found
 
 
-def _spread(images: Int[np.ndarray, " image"]) -> NDArray[np.integer]:
+def spread(images: Int[np.ndarray, " image"]) -> NDArray[np.integer]:
+    """At most 2,048 of these images, spread over all of them."""
     chosen: NDArray[np.integer] = images[np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).astype(int)]
     return chosen
 
@@ -193,7 +194,7 @@ def _strengths(
         found = {_SAE: strongest(sae, x)}
         if controls:
             found |= {"untrained SAE": strongest(untrained, x)}
-            found |= {"channel": _either_end(x), "PCA axis": _either_end(x @ axes)}
+            found |= {"channel": either_end(x), "PCA axis": either_end(x @ axes)}
         parts.append({kind: strength.cpu() for kind, strength in found.items()})
     return {kind: torch.cat([part[kind] for part in parts]).numpy() for kind in parts[0]}
 
@@ -204,17 +205,17 @@ def strongest(sae: SAE, x: Float[Tensor, "image token d_in"]) -> Float[Tensor, "
     return values.new_zeros(len(x), sae.d_sae).scatter_reduce(1, indices, values, "amax")
 
 
-def _either_end(x: Float[Tensor, "image token axis"]) -> Float[Tensor, "image two_axes"]:
+def either_end(x: Float[Tensor, "image token axis"]) -> Float[Tensor, "image two_axes"]:
     """The maximum of every axis, then of its opposite."""
     return torch.cat([x.amax(dim=1), -x.amin(dim=1)], dim=1)
 
 
-def _choose(
+def choose(
     questions: Sequence[Question],
     strength: Float[np.ndarray, "image candidate"],
     training: Bool[np.ndarray, " image"],
     hookpoint: str,
-) -> list[list[_Choice]]:
+) -> list[list[Choice]]:
     """For each value of each question the best of these candidates; where it tells by its lack, the AUC is 1 − AUC."""
     areas = dict[int, Float[np.ndarray, "value candidate"]]()
     by_asked = dict[bytes, list[int]]()  # ranking is the dear part, and most factors are asked of the same images
@@ -230,13 +231,13 @@ def _choose(
 
 def _choice(
     areas: Float[np.ndarray, " candidate"], strength: Float[np.ndarray, "image candidate"], hookpoint: str
-) -> _Choice:
+) -> Choice:
     best = int(np.abs(areas - 0.5).argmax())
     area, fires = float(areas[best]), bool(areas[best] >= 0.5)
-    return _Choice(max(area, 1 - area), hookpoint, best, fires, strength[:, best] * (1 if fires else -1))
+    return Choice(max(area, 1 - area), hookpoint, best, fires, strength[:, best] * (1 if fires else -1))
 
 
-def _best(found: Sequence[list[list[_Choice]]]) -> list[list[_Choice]]:
+def _best(found: Sequence[list[list[Choice]]]) -> list[list[Choice]]:
     """Of the choices at several hookpoints those that tell best on training images."""
     return [
         [max(rivals, key=lambda choice: choice.area) for rivals in zip(*of_values, strict=True)]
@@ -246,27 +247,28 @@ def _best(found: Sequence[list[list[_Choice]]]) -> list[list[_Choice]]:
 
 def _estimates(
     question: Question,
-    choices: Mapping[str, Sequence[_Choice]],
+    choices: Mapping[str, Sequence[Choice]],
     training: Bool[np.ndarray, " image"],
     draws: Int[np.ndarray, "sample held_out"],
-) -> Iterator[dict[str, _Estimate]]:
+) -> Iterator[dict[str, Estimate]]:
     """For each value, what held-out images say of the candidates chosen for it."""
     seen, tested = question.asked & training, question.asked & ~training
     drawn = draws[:, question.asked[~training]]
     for value, shows in enumerate(question.shows.T):
         strengths = {kind: chosen[value].strength for kind, chosen in choices.items()}
-        estimates = {kind: _area(strength[tested], shows[tested], drawn) for kind, strength in strengths.items()}
+        estimates = {kind: area_of(strength[tested], shows[tested], drawn) for kind, strength in strengths.items()}
         told = strengths[_SAE][tested] >= _threshold(strengths[_SAE][seen], shows[seen])
         estimates["precision"] = _rate(told & shows[tested], told, drawn)
         estimates["recall"] = _rate(told & shows[tested], shows[tested], drawn)
         yield estimates
 
 
-def _area(
+def area_of(
     strength: Float[np.ndarray, " image"], shows: Bool[np.ndarray, " image"], draws: Int[np.ndarray, "sample image"]
-) -> _Estimate:
+) -> Estimate:
+    """AUC of one latent, and what it is in bootstrap samples of the images: `metrics.resampled_areas`."""
     area = float(areas_under_curve(strength[:, None], shows)[0])
-    return _Estimate(area, resampled_areas(strength, shows, draws))
+    return Estimate(area, resampled_areas(strength, shows, draws))
 
 
 def _threshold(strength: Float[np.ndarray, " image"], shows: Bool[np.ndarray, " image"]) -> float:
@@ -278,27 +280,27 @@ def _threshold(strength: Float[np.ndarray, " image"], shows: Bool[np.ndarray, " 
 
 def _rate(
     hits: Bool[np.ndarray, " image"], of: Bool[np.ndarray, " image"], draws: Int[np.ndarray, "sample image"]
-) -> _Estimate:
+) -> Estimate:
     """Hits per image that they are of; 0 where there is none."""
-    return _Estimate(float(hits.sum() / max(of.sum(), 1)), draws @ hits / np.maximum(draws @ of, 1))
+    return Estimate(float(hits.sum() / max(of.sum(), 1)), draws @ hits / np.maximum(draws @ of, 1))
 
 
-def _mean(estimates: Sequence[Mapping[str, _Estimate]]) -> dict[str, _Estimate]:
+def mean_of(estimates: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:
     """By name, the mean over values; a bootstrap sample that cannot tell some of them tells the mean of the others."""
     means = {}
     for name in estimates[0]:
         samples = np.stack([each[name].samples for each in estimates])
         told = np.maximum((~np.isnan(samples)).sum(axis=0), 1)
         mean = np.where(np.isnan(samples).all(axis=0), np.nan, np.nansum(samples, axis=0) / told)
-        means[name] = _Estimate(float(np.mean([each[name].value for each in estimates])), mean)
+        means[name] = Estimate(float(np.mean([each[name].value for each in estimates])), mean)
     return means
 
 
 def _rows(
     hookpoint: str,
     question: Question,
-    choices: Sequence[_Choice],
-    estimates: Sequence[Mapping[str, _Estimate]],
+    choices: Sequence[Choice],
+    estimates: Sequence[Mapping[str, Estimate]],
     held_out: Bool[np.ndarray, " image"],
 ) -> list[Row]:
     """A row for each value of a factor, and their mean."""
@@ -314,12 +316,12 @@ def _rows(
     return [*rows, _mean_row(hookpoint, question.factor, estimates) | {"images": n, "with it": "–"}]
 
 
-def _mean_row(hookpoint: str, factor: str, estimates: Sequence[Mapping[str, _Estimate]]) -> Row:
+def _mean_row(hookpoint: str, factor: str, estimates: Sequence[Mapping[str, Estimate]]) -> Row:
     blank = dict.fromkeys(("latent", "from", "tells by"), "–")
-    return {"hookpoint": hookpoint, "factor": factor, "value": "mean"} | blank | _cells(_mean(estimates))
+    return {"hookpoint": hookpoint, "factor": factor, "value": "mean"} | blank | _cells(mean_of(estimates))
 
 
-def _cells(estimates: Mapping[str, _Estimate]) -> Row:
+def _cells(estimates: Mapping[str, Estimate]) -> Row:
     row: Row = {}
     for name, (value, samples) in estimates.items():
         low, high = np.nanquantile(samples, [0.025, 0.975]).tolist()

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.artifacts import Store, counted, human_bytes, slug, whole_number
 from sdxl_sae_kit.configs import SAEConfig, Site
+from sdxl_sae_kit.devices import choose_device
 from sdxl_sae_kit.errors import KitError
-from sdxl_sae_kit.pipelines import choose_device
 from sdxl_sae_kit.plots import LiveFigure, training_curves
 from sdxl_sae_kit.processes import find_processes
 from sdxl_sae_kit.runs import SAE_FILE, Precision, Run, Setting

@@ -1,0 +1,412 @@
+"""Generalisation: every formula has an oracle, the same cache gives the same codes, and a kill costs nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from caches import made_up_recipe, made_up_updates
+from made_saes import random_sae
+from reading_html import read_safely
+
+from sdxl_sae_kit import SAE, Site, evaluate, metrics
+from sdxl_sae_kit.artifacts import Store
+from sdxl_sae_kit.cache import ActivationCache
+from sdxl_sae_kit.configs import SAEConfig
+from sdxl_sae_kit.errors import ArtifactError, HookpointError, KitError
+from sdxl_sae_kit.layout import Layout
+from sdxl_sae_kit.prompts import Prompts, load_prompts
+from sdxl_sae_kit.sae import FIRES
+from sdxl_sae_kit.shards import ShardWriter
+from sdxl_sae_kit.studies import generalization
+from sdxl_sae_kit.studies.densities import lost
+from sdxl_sae_kit.studies.fidelity import METRICS
+from sdxl_sae_kit.studies.generalization import generalize
+from sdxl_sae_kit.studies.generalized import Generalization
+from sdxl_sae_kit.studies.splicing import Splicing
+
+D_IN, GRID = 6, [2, 3]
+HOOKPOINTS = {"mid.0": [*GRID, D_IN], "up.0.1": [*GRID, D_IN]}
+NASTY = "<script>alert(1)</script>"
+
+
+def cache_of(folder, prompts: Prompts, updates=None, seed=0, **settings) -> ActivationCache:
+    """A cache of these prompts, with updates made up or given by hookpoint."""
+    recipe = made_up_recipe(
+        len(prompts), **{"hookpoints": HOOKPOINTS, "prompts": prompts.digest, "dtype": "float32", **settings}
+    )
+    updates = updates or made_up_updates(recipe, seed)
+    writer = ShardWriter(Store.at(folder).artifact("activations", "made-up", recipe), prompts)
+    with writer.artifact.lock():
+        writer.prepare()
+        layout = Layout.of(recipe)
+        for shard in writer.missing():
+            images = range(shard.first_image, shard.stop)
+            kept = {h: layout.keep(h, images, each[images.start : images.stop]) for h, each in updates.items()}
+            writer.write(shard, [(kept, ())])
+        return ActivationCache(writer.finish({}))
+
+
+def saes_at(model="m", revision="r", hookpoints=tuple(HOOKPOINTS), seed=0):
+    found = [random_sae(seed + at, D_IN).requires_grad_(False) for at in range(len(hookpoints))]
+    for sae, hookpoint in zip(found, hookpoints, strict=True):
+        sae.site = Site(model, revision, hookpoint, 1, 0.0)
+    return found
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """World scenes of which one factor is known, one of them with two seeds."""
+    made = load_prompts("world", 200)
+    twice = np.flatnonzero(made.held_out)[-2:].tolist()
+    order = [twice[0] if image == twice[1] else image for image in range(len(made))]
+    same = told(made, "background").take(order)
+    return Prompts(same.texts, made.seeds, same.factors)
+
+
+def told(prompts: Prompts, *names: str) -> Prompts:
+    """The same with these factors alone, which keeps the tests quick."""
+    return Prompts(prompts.texts, prompts.seeds, tuple({n: f[n] for n in names} for f in prompts.factors))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, prompts):
+    return cache_of(tmp_path_factory.mktemp("source"), prompts)
+
+
+GUIDED = {"num_inference_steps": 3, "steps": [0, 1, 2], "guidance_scale": 3.0, "halves": ["uncond", "cond"]}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory, prompts):
+    """Another model's: 3 steps, guided, of the later two thirds of the prompts."""
+    return cache_of(tmp_path_factory.mktemp("target"), prompts[60:], seed=1, model=f"other {NASTY}", **GUIDED)
+
+
+@pytest.fixture(scope="module")
+def saes():
+    return saes_at()
+
+
+@pytest.fixture(scope="module")
+def own(target):
+    return saes_at(target.recipe["model"], hookpoints=("mid.0",), seed=7)
+
+
+@pytest.fixture(scope="module")
+def result(saes, source, target, own, tmp_path_factory) -> Generalization:
+    return generalize(saes, source, target, own=own, store=tmp_path_factory.mktemp("studies"))
+
+
+def found(rows, **keys):
+    """The only row that has these."""
+    (row,) = (row for row in rows if all(row[name] == value for name, value in keys.items()))
+    return row
+
+
+def pca(tokens, k):
+    mean = tokens.mean(0)
+    axes = torch.linalg.svd(tokens - mean, full_matrices=False)[2][:k]
+    return lambda x: (x - mean) @ axes.T @ axes + mean
+
+
+@pytest.mark.parametrize("who", ["SAE", "trained here", "untrained", "PCA of the source", "PCA of the target"])
+@pytest.mark.parametrize(("step", "half"), [(0, "cond"), (2, "uncond")])
+def test_reconstruction_is_that_of_the_formulas(result, saes, own, source, target, who, step, half):
+    training = [each.read("mid.0", each.images("train")).flatten(0, 2) for each in (source, target)]
+    make = {
+        "SAE": saes[0], "trained here": own[0], "untrained": saes[0].untrained(),
+        "PCA of the source": pca(training[0], 3), "PCA of the target": pca(training[1], 3),
+    }[who]  # fmt: skip
+    x = target.read("mid.0", target.images("held_out"))[:, target.row(step, half)].flatten(0, 1)
+    x_hat = make(x)
+    row = found(result.rows(), **{"hookpoint": "mid.0", "updates of": "target", "step": step, "half": half, "who": who})
+    expected = {
+        "explained variance": metrics.explained_variance(x, x_hat),
+        "explained variance per channel": metrics.explained_variance_per_channel(x, x_hat),
+        "relative error": float(((x - x_hat).norm(dim=1) / x.norm(dim=1)).mean()),
+        "relative norm": float((x_hat.norm(dim=1) / x.norm(dim=1)).mean()),
+    }
+    if isinstance(make, SAE):
+        z = make.encode(x)
+        expected |= {"L0": float((z > FIRES).sum(1).float().mean())}
+        assert row["dead share"] == pytest.approx(float((z <= FIRES).all(0).float().mean()))
+    else:
+        expected |= {"L0": 3.0}
+        assert np.isnan(row["dead share"])
+    for name, value in expected.items():
+        assert row[name] == pytest.approx(value, abs=1e-5), name
+        if "PCA" not in who or name != "L0":
+            assert row[f"{name} interval"][0] <= row[name] <= row[f"{name} interval"][1]
+    assert (row["tokens"], row["images"]) == (len(x), len(target.images("held_out")))
+    assert row["prompts"] == len({target.prompts.texts[i] for i in target.images("held_out")})
+
+
+def similarities(one, other):
+    """Cosine and IoU of codes, token by token in plain Python."""
+    pairs = []
+    for z, w in zip(one.flatten(0, -2), other.flatten(0, -2), strict=True):
+        a, b = (set(torch.nonzero(code > FIRES).flatten().tolist()) for code in (z, w))
+        norms = float(z.norm() * w.norm())
+        pairs.append((float(z @ w) / norms if norms else 0.0, len(a & b) / max(len(a | b), 1)))
+    return np.mean(pairs, axis=0)
+
+
+def test_codes_are_compared_token_by_token(result, saes, source, target):
+    held_out = target.images("held_out")
+    rows = [row for row in result.rows() if (row["hookpoint"], row["who"]) == ("mid.0", "SAE")]
+    places = [source.prompts.seeds.index(target.prompts.seeds[i]) for i in held_out]
+    before = saes[0].encode(source.read("mid.0", places)[:, 0])
+    codes = {
+        (s, half): saes[0].encode(target.read("mid.0", held_out)[:, target.row(s, half)])
+        for s in range(3)
+        for half in ("uncond", "cond")
+    }
+    for half in ("uncond", "cond"):
+        row = found(rows, **{"updates of": "target", "step": 2, "half": half})
+        told = [row["cosine of adjacent steps"], row["IoU of adjacent steps"]]
+        np.testing.assert_allclose(told, similarities(codes[2, half], codes[1, half]), atol=1e-5)
+        told = [row["cosine with the source"], row["IoU with the source"]]
+        np.testing.assert_allclose(told, similarities(codes[2, half], before), atol=1e-5)
+    first = found(rows, **{"updates of": "target", "step": 0, "half": "cond"})
+    assert np.isnan(first["cosine of adjacent steps"]) and np.isnan(first["cosine of adjacent steps interval"]).all()
+
+
+def test_the_same_cache_gives_the_same(saes, source, tmp_path):
+    same = generalize(saes, source, source, store=tmp_path)
+    for sae in saes:
+        expected = evaluate(sae, source)
+        for place in ("source", "target"):
+            row = found(same.rows(), **{"hookpoint": sae.hookpoint, "updates of": place, "who": "SAE"})
+            for name in ("explained variance", "explained variance per channel", "L0", "dead share", "relative norm"):
+                assert row[name] == pytest.approx(expected[name.lower().replace(" ", "_")], rel=1e-5)
+        interval = expected["explained_variance_interval"]  # of images, two of which have one prompt
+        np.testing.assert_allclose(row["explained variance interval"], interval, rtol=0.03)
+        assert row["cosine with the source"] == pytest.approx(1, abs=1e-5)
+        assert row["IoU with the source"] == 1
+        before, after = (
+            found(same.labels(), **{"hookpoint": sae.hookpoint, "updates of": p, "group": "all", "who": "SAE"})
+            for p in ("source", "target")
+        )
+        assert (before["AUC"], before["AUC interval"]) == (after["AUC"], after["AUC interval"])
+    assert same.vanished() == same.appeared() == []
+    assert all(row["vanished"] == row["appeared"] == 0 for row in same.turnover())
+
+
+def test_the_summary_pairs_prompts(result, saes, target):
+    x = target.read("mid.0", target.images("held_out"))
+    row = found(result.summary(), hookpoint="mid.0", half="cond", who="untrained")
+    error, total = {}, 0.0
+    for who, sae in (("SAE", saes[0]), ("untrained", saes[0].untrained())):
+        parts = [x[:, target.row(step, "cond")].flatten(0, 1) for step in range(3)]
+        error[who] = sum(float((part - sae(part)).square().sum()) for part in parts)
+        total = sum(float((part - part.mean(0)).square().sum()) for part in parts)
+    assert row["explained variance"] == pytest.approx(1 - error["untrained"] / total, abs=1e-4)
+    assert row["SAE − this"] == pytest.approx((error["untrained"] - error["SAE"]) / total, abs=1e-4)
+    assert row["SAE − this interval"][0] < row["SAE − this"] < row["SAE − this interval"][1]
+    assert found(result.summary(), hookpoint="mid.0", half="cond", who="SAE")["SAE − this interval"] == (0, 0)
+
+
+def test_many_intervals_are_those_of_each():
+    values = np.random.default_rng(3).gamma(2, size=(40, 3, 2))
+    together = metrics.bootstrap_intervals(values, lambda m: m[..., 0] / m[..., 1])
+    for at in range(3):
+        alone = metrics.bootstrap_interval(values[:, at], lambda m: m[..., 0] / m[..., 1])
+        np.testing.assert_allclose(together[:, at], alone, rtol=1e-9)
+    assert np.isnan(metrics.bootstrap_intervals(values[:1])).all()
+
+
+# What chosen latents tell -------------------------------------------------------------------------------------------
+
+
+def channel_sae(hookpoint="mid.0"):
+    """Latent i is channel i where that is positive."""
+    sae = SAE(SAEConfig(k=D_IN, expansion=1), D_IN, Site("m", "r", hookpoint, 1, 0.0), "channels")
+    sae.requires_grad_(False)
+    sae.W_enc.copy_(torch.eye(D_IN))
+    sae.W_dec.copy_(torch.eye(D_IN))
+    return sae
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """Channel 2 is on where an object is a circle, 4 where the background is black; in the target later, and faintly.
+
+    Channel 5 fires in the source alone, channel 1 in the target alone. Returns prompts, source, target, result.
+    """
+    prompts = told(load_prompts("world", 320), "shape", "background")
+    circle = np.array([f["shape"] == "circle" for f in prompts.factors])
+    black = np.array([f["background"] == "black" for f in prompts.factors])
+    rng = np.random.default_rng(0)
+    shape = {"mid.0": [*GRID, D_IN]}
+
+    def updates(rows):
+        x = -rng.random((len(prompts), rows, 6, D_IN)).astype(np.float32) - 0.1
+        for row in range(rows):
+            x[:, row, 3, 2] = circle * (5 if rows == 1 else (0, 1, 2, 4)[row]) + rng.random(len(prompts)) * 0.01
+            x[:, row, 1, 4] = black * (5 if rows == 1 else (4, 3, 2, 0)[row]) + rng.random(len(prompts)) * 0.01
+        x[..., 0, 5 if rows == 1 else 1] = 3
+        return {"mid.0": x}
+
+    folder = tmp_path_factory.mktemp("planted")
+    source = cache_of(folder, prompts, updates(1), hookpoints=shape)
+    four = {"num_inference_steps": 4, "steps": [0, 1, 2, 3]}
+    target = cache_of(folder, prompts, updates(4), hookpoints=shape, **four)
+    return prompts, source, target, generalize(channel_sae(), source, target, store=folder)
+
+
+def test_labels_hold_where_the_planted_latent_fires(planted):
+    prompts, _, _, study = planted
+    chosen = found(study.chosen(), factor="background", value="black")
+    assert (chosen["latent"], chosen["tells by"], chosen["AUC there"]) == (4, "firing", 1)
+    assert found(study.chosen(), factor="shape", value="circle")["latent"] == 2
+    told = {row["step"]: row for row in study.trajectories() if (row["role"], row["who"]) == ("content", "SAE")}
+    assert told[0]["AUC"] < told[1]["AUC"] <= 1
+    for row in study.labels():
+        assert row["AUC interval"][0] <= row["AUC"] <= row["AUC interval"][1]
+        assert row["images"] == int(prompts.held_out.sum())
+    assert {row["updates of"] for row in study.labels()} == {"source", "target"}
+
+
+def test_content_rises_after_what_is_there_from_the_start(planted):
+    *_, study = planted
+    rows = [row for row in study.trajectories() if row["who"] == "SAE"]
+    content, style = ([row for row in rows if row["role"] == role] for role in ("content", "style"))
+    assert content[0]["rises at"] == 1 == content[0]["rises at interval"][0]
+    assert style[0]["rises at"] == 0
+    assert max(row["strength"] for row in content) <= 1
+    figure = study.plot_trajectories("mid.0")
+    assert "content" in figure.layout.meta["alt"] and len(figure.data) == len({r["role"] for r in study.trajectories()})
+
+
+def test_latents_that_fire_in_one_place_alone_vanish_or_appear(planted):
+    *_, study = planted
+    assert [row["latent"] for row in study.vanished()] == [5]
+    assert [row["latent"] for row in study.appeared()] == [1]
+    (row,) = study.vanished()
+    assert row["density in the source"] == pytest.approx(1 / 6) and row["ratio"] == 0 == row["density in the target"]
+    shares = found(study.turnover(), who="SAE")
+    assert shares["vanished"] == 1 / shares["live in the source"]
+
+
+def test_density_is_compared_at_the_densest_row():
+    """What fires at one of many steps is not lost, and what hangs on a single prompt is not surely so."""
+    here, there = np.full((8, 1, 3), 80), np.zeros((8, 5, 3), int)
+    there[:, 3, 0] = 80
+    here[:, 0, 1], here[0, 0, 1], there[1, 3, 1] = 1, 100, 10
+    rows = lost(here, there, np.full(8, 200))
+    assert [row["latent"] for row in rows] == [2]
+    assert rows[0]["prompts"] == 8 and rows[0]["density here"] == pytest.approx(0.4)
+
+
+def test_a_trajectory_is_the_mean_of_z(planted):
+    _, _, target, study = planted
+    x = target.read("mid.0", target.images("held_out"))
+    rows = study.trajectory("mid.0", [2, 4])
+    for row in rows:
+        z = x[:, row["step"], :, row["latent"]].relu()
+        assert row["mean activation"] == pytest.approx(float(z.mean()), rel=1e-5)
+        assert row["mean activation interval"][0] <= row["mean activation"] <= row["mean activation interval"][1]
+    assert len(rows) == 8
+
+
+# What it says, keeps and refuses ------------------------------------------------------------------------------------
+
+
+def test_it_says_what_it_found_and_escapes(result):
+    read_safely(result._repr_html_())
+    assert NASTY not in result._repr_html_()
+    text = result.sentence()
+    for word in ("used unchanged on", "untrained", "PCA of the source", "bootstrap", "vanish"):
+        assert word in text
+    alt = result.plot().layout.meta["alt"]
+    last = {"updates of": "target", "step": 2, "half": "cond", "who": "SAE"}
+    row = found(result.rows(), hookpoint="mid.0", **last)
+    assert f"{row['explained variance']:.3g}" in alt and "uncond" not in alt and "dashed" in alt
+    np.testing.assert_equal(Generalization.open(result.artifact.folder).rows(), result.rows())
+    with pytest.raises(ArtifactError, match="is a study of generalization, not of splicing"):
+        Splicing.open(result.artifact.folder)
+
+
+def test_what_was_killed_goes_on_and_ends_the_same(saes, source, target, own, result, tmp_path, monkeypatch):
+    measure, calls = generalization._measure, []
+
+    def dying(sae, *rest):
+        calls.append(sae.hookpoint)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(sae, *rest)
+
+    monkeypatch.setattr(generalization, "_measure", dying)
+    with pytest.raises(KeyboardInterrupt):
+        generalize(saes, source, target, own=own, store=tmp_path)
+    again = generalize(saes, source, target, own=own, store=tmp_path)
+    assert calls == ["mid.0", "up.0.1", "up.0.1"]
+    np.testing.assert_equal(again.rows(), result.rows())
+    np.testing.assert_equal([again.labels(), again.trajectories()], [result.labels(), result.trajectories()])
+    assert generalize(saes, source, target, own=own, store=tmp_path).rows() and len(calls) == 3
+
+
+def test_prompts_that_are_not_shared_or_without_factors_are_left_out_with_a_sentence(saes, source, tmp_path):
+    texts = load_prompts([f"prompt {i}" for i in range(30)])
+    apart = generalize(saes, source, cache_of(tmp_path, texts, seed=2), store=tmp_path)
+    assert apart.labels() == apart.trajectories() == apart.turnover() == apart.vanished() == []
+    assert "no image of the source's prompts and seeds" in apart.sentence()
+    assert "Labels are left out" in apart.sentence()
+    assert all(np.isnan(row["cosine with the source"]) for row in apart.rows())
+    with pytest.raises(KitError, match="no labels to follow"):
+        apart.plot_trajectories()
+    read_safely(apart._repr_html_())
+
+
+def test_another_grid_is_not_compared_token_by_token(saes, source, prompts, tmp_path):
+    larger = {"mid.0": [4, 6, D_IN], "up.0.1": [4, 6, D_IN]}
+    study = generalize(saes, source, cache_of(tmp_path, prompts, hookpoints=larger), store=tmp_path)
+    assert "Grids differ at mid.0, up.0.1" in study.sentence()
+    assert study.labels() and not study.turnover()
+
+
+def test_misfits_are_refused(saes, source, target, prompts, tmp_path):
+    with pytest.raises(ArtifactError, match="saes= belong to the source cache, own= to the target"):
+        generalize(saes_at("another"), source, target, store=tmp_path)
+    with pytest.raises(ArtifactError, match="own= to the target"):
+        generalize(saes, source, target, own=saes, store=tmp_path)
+    with pytest.raises(HookpointError, match="has no updates of 'up.0.0'"):
+        generalize(saes_at(hookpoints=("up.0.0",)), source, target, store=tmp_path)
+    wide = cache_of(tmp_path, prompts, hookpoints={h: [*GRID, 8] for h in HOOKPOINTS})
+    with pytest.raises(KitError, match="reads tokens of 6 numbers, but those of mid.0"):
+        generalize(saes, source, wide, store=tmp_path)
+    some = cache_of(tmp_path, prompts, tokens_per_image=2)
+    with pytest.raises(KitError, match="keeps 2 tokens"):
+        generalize(saes, source, some, store=tmp_path)
+    trained = prompts.take(np.flatnonzero(~prompts.held_out).tolist())
+    with pytest.raises(KitError, match="has no held-out images"):
+        generalize(saes, source, cache_of(tmp_path, trained), store=tmp_path)
+    with pytest.raises(KitError, match=r"own= has an SAE of up.0.1"):
+        generalize(saes[0], source, source, own=saes, store=tmp_path)
+
+
+def test_wrong_latents_and_hookpoints_are_refused(planted):
+    *_, study = planted
+    with pytest.raises(KitError, match="Did you mean 'mid.0'"):
+        study.trajectory("mid.1", [0])
+    with pytest.raises(KitError, match="latents 0 to 5, not 6"):
+        study.trajectory("mid.0", [6])
+
+
+def test_a_real_model_at_more_steps(pipe, small_cache, small_saes, store):
+    """tiny-turbo at 2 steps: the first step's codes are alike, and the metrics are all there."""
+    from sdxl_sae_kit import collect
+
+    held_out, train = (small_cache.images(split)[:n].tolist() for split, n in (("held_out", 12), ("train", 4)))
+    two = collect(
+        pipe, small_cache.prompts.take(held_out + train), small_cache.hookpoints, num_inference_steps=2, store=store
+    )
+    study = generalize({h: small_saes[h, "k8"] for h in small_cache.hookpoints}, small_cache, two, store=store)
+    for hookpoint in small_cache.hookpoints:
+        first, second = (
+            found(study.rows(), **{"hookpoint": hookpoint, "updates of": "target", "step": step, "who": "SAE"})
+            for step in (0, 1)
+        )
+        assert first["cosine with the source"] > 0.95 > second["cosine with the source"]
+        assert all(np.isfinite(second[metric]) for metric in METRICS)
