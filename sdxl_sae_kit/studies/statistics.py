@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import binomtest, rankdata
 
 _EXACT, _FLIPS, _ROWS = 13, 10_000, 2_000
 
@@ -81,3 +82,10 @@ def rank_correlation(one: Sequence[float], other: Float[np.ndarray, "n"]) -> flo
     a, b = (rankdata(values) - (len(values) + 1) / 2 for values in (np.asarray(one), other))
     scale = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / scale if scale else 0.0
+
+
+def share(hits: Sequence[bool] | NDArray[np.bool_]) -> dict[str, Any]:
+    """The share that are true, with Wilson's 95 % interval, which is not of width 0 where all are or none is."""
+    test = binomtest(int(np.sum(hits)), len(hits))
+    low, high = test.proportion_ci(method="wilson")
+    return {"share": float(np.mean(hits)), "share interval": (float(low), float(high))}
