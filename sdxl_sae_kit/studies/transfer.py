@@ -170,7 +170,8 @@ def _expect_another_model() -> None:
     warnings.filterwarnings("ignore", message=".*its features may mean something else here")
 
 
-def _read_windows(asked: str, windows: Any) -> dict[str, list[float]]:
+def _read_windows(asked: str, windows: Any) -> list[list[Any]]:
+    """As a list, whose order a recipe keeps."""
     if not isinstance(windows, Mapping) or ALL in windows or not all(isinstance(name, str) for name in windows):
         raise KitError(
             f"{asked}: windows are named fractions of all steps, such as {{'early': (0.0, 0.5)}}, and {ALL!r} is "
@@ -183,13 +184,13 @@ def _read_windows(asked: str, windows: Any) -> dict[str, list[float]]:
             raise KitError(
                 f"{asked}: window {name!r} is two fractions, 0 ≤ start < end ≤ 1, such as (0.0, 0.5), not {ends!r}."
             ) from None
-    return {name: [float(end) for end in ends] for name, ends in windows.items()}
+    return [[name, *map(float, ends)] for name, ends in windows.items()]
 
 
-def windows_of(windows: Mapping[str, Sequence[float]], n_steps: int) -> dict[str, tuple[float, float] | None]:
-    """All steps (None), and the windows that hold some of the steps but not all."""
-    held = {name: sum(start <= i / n_steps < end for i in range(n_steps)) for name, (start, end) in windows.items()}
-    return {ALL: None} | {name: (start, end) for name, (start, end) in windows.items() if 0 < held[name] < n_steps}
+def windows_of(windows: Sequence[Sequence[Any]], n_steps: int) -> dict[str, tuple[float, float] | None]:
+    """All steps (None), and of these (name, start, end) the windows that hold some of the steps but not all."""
+    held = {name: sum(start <= i / n_steps < end for i in range(n_steps)) for name, start, end in windows}
+    return {ALL: None} | {name: (start, end) for name, start, end in windows if 0 < held[name] < n_steps}
 
 
 # The work -------------------------------------------------------------------------------------------------------------

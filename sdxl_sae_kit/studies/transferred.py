@@ -158,13 +158,13 @@ class Transfer:
         against = "do better than" if other["feature − it interval"][0] > 0 else "do not stand apart from"
         return (
             f"{len(self.edits)} edits found on {self.setting('source')} move the log-odds of their label's value as "
-            f"expected on {found} of {self.n_prompts} held-out prompts there (along a random direction {by_chance}). On "
-            f"{self.setting('target')}: {told}. So over all steps they {stands} random directions there, and {against} "
-            f"another feature's ({written(other, 'success', share=True)}). The mean change of log-odds there is "
-            f"{written(own, 'log-odds')} nats, along random directions {written(random, 'log-odds')}; the answer itself "
-            f"follows on {own['answer follows']:.1%}, against {random['answer follows']:.1%}; the {measure} distance "
-            f"from the picture as it is is {written(own, measure)}, against {written(random, measure)}. In brackets "
-            "95 % intervals over prompts; they hold for these edits."
+            f"expected on {found} of {self.n_prompts} held-out prompts there (along a random direction {by_chance}). "
+            f"On {self.setting('target')}: {told}. So over all steps they {stands} random directions there, and "
+            f"{against} another feature's ({written(other, 'success', share=True)}). The mean change of log-odds there "
+            f"is {written(own, 'log-odds')} nats, along random directions {written(random, 'log-odds')}; the answer "
+            f"itself follows on {own['answer follows']:.1%}, against {random['answer follows']:.1%}; the {measure} "
+            f"distance from the picture as it is is {written(own, measure)}, against {written(random, measure)}. In "
+            "brackets 95 % intervals over prompts; they hold for these edits."
         )
 
     def _compared(self, by: Mapping[tuple[str, str, str], Mapping[str, Any]], window: str) -> str:
