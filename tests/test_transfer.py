@@ -28,7 +28,6 @@ from sdxl_sae_kit.studies.transfer import THIRDS, Change, draw_changes, transfer
 from sdxl_sae_kit.studies.transferred import ALL, CONDITIONS, FILE, Transfer
 from sdxl_sae_kit.tiny.world import FACTORS
 
-FEW = {"n": 1, "prompts": 3, "trials": 3, "batch_size": 40}
 SETTINGS = {"num_inference_steps": 4, "guidance_scale": 0.0, "height": 64, "width": 64}
 
 
@@ -60,7 +59,7 @@ def two_backgrounds(pipe, store) -> ActivationCache:
 
 @pytest.fixture(scope="module")
 def planted(two_backgrounds) -> SAE:
-    """Latent 0 fires on white backgrounds and writes what tells them from black ones; latent 1 is noise."""
+    """Latent 0 fires on white backgrounds and writes what tells them from black ones; latent 1 does the reverse."""
     x = two_backgrounds.read("up.1.1", np.arange(two_backgrounds.n_images))[:, 0].float()  # (image, token, d_in)
     white = torch.tensor([factors["background"] == "white" for factors in two_backgrounds.prompts.factors])
     apart, spread = x[white].mean((0, 1)) - x[~white].mean((0, 1)), torch.cov(x.flatten(0, 1).T)
@@ -68,25 +67,29 @@ def planted(two_backgrounds) -> SAE:
     sae = SAE(SAEConfig(k=2, expansion=1), x.shape[-1], two_backgrounds.site("up.1.1"), "planted").requires_grad_(False)
     for parameter, value in ((sae.W_enc, 0.0), (sae.b_enc, -1e3), (sae.b_dec, 0.0)):
         parameter.fill_(value)
-    sae.W_enc[:, 0], sae.W_dec[0], sae.mean_activation[0] = reads, apart / apart.norm(), apart.norm()
-    sae.b_enc[0] = -float((x @ reads).amax(1)[~white].max())
-    sae.W_enc[0, 1], sae.b_enc[1], sae.mean_activation[1] = 1.0, 0.0, 1.0
+    for latent, (sign, others) in enumerate(((1, ~white), (-1, white))):
+        sae.W_enc[:, latent], sae.W_dec[latent] = sign * reads, sign * apart / apart.norm()
+        sae.b_enc[latent], sae.mean_activation[latent] = -(x[others] @ (sign * reads)).max(), apart.norm()
     return sae.eval()
 
 
-def test_a_planted_edit_is_found_and_its_success_is_1_here_and_there(pipe, two_backgrounds, planted, store) -> None:
-    study = transfer_edits(pipe, planted, two_backgrounds, pipe, num_inference_steps=4, **FEW, store=store)
-    (edit,) = study.edits
-    assert (edit.labelled.latent, edit.label) == (0, "background: white")
+def test_planted_edits_are_found_and_their_success_is_1_here_and_there(pipe, two_backgrounds, planted, store) -> None:
+    few = {"n": 2, "prompts": 2, "trials": 3}
+    study = transfer_edits(pipe, planted, two_backgrounds, pipe, num_inference_steps=4, **few, store=store)
+    assert {(edit.labelled.latent, edit.label) for edit in study.edits} == {
+        (0, "background: white"),
+        (1, "background: black"),
+    }
     held_out = {two_backgrounds.prompts.texts[i] for i in two_backgrounds.images("held_out")}
-    assert set(edit.texts) <= held_out and len(edit.texts) == 3
+    texts = [text for edit in study.edits for text in edit.texts]
+    assert set(texts) <= held_out and len(set(texts)) == len(texts) == 4, "each prompt is of one edit alone"
     rows = {(row["place"], row["window"], row["condition"]): row for row in study.rows()}
     assert study.windows("source") == [ALL] and study.windows("target") == [ALL, "early", "middle", "late"]
     for place in ("source", "target"):
         assert rows[place, ALL, "feature"]["success"] == 1
-        assert rows[place, ALL, "feature"]["log-odds"] > 3 * abs(rows[place, ALL, "random direction"]["log-odds"])
+        assert rows[place, ALL, "feature"]["log-odds"] > 2 * abs(rows[place, ALL, "random direction"]["log-odds"])
     assert Transfer.open(study.artifact.folder).rows() == study.rows()
-    assert "tiny-turbo, 4 steps" in study.sentence() and "<img" in study._repr_html_()
+    assert "tiny-turbo, 4 steps" in study.sentence() and study._repr_html_().count("<img") == 2
 
 
 def test_windows_are_those_that_hold_some_steps_but_not_all() -> None:
@@ -112,20 +115,19 @@ def test_each_change_is_what_steer_makes_alone_in_its_steps_and_the_first_is_unt
     assert np.allclose(drawn[:, 0], draw(pipe, prompts, SETTINGS), atol=1e-3)
 
 
-def test_what_a_break_leaves_is_gone_on_with_and_gives_the_same(pipe, small_cache, small_saes, tmp_path) -> None:
-    def study(judge, place, **settings):
-        few = {"n": 2, "prompts": 2, "trials": 2, "windows": {"early": (0.0, 0.5)}} | settings
-        given = {"num_inference_steps": 2, "store": tmp_path / place} | few
-        return transfer_edits(pipe, small_saes["up.0.1", "k8"], small_cache, pipe, judge=judge, **given)
+def test_what_a_break_leaves_is_gone_on_with_and_gives_the_same(pipe, two_backgrounds, planted, tmp_path) -> None:
+    def study(place, calls=100_000, **settings):
+        judge = Breaking(calls)
+        few = {"n": 2, "prompts": 2, "trials": 2, "windows": {"early": (0.0, 0.5)}, "num_inference_steps": 2} | settings
+        found = transfer_edits(pipe, planted, two_backgrounds, pipe, judge=judge, store=tmp_path / place, **few)
+        return found, calls - judge.left
 
-    counted, again = Breaking(100_000), Breaking(100_000)
-    whole = study(counted, "whole")
-    calls = 100_000 - counted.left
-    for left in (5, calls - 5):
+    whole, calls = study("whole")
+    for left in (8, calls - 9):  # while edits are found, and while the second is tried
         with pytest.raises(KeyboardInterrupt):
-            study(Breaking(left), "broken")
-    resumed = study(again, "broken")
-    assert 100_000 - again.left < calls
+            study("broken", left)
+    resumed, again = study("broken")
+    assert again < calls / 2
     for one, other in zip(whole.edits, resumed.edits, strict=True):
         assert replace(one, outcomes={}) == replace(other, outcomes={})
         for place, windows in one.outcomes.items():
@@ -133,11 +135,7 @@ def test_what_a_break_leaves_is_gone_on_with_and_gives_the_same(pipe, small_cach
                 for condition, outcome in conditions.items():
                     same = other.outcomes[place][window][condition]
                     assert np.allclose(outcome["moved"], same["moved"], atol=1e-3)
-    texts = [text for edit in whole.edits for text in edit.texts]
-    assert len(set(texts)) == len(texts), "intervals are over prompts, each of one edit alone"
-    fewer = Breaking(100_000)
-    study(fewer, "whole", num_inference_steps=3, n=1)
-    assert 100_000 - fewer.left < calls / 2, "edits are found once for all targets"
+    assert study("whole", num_inference_steps=3, n=1)[1] < calls / 2, "edits are found once for all targets"
 
 
 def made_up(folder, moved: dict[str, list[list[float]]]) -> Transfer:

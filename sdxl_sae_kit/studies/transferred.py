@@ -97,9 +97,10 @@ class Transfer:
 
         `success` is the share of prompts on which the log-odds of the label's value move as expected by more than 0.01,
         with Wilson's 95 % interval; `feature − it`, in the rows of controls, how much greater that of the feature is on
-        the same prompts; `log-odds` the mean change, in nats; `answer follows` the share on which the likeliest answer
-        comes to be the value or ceases to be; then mean distances from the picture as it is. Intervals other than
-        Wilson's are 95 % bootstrap intervals over prompts. All hold for these edits on other prompts.
+        the same prompts; `log-odds` the mean change as expected, in nats (log-odds are cut at ±69); `answer follows`
+        the share on which the likeliest answer comes to be the value or ceases to be; then mean distances from the
+        picture as it is. Intervals other than Wilson's are 95 % bootstrap intervals over prompts. All hold for these
+        edits on other prompts.
         """
         return self._rows
 
