@@ -264,16 +264,17 @@ class _Trying:
 
     def _choose(self, tried: Mapping[str, Mapping[str, Any]]) -> Iterator[_Chosen]:
         """The best edits, each with held-out prompts of its own."""
-        pool, used, features = self._pool("held_out"), set[int](), set[tuple[int, int]]()
+        pool, texts = self._pool("held_out"), self.cache.prompts.texts
+        used, features = set[str](), set[tuple[int, int]]()
         for labelled, verb, dose in _rank(tried):
             if len(features) == self.recipe["n"]:
                 return
-            free = [i for i in pool.choose(labelled, off=verb == "scale").tolist() if i not in used]
-            images = free[: self.recipe["prompts"]]
-            if (labelled.place, labelled.latent) not in features and len(images) >= _LEAST:
+            free = {texts[i]: i for i in pool.choose(labelled, off=verb == "scale").tolist() if texts[i] not in used}
+            given = list(free)[: self.recipe["prompts"]]
+            if (labelled.place, labelled.latent) not in features and len(given) >= _LEAST:
                 features.add((labelled.place, labelled.latent))
-                used |= set(images)
-                yield _Chosen(labelled, verb, dose, self.cache.prompts.take(images))
+                used |= set(given)
+                yield _Chosen(labelled, verb, dose, self.cache.prompts.take(free[text] for text in given))
 
     def _try(self, place: int, chosen: _Chosen) -> dict[str, Any]:
         """What an edit does at the source and at the target; keeps pictures of its first prompt."""
