@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
 
 from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.errors import KitError
@@ -105,7 +104,7 @@ class Pool:
 @torch.no_grad()
 def measure_strengths(
     sae: SAE, cache: Activations, images: Int[np.ndarray, " image"]
-) -> Float[NDArray[np.float32], "image latent"]:
+) -> Float[np.ndarray, "image latent"]:
     """Every latent's maximum over each image, at the first step (with guidance, in the cond half)."""
     parts, row = cache.parts(sae.hookpoint, images), cache.row(0)
     read = (cache.read(sae.hookpoint, part)[:, row].to(sae.W_enc) for part in parts)
@@ -141,7 +140,7 @@ def gain(
     return (sign * (own[1] - own[0])).tolist(), ((said != up) & (says == up)).tolist()
 
 
-def log_odds(told: Float[np.ndarray, "image answer"], column: int) -> Float[NDArray[np.float64], " image"]:
+def log_odds(told: Float[np.ndarray, "image answer"], column: int) -> Float[np.ndarray, " image"]:
     """ln p / (1 − p) of an answer, 1 − p being the sum of the others: it does not saturate where p rounds to 1."""
     p = np.maximum(told.astype(np.float64), 1e-30)
     return np.asarray(np.log(p[:, column]) - np.log(np.delete(p, column, axis=1).sum(axis=1)))
