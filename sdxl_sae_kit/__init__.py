@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.studies.selectivity import screen as screen
     from sdxl_sae_kit.studies.specialization import specialize as specialize
     from sdxl_sae_kit.studies.splicing import splice as splice
+    from sdxl_sae_kit.studies.transfer import transfer_edits as transfer_edits
     from sdxl_sae_kit.targets import FactorScore as FactorScore
     from sdxl_sae_kit.targets import RegionColour as RegionColour
     from sdxl_sae_kit.tokens import Tokens as Tokens
@@ -114,6 +115,7 @@ _NAMES = {
     "studies.selectivity": ["screen"],
     "studies.specialization": ["specialize"],
     "studies.splicing": ["splice"],
+    "studies.transfer": ["transfer_edits"],
     "targets": ["FactorScore", "RegionColour"],
     "tokens": ["Tokens"],
     "training": ["train"],

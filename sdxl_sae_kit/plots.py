@@ -271,3 +271,27 @@ def _ends(line: Sequence[tuple[float, float, float, float]]) -> str:
     """The first and the last point of a line in numbers."""
     points = [line[0], line[-1]] if len(line) > 1 else list(line)
     return " to ".join(f"{value:.3g} [{low:.3g}, {high:.3g}]" for _, value, low, high in points)
+
+
+def shares_by_group(
+    groups: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float] | None]], *, title: str, y: str
+) -> go.Figure:
+    """Shares 0 to 1, (value, low, high), with their intervals, series side by side in every group; None is left out."""
+    told = "; ".join(
+        f"{group} " + ", ".join(f"{name} {p[0]:.2f} [{p[1]:.2f}, {p[2]:.2f}]" for name, p in there.items() if p)
+        for at, group in enumerate(groups)
+        for there in ({name: points[at] for name, points in series.items()},)
+    )
+    made = figure(f"{title}: {y}, with 95 % intervals. {told}.", title=title, y=y)
+    for at, (name, points) in enumerate(series.items()):
+        there = [place for place, point in enumerate(points) if point]
+        values, low, high = np.array([points[place] for place in there], dtype=float).reshape(-1, 3).T
+        made.add_scatter(
+            x=[place + 0.16 * (at - (len(series) - 1) / 2) for place in there], y=values, name=name,
+            error_y={"type": "data", "symmetric": False, "array": high - values, "arrayminus": values - low},
+            mode="markers", marker={"symbol": at, "size": 8}, hovertext=[groups[place] for place in there],
+            hoverinfo="text+y+name",
+        )  # fmt: skip
+    made.update_xaxes(tickvals=list(range(len(groups))), ticktext=list(groups))
+    made.update_yaxes(range=[-0.02, 1.02])
+    return made

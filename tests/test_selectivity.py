@@ -11,8 +11,9 @@ from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.judges import EmbeddingJudge, WorldJudge
 from sdxl_sae_kit.similarity import WorldEmbed
 from sdxl_sae_kit.studies import selectivity
-from sdxl_sae_kit.studies.selected import CONDITIONS, Labelled, Outcome, Selectivity
-from sdxl_sae_kit.studies.selectivity import compare, log_odds, screen
+from sdxl_sae_kit.studies.labelled import Labelled, log_odds
+from sdxl_sae_kit.studies.selected import CONDITIONS, Outcome, Selectivity
+from sdxl_sae_kit.studies.selectivity import compare, screen
 from sdxl_sae_kit.tiny.world import FACTORS
 
 RED = Labelled(0, 7, "colour", "red", 0.9)

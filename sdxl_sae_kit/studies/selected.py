@@ -9,34 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.maps import selectivity_map
 from sdxl_sae_kit.studies.distances import written
+from sdxl_sae_kit.studies.labelled import NOTHING, Labelled
 from sdxl_sae_kit.studies.lines import Lines, open_study
-from sdxl_sae_kit.studies.statistics import wilson
+from sdxl_sae_kit.studies.statistics import share
 
 FILE = "selectivity.jsonl"
 CONTROLS = ("random direction", "other feature", "untrained SAE")
 CONDITIONS = ("feature", *CONTROLS)
 MOVED, KEPT = 0.7, 0.9
 """A feature passes if at least these shares of prompts move as expected and, in every other factor, stay the same."""
-NOTHING = 0.01
-"""Smaller changes of log-odds are none."""
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """A feature and the value of a factor that it tells best, by its AUC on training images."""
-
-    place: int
-    """Of its SAE among those given."""
-    latent: int
-    factor: str
-    value: str
-    area: float
 
 
 @dataclass(frozen=True)
@@ -173,9 +159,3 @@ class Selectivity:
 
     def __repr__(self) -> str:
         return f"Selectivity of {len(self.features)} features: {self.sentence()}" if self.features else "Selectivity: –"
-
-
-def share(hits: Sequence[bool] | NDArray[np.bool_]) -> dict[str, Any]:
-    """The share that are true, with Wilson's 95 % interval, which is not of width 0 where all are or none is."""
-    value, interval = wilson(int(np.sum(hits)), len(hits))
-    return {"share": value, "share interval": interval}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -123,3 +124,9 @@ def rank_correlation(one: Sequence[float], other: Float[np.ndarray, "n"]) -> flo
     a, b = (rankdata(values) - (len(values) + 1) / 2 for values in (np.asarray(one), other))
     scale = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / scale if scale else 0.0
+
+
+def share(hits: Sequence[bool] | NDArray[np.bool_]) -> dict[str, Any]:
+    """The share that are true, with Wilson's 95 % interval, as a row of a table has it."""
+    value, interval = wilson(int(np.sum(hits)), len(hits))
+    return {"share": value, "share interval": interval}
