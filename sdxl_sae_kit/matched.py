@@ -31,11 +31,11 @@ BEYOND = 0.95
 class Matches:
     """Latents of two SAEs matched one to one, in one basis under one condition."""
 
-    partners: Int[NDArray[np.int64], " latent"]
+    partners: Int[np.ndarray, " latent"]
     """For each latent of the first, the place of its partner among those of the second; −1 if it was left over."""
-    similarities: Float[NDArray[np.float64], " latent"]
+    similarities: Float[np.ndarray, " latent"]
     """With the partner; NaN if it was left over."""
-    best: Mapping[Side, Float[NDArray[np.float64], " latent2"]]
+    best: Mapping[Side, Float[np.ndarray, " latent2"]]
     """Of each latent of either SAE, the similarity with the most similar of the other, however many share that."""
 
     @classmethod
@@ -46,7 +46,7 @@ class Matches:
         return cls(matched, with_partners(similarity, matched), best)
 
     @property
-    def found(self) -> Float[NDArray[np.float64], " match"]:
+    def found(self) -> Float[np.ndarray, " match"]:
         """Similarities of those that have a partner."""
         similarities: NDArray[np.float64] = self.similarities[self.partners >= 0]
         return similarities
@@ -56,7 +56,7 @@ class Matches:
 class Compared:
     """What matching found in one basis."""
 
-    latents: Mapping[Side, Int[NDArray[np.int64], " latent"]]
+    latents: Mapping[Side, Int[np.ndarray, " latent"]]
     """Which of each SAE were compared."""
     conditions: Mapping[str, Matches]
     """`trained`, and the controls `shuffled` and `untrained`."""
@@ -76,7 +76,7 @@ class Compared:
         """Latents without a partner, as one of the SAEs has more to be matched."""
         return abs(len(self.latents["one"]) - len(self.latents["other"]))
 
-    def unmatched(self, side: Side) -> Int[NDArray[np.int64], " latent"]:
+    def unmatched(self, side: Side) -> Int[np.ndarray, " latent"]:
         """Latents whose best similarity is not beyond 95 % of those in the shuffled control."""
         bound = np.quantile(self.conditions["shuffled"].best[side], BEYOND)
         alone: NDArray[np.int64] = self.latents[side][self.conditions["trained"].best[side] <= bound]
@@ -146,7 +146,7 @@ class Matching:
         share = float(same.mean()) if len(same) else float("nan")
         return {"share": share, "share interval": bootstrap_interval(same), "chance": by_chance, "latents": len(shared)}
 
-    def unmatched(self, side: Side) -> Int[NDArray[np.int64], " latent"]:
+    def unmatched(self, side: Side) -> Int[np.ndarray, " latent"]:
         """Latents of one of the SAEs without a counterpart in the other: what vanished ("one") or appeared ("other").
 
         In every basis that was compared, the best similarity, one to one or not, is not beyond what 95 % of the latents

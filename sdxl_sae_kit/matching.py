@@ -213,7 +213,7 @@ def _by_codes(
     return _compared(latents, similarities)
 
 
-def correlations(one: csr_array, other: csr_array) -> Float[NDArray[np.float64], "latent latent2"]:
+def correlations(one: csr_array, other: csr_array) -> Float[np.ndarray, "latent latent2"]:
     """Pearson correlation of every column of `one` with every column of `other`, 0 where one of them is constant.
 
     Σxy − n · x̄ · ȳ over the roots of Σx² − n · x̄² and Σy² − n · ȳ²: only the first is a product, of sparse matrices.

@@ -59,7 +59,7 @@ def participation_ratio(x: Float[Tensor, "token d_in"]) -> float:
     return _ratio(covariance.trace().square(), covariance.square().sum())  # Σλ² is the squared Frobenius norm
 
 
-def variance_spectrum(x: Float[Tensor, "token d_in"]) -> Float[NDArray[np.float64], "d_in"]:
+def variance_spectrum(x: Float[Tensor, "token d_in"]) -> Float[np.ndarray, "d_in"]:
     """λ / Σλ of the eigenvalues λ of the tokens' covariance, largest first: the share of variance in each direction."""
     centred = x.detach().double() - x.detach().double().mean(0)
     eigenvalues = torch.linalg.eigvalsh(centred.T @ centred).flip(0).clamp_min(0)
@@ -80,15 +80,13 @@ def constant_share(x: Float[Tensor, "image token d_in"]) -> float:
     return _ratio((means - means.mean(0)).square().sum() * x.shape[1], (x - means.mean(0)).square().sum())
 
 
-def cosines(
-    one: Float[Tensor, "row d_in"], other: Float[Tensor, "row2 d_in"]
-) -> Float[NDArray[np.float64], "row row2"]:
+def cosines(one: Float[Tensor, "row d_in"], other: Float[Tensor, "row2 d_in"]) -> Float[np.ndarray, "row row2"]:
     """Cosine of every row of `one` with every row of `other`; 0 with a row of zeros."""
     a, b = (torch.nn.functional.normalize(rows.detach().cpu().double(), dim=1) for rows in (one, other))
     return np.asarray(a @ b.T)
 
 
-def partners(similarity: Float[np.ndarray, "row row2"]) -> Int[NDArray[np.int64], " row"]:
+def partners(similarity: Float[np.ndarray, "row row2"]) -> Int[np.ndarray, " row"]:
     """The column that each row is matched with, no column twice, so that the sum of similarities is the greatest.
 
     The assignment problem (Hungarian method), solved by SciPy's variant of Jonker–Volgenant: about 4 seconds on one
@@ -103,7 +101,7 @@ def partners(similarity: Float[np.ndarray, "row row2"]) -> Int[NDArray[np.int64]
 
 def with_partners(
     similarity: Float[np.ndarray, "row row2"], matched: Int[np.ndarray, " row"]
-) -> Float[NDArray[np.float64], " row"]:
+) -> Float[np.ndarray, " row"]:
     """The similarity of each row with its partner, as `partners` gave it; NaN where it has none."""
     there = matched >= 0
     values: NDArray[np.float64] = np.full(len(matched), np.nan)
@@ -111,9 +109,7 @@ def with_partners(
     return values
 
 
-def matched_cosine(
-    one: Float[Tensor, "row d_in"], other: Float[Tensor, "row2 d_in"]
-) -> Float[NDArray[np.float64], " row"]:
+def matched_cosine(one: Float[Tensor, "row d_in"], other: Float[Tensor, "row2 d_in"]) -> Float[np.ndarray, " row"]:
     """Cosine of every row of `one` with its partner in `other`, each row taken at most once (see `partners`).
 
     Signs count: a row and its opposite are no match. NaN for the rows left over where `other` has fewer.

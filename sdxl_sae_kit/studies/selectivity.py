@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit.activations import Activations
@@ -186,7 +185,7 @@ class _Screening:
                 yield from (each for each in found[: self.recipe["per_value"]] if each.area >= _LEAST_AREA)
 
     @torch.no_grad()
-    def measure(self, sae: SAE, images: Int[np.ndarray, " image"]) -> Float[NDArray[np.float32], "image latent"]:
+    def measure(self, sae: SAE, images: Int[np.ndarray, " image"]) -> Float[np.ndarray, "image latent"]:
         """Every latent's maximum over each image."""
         parts = self.cache.parts(sae.hookpoint, images)
         row = self.cache.row(0)
@@ -286,7 +285,7 @@ def compare(labelled: Labelled, before: Answers, after: Answers, *, up: bool) ->
     return Outcome((sign * (own[1] - own[0])).tolist(), ((said != up) & (says == up)).tolist(), changed)
 
 
-def log_odds(told: Float[np.ndarray, "image answer"], column: int) -> Float[NDArray[np.float64], " image"]:
+def log_odds(told: Float[np.ndarray, "image answer"], column: int) -> Float[np.ndarray, " image"]:
     """ln p / (1 − p) of an answer, 1 − p being the sum of the others: it does not saturate where p rounds to 1."""
     p = np.maximum(told.astype(np.float64), 1e-30)
     return np.asarray(np.log(p[:, column]) - np.log(np.delete(p, column, axis=1).sum(axis=1)))

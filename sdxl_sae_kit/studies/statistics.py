@@ -6,15 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
-from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 _EXACT, _FLIPS, _ROWS = 13, 10_000, 2_000
 
 
-def by_cluster(
-    values: Float[np.ndarray, "image *more"], clusters: Sequence[str]
-) -> Float[NDArray[np.float64], "cluster *more"]:
+def by_cluster(values: Float[np.ndarray, "image *more"], clusters: Sequence[str]) -> Float[np.ndarray, "cluster *more"]:
     """The mean over the images of each cluster, in order of first appearance; NaN counts as not there.
 
     Images of one prompt, which differ in their seeds, are alike: a cluster is what is independent.
@@ -56,7 +53,7 @@ def benjamini_hochberg(p: Sequence[float]) -> list[float]:
     return [float(each) for each in q]
 
 
-def read_doses(doses: Sequence[float], changes: Float[np.ndarray, "dose number"]) -> Float[NDArray[np.float64], "dose"]:
+def read_doses(doses: Sequence[float], changes: Float[np.ndarray, "dose number"]) -> Float[np.ndarray, "dose"]:
     """The dose that each picture shows, by a line through the pictures of the *other* doses.
 
     With x the changes from the picture at dose 1 (so 0 there), u = Σ w x over the other doses, w = d − their mean (so
