@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.labellers import WorldLabeller as WorldLabeller
     from sdxl_sae_kit.labels import LabelStore as LabelStore
     from sdxl_sae_kit.masks import Polygon as Polygon
+    from sdxl_sae_kit.matching import match as match
     from sdxl_sae_kit.pipelines import generate as generate
     from sdxl_sae_kit.pipelines import load_pipeline as load_pipeline
     from sdxl_sae_kit.plans import plan as plan
@@ -95,6 +96,7 @@ _NAMES = {
     "labellers": ["EndpointLabeller", "TransformersLabeller", "WorldLabeller"],
     "labels": ["LabelStore"],
     "masks": ["Polygon"],
+    "matching": ["match"],
     "pipelines": ["generate", "load_pipeline"],
     "plans": ["plan"],
     "probes": ["probe"],

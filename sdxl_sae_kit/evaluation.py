@@ -16,7 +16,13 @@ from torch import Tensor
 from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.configs import SAEConfig, Split
 from sdxl_sae_kit.errors import KitError
-from sdxl_sae_kit.metrics import ReconstructionMetrics, bootstrap_interval, matched_cosine
+from sdxl_sae_kit.metrics import (
+    ReconstructionMetrics,
+    bootstrap_interval,
+    matched_cosine,
+    shares_above,
+    shuffled_rows,
+)
 from sdxl_sae_kit.sae import FIRES, SAE
 from sdxl_sae_kit.tokens import Tokens
 
@@ -194,7 +200,7 @@ def _agreement(one: SAE, other: SAE) -> list[dict[str, Any]]:
     alive = [sae.mean_activation > 0 for sae in (one, other)]
     mine, theirs = (sae.W_dec[at].cpu().double() for sae, at in zip((one, other), alive, strict=True))
     random = (sae.untrained().W_dec[at] for sae, at in zip((one, other), alive, strict=True))
-    pairs = {"trained": (mine, theirs), "shuffled": (mine, _shuffled(theirs)), "untrained": tuple(random)}
+    pairs = {"trained": (mine, theirs), "shuffled": (mine, shuffled_rows(theirs)), "untrained": tuple(random)}
     rows = []
     for condition, (left, right) in pairs.items():
         cosines = matched_cosine(left, right)
@@ -204,20 +210,8 @@ def _agreement(one: SAE, other: SAE) -> list[dict[str, Any]]:
             "seeds": f"{one.config.seed} and {other.config.seed}",
         }
         row |= {"condition": condition, "mean cosine": float(cosines.mean()), "interval": bootstrap_interval(cosines)}
-        for least in (0.7, 0.9):
-            above = (cosines > least).astype(np.float64)
-            row |= {f"above {least}": float(above.mean()), f"above {least} interval": bootstrap_interval(above)}
-        rows.append(row | {"latents": len(cosines), "left over": abs(len(mine) - len(theirs))})
+        rows.append(row | shares_above(cosines) | {"latents": len(cosines), "left over": abs(len(mine) - len(theirs))})
     return rows
-
-
-def _shuffled(rows: Float[Tensor, "row d_in"], seed: int = 0) -> Float[Tensor, "row d_in"]:
-    """The rows with their entries along each of their principal axes dealt out anew among them."""
-    centred = rows - rows.mean(dim=0)
-    axes = torch.linalg.eigh(centred.T @ centred)[1]
-    dealt = np.random.default_rng(seed).permuted((rows @ axes).numpy(), axis=0)  # every column by itself
-    shuffled: Tensor = torch.from_numpy(dealt) @ axes.T
-    return shuffled
 
 
 def _interval(error: Tensor, sums: Tensor, squares: Tensor, tokens_per_image: int) -> tuple[float, float]:

@@ -148,7 +148,11 @@ class Learner:
             {"params": [sae.threshold], "pace": level * sae.d_in**0.5},
         ]
         self.adam = torch.optim.Adam(groups, lr=sae.config.lr, betas=(0.9, 0.999), eps=6.25e-10, fused=True)
-        self._forward = torch.compile(self._losses) if compile else self._losses
+        self._forward = self._losses
+        if compile:  # what has gradients of its own runs as it is: compiled on a GPU, dense products lost theirs
+            for name in ("_values", "_reconstructions", "_auxk"):
+                setattr(self, name, torch.compiler.disable(getattr(self, name)))
+            self._forward = torch.compile(self._losses)
 
     @torch.no_grad()
     def _threshold_level(self, sample: Float[Tensor, "token d_in"]) -> float:
@@ -197,7 +201,7 @@ class Learner:
             centred = x - sae.b_pre
             h = self._pre_activations(centred)
             entries = self._select(h, k, n)
-        values = pre_activation(entries, h, centred, sae.W_enc, sae.b_enc, sae.b_pre)
+        values = self._values(entries, h, centred)
         if config.kind == "jumprelu":
             z, counted = jump_relu(values, sae.threshold[entries.latents], self.bandwidth)
         else:
@@ -234,6 +238,12 @@ class Learner:
                 most = self.processes.gather(most).topk(k * n + 1).values
             return above(h, most[-1])
         return above(h, self.sae.threshold - self.bandwidth / 2)  # those below their threshold may move it
+
+    def _values(
+        self, entries: Active, h: Float[Tensor, "token d_sae"], centred: Float[Tensor, "token d_in"]
+    ) -> Float[Tensor, "entry"]:
+        """Pre-activations of entries, with gradients."""
+        return pre_activation(entries, h, centred, self.sae.W_enc, self.sae.b_enc, self.sae.b_pre)
 
     def _reconstructions(self, entries: Active, z: Float[Tensor, "entry"]) -> list[Float[Tensor, "token d_in"]]:
         """x̂′ of each prefix, the last from all latents."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+from jaxtyping import Float
 from plotly.colors import qualitative
 
 from sdxl_sae_kit.artifacts import human_bytes
@@ -294,4 +295,15 @@ def shares_by_group(
         )  # fmt: skip
     made.update_xaxes(tickvals=list(range(len(groups))), ticktext=list(groups))
     made.update_yaxes(range=[-0.02, 1.02])
+    return made
+
+
+def distributions(series: Mapping[str, Float[np.ndarray, " value"]], *, title: str, x: str) -> go.Figure:
+    """Histograms as lines, one per name: the share of its values in each of 40 bins of common width."""
+    told = "; ".join(f"{name} median {np.median(values):.3g} of {len(values)}" for name, values in series.items())
+    made = figure(f"{title}: histograms of {x}. {told}.", title=title, x=x, y="share")
+    edges = np.histogram_bin_edges(np.concatenate(list(series.values())), bins=40)
+    for name, values in series.items():
+        shares = np.histogram(values, edges)[0] / len(values)
+        made.add_scatter(x=(edges[:-1] + edges[1:]) / 2, y=shares, name=name, mode="lines", line={"shape": "hvh"})
     return made

@@ -70,7 +70,7 @@ def _spread(images: Int[np.ndarray, " image"]) -> NDArray[np.integer]:
 
 def _quadrants(
     cache: Activations, hookpoint: str, images: Int[np.ndarray, " image"], row: int
-) -> Float[NDArray[np.float32], "image mean"]:
+) -> Float[np.ndarray, "image mean"]:
     """Means of the update over the four quadrants of each image."""
     height, width = cache.grid(hookpoint)
     parts = [
@@ -105,7 +105,7 @@ def _probe(
         }  # fmt: skip
 
 
-def _mean(samples: Float[np.ndarray, "value sample"]) -> Float[NDArray[np.float64], " sample"]:
+def _mean(samples: Float[np.ndarray, "value sample"]) -> Float[np.ndarray, " sample"]:
     """The mean over values; a sample that lacks some tells the mean of the others."""
     told = np.isfinite(samples).sum(axis=0)
     return np.asarray(np.nansum(samples, axis=0) / np.where(told > 0, told, np.nan))

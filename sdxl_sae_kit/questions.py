@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
-from numpy.typing import NDArray
 
 from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.errors import KitError
@@ -33,8 +32,8 @@ class Question(NamedTuple):
 
     factor: str
     values: list[str]
-    asked: Bool[NDArray[np.bool_], "image"]
-    shows: Bool[NDArray[np.bool_], "image value"]
+    asked: Bool[np.ndarray, "image"]
+    shows: Bool[np.ndarray, "image value"]
 
 
 def ask_of(

@@ -37,7 +37,7 @@ class Estimate(NamedTuple):
     """A number, and what it is in every bootstrap sample; NaN where a sample cannot tell."""
 
     value: float
-    samples: Float[NDArray[np.float64], "sample"]
+    samples: Float[np.ndarray, "sample"]
 
 
 class Choice(NamedTuple):
@@ -49,7 +49,7 @@ class Choice(NamedTuple):
     candidate: int
     fires: bool
     """Whether it tells by strength, or by its lack."""
-    strength: Float[NDArray[np.float32], "image"]
+    strength: Float[np.ndarray, "image"]
     """Of every image; negative where it tells by its lack."""
 
 
@@ -114,9 +114,9 @@ class Confusion:
     """Factor and value of every row, and of every column."""
     latents: tuple[str, ...]
     """Whose row it is: hookpoint and latent, with "not" where it tells by silence."""
-    shares: Float[NDArray[np.float64], "value value"] = field(repr=False)
+    shares: Float[np.ndarray, "value value"] = field(repr=False)
     """Of the images that show the column's value, those on which the row's latent tells its own: 0 to 1."""
-    images: Int[NDArray[np.int_], "value"] = field(repr=False)
+    images: Int[np.ndarray, "value"] = field(repr=False)
     """Held-out images that show each value."""
 
     def plot(self) -> go.Figure:
@@ -155,7 +155,7 @@ def measure_confusion(saes: SAEs, cache: Activations, step: int = 0) -> Confusio
 
 def _search(
     saes: SAEs, cache: Activations, step: int, *, controls: bool
-) -> tuple[list[Question], Bool[NDArray[np.bool_], " image"], dict[str, _Choices]]:
+) -> tuple[list[Question], Bool[np.ndarray, " image"], dict[str, _Choices]]:
     """The questions, which images are for training, and by hookpoint, all of them last, the candidates chosen there."""
     placed = by_hookpoint("recovery", "saes", SAE, saes)
     for hookpoint in placed:
@@ -184,7 +184,7 @@ def spread(images: Int[np.ndarray, " image"]) -> NDArray[np.integer]:
 
 def _strengths(
     sae: SAE, cache: Activations, images: Int[np.ndarray, " image"], row: int, *, controls: bool
-) -> dict[str, Float[NDArray[np.float32], "image candidate"]]:
+) -> dict[str, Float[np.ndarray, "image candidate"]]:
     """By kind, every candidate's maximum over every image."""
     tokens = cache.sample(sae.hookpoint, _SAMPLE).to(sae.W_enc.device)
     axes = torch.linalg.eigh((tokens - tokens.mean(dim=0)).T @ (tokens - tokens.mean(dim=0)))[1]  # (d_in, axis)

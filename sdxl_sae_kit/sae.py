@@ -245,13 +245,13 @@ class SAE(nn.Module):
         x_hat = combine(entries, values.flatten(), self.W_dec, self.b_dec)
         return self._restored(x_hat.view(*indices.shape[:-1], self.d_in), x)
 
-    def untrained(self) -> SAE:
+    def untrained(self, seed: int | None = None) -> SAE:
         """The control for anything claimed of this SAE: the same shape and place, random weights, centred alike.
 
         Where a threshold decides what is active, the control takes as many active latents per token as this SAE has on
-        average, the largest ones.
+        average, the largest ones. The seed is the SAE's own plus one; two controls that are to differ need two.
         """
-        config = replace(self.config, seed=self.config.seed + 1)
+        config = replace(self.config, seed=self.config.seed + 1 if seed is None else seed)
         if config.kind != "topk":
             k = max(1, round(self.metrics.get("l0") or config.k or 1))
             config = replace(config, kind="topk", k=k, k_start=None, anneal_steps=0)

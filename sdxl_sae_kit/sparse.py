@@ -9,9 +9,10 @@ and its gradients read one decoder row instead of all of them:
 
 On a CPU these are `embedding_bag` and `sampled_addmm`, gathers and sums with nothing in between; where codes are long,
 over a quarter of the columns at a time, so that the rows which one token or latent needs stay in the second-level
-cache. On a GPU the same passes are bound by that cache (about k · 3 µs each for 4,096 tokens on an H100), while a dense
-product of tensor cores costs about 90 µs at d_sae = 5120 whatever k is: from about 40 active latents a token on, in
-proportion to d_sae, the products are dense there. `_DENSE_FROM` is that switch; tests set it to run so on a CPU.
+cache. On a GPU dense products win where codes are long: on an H200, with 4,096 tokens and
+d_sae = 5120, a training step takes 8.1 ms sparse and 8.7 ms dense at k = 160, 11.0 and 9.3 ms at k = 256; where torch
+may multiply in TF32, 4.7 and 4.8 ms at k = 64, 7.7 and 4.7 ms at k = 160. `_DENSE_FROM` is that switch, in proportion
+to d_sae; tests set it to run so on a CPU.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor
 
 _GROUPS = 8
 _COLUMNS, _LONG = 320, 16  # of a block, and the entries of a token or latent from which blocks pay
-_DENSE_FROM = {"cuda": 40 / 5120}
+_DENSE_FROM = {"cuda": 180 / 5120, "cuda tf32": 64 / 5120}
 """Share of latents active per token from which dense products win, by device; absent: never."""
 
 
@@ -44,7 +45,9 @@ class Active:
     @property
     def dense(self) -> bool:
         """Whether this device multiplies dense matrices faster than it walks these entries."""
-        share = _DENSE_FROM.get(self.latents.device.type)
+        device = self.latents.device.type
+        tf32 = device == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        share = _DENSE_FROM.get("cuda tf32" if tf32 else device)
         return share is not None and len(self.latents) >= share * self.n_tokens * self.d_sae
 
     @cached_property

@@ -59,7 +59,8 @@ def train(
         epochs: passes over the training tokens.
         site: where an iterable's tokens come from; without it, its SAEs belong nowhere, and `steer` refuses them.
         precision: "bfloat16" computes the encoder's product in it, which only GPUs do faster. All else stays float32.
-        compile: whether torch.compile takes the forward pass, which only pays on GPUs.
+        compile: whether torch.compile takes what has no gradients of its own in the forward pass; on an H200 it gains
+            nothing (4.1 ms a step, 4.0 ms without, at k = 10).
         device: by default CUDA if there is one, else the CPU.
         store: folder of artifacts.
 

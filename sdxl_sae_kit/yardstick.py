@@ -203,9 +203,9 @@ def _noisy(rng: np.random.Generator) -> Callable[[NDArray[np.uint8]], NDArray[np
 
 @torch.no_grad()
 def _through(vae: Any, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    x = torch.from_numpy(picture).permute(2, 0, 1)[None].to(vae.dtype) / 127.5 - 1
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None].to(vae.device, vae.dtype) / 127.5 - 1
     drawn = vae.decode(vae.encode(x).latent_dist.mean).sample[0].float().permute(1, 2, 0)
-    pixels: NDArray[np.uint8] = ((drawn.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()
+    pixels: NDArray[np.uint8] = ((drawn.clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
     return pixels
 
 

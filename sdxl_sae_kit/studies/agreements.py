@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from numpy.typing import NDArray
 
 from sdxl_sae_kit.studies.rank_agreement import spearman
 
@@ -48,6 +47,6 @@ def agreement(one: Cells, other: Cells, seed: int = 0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _centred(table: Cells, blocks: Sequence[str], factors: Sequence[str]) -> Float[NDArray[np.float64], "block factor"]:
+def _centred(table: Cells, blocks: Sequence[str], factors: Sequence[str]) -> Float[np.ndarray, "block factor"]:
     values = np.array([[table[block, factor] for factor in factors] for block in blocks], dtype=np.float64)
     return np.asarray(values - values.mean(axis=0))

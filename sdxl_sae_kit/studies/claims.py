@@ -35,7 +35,7 @@ How = Literal["more", "less", "extreme"]
 Terms = tuple[tuple[How, str], ...]
 """Descriptors, and whether the claim says there should be more, less, or more of what is far from the mean."""
 Row = dict[str, Any]
-_Weights = Float[NDArray[np.float64], "sample feature"]
+_Weights = Float[np.ndarray, "sample feature"]
 
 
 @dataclass(frozen=True)
@@ -164,18 +164,18 @@ def _lead(block: str, terms: Terms, pool: Pool, trained: Pool, weights: _Weights
     return float(lead(score, mine, np.ones((1, len(pool))))[0]), lead(score, mine, weights)
 
 
-def _score(how: How, name: str, pool: Pool, trained: Pool) -> Float[NDArray[np.float64], "feature"]:
+def _score(how: How, name: str, pool: Pool, trained: Pool) -> Float[np.ndarray, "feature"]:
     """A descriptor in deviations from the trained features' mean, turned so that the claim says more."""
     usual, values = _column(trained, name), _column(pool, name)
     z = (values - usual.mean()) / (usual.std() if usual.std() > 1e-9 else np.inf)
     return np.asarray({"more": z, "less": -z, "extreme": np.abs(z)}[how])
 
 
-def _column(pool: Pool, name: str) -> Float[NDArray[np.float64], "feature"]:
+def _column(pool: Pool, name: str) -> Float[np.ndarray, "feature"]:
     return _breadth(pool) if name == BREADTH else pool.values[:, pool.names.index(name)]
 
 
-def _breadth(pool: Pool) -> Float[NDArray[np.float64], "feature"]:
+def _breadth(pool: Pool) -> Float[np.ndarray, "feature"]:
     told = pool.values[:, [name.startswith("responds to") for name in pool.names]]
     total = told.sum(axis=1, keepdims=True)
     p = np.divide(told, total, out=np.full_like(told, 1 / told.shape[1]), where=total > 1e-12)

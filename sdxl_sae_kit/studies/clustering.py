@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
 from sklearn.cluster import AgglomerativeClustering, KMeans
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -97,7 +96,7 @@ def measure_stability(points: Points, method: Method = "kmeans", seed: int = 0) 
     return rows
 
 
-def _gain(means: Float[NDArray[np.float64], "*sample 2"]) -> Any:
+def _gain(means: Float[np.ndarray, "*sample 2"]) -> Any:
     """(agreement − shuffled) / (1 − shuffled)."""
     return (means[..., 0] - means[..., 1]) / (1 - means[..., 1])
 
@@ -130,7 +129,7 @@ def choose_number(rows: Sequence[dict[str, Any]]) -> int:
     return max(int(row["clusters"]) for row in clear if row["gain"] >= best["gain"] - best["standard error"])
 
 
-def place(points: Points, embedding: Embedding = "tsne", seed: int = 0) -> Float[NDArray[np.float64], "feature 2"]:
+def place(points: Points, embedding: Embedding = "tsne", seed: int = 0) -> Float[np.ndarray, "feature 2"]:
     """Every feature's place in a plane; distances far apart mean little in all but "pca".
 
     Raises:

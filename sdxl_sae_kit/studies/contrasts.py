@@ -116,7 +116,7 @@ def association(block: Labels, cluster: Labels, permutations: int, seed: int) ->
     }  # fmt: skip
 
 
-def resampled_information(block: Labels, cluster: Labels, seed: int) -> Float[NDArray[np.float64], "sample"]:
+def resampled_information(block: Labels, cluster: Labels, seed: int) -> Float[np.ndarray, "sample"]:
     """By how much the mutual information of bootstrap samples is off their mean, in bits.
 
     Features are drawn anew within their block. That mean is higher than the estimate, as small samples look more
@@ -128,7 +128,7 @@ def resampled_information(block: Labels, cluster: Labels, seed: int) -> Float[ND
     return np.asarray(found - found.mean())
 
 
-def resample(pool: Pool, seed: int) -> Float[NDArray[np.float64], "sample feature"]:
+def resample(pool: Pool, seed: int) -> Float[np.ndarray, "sample feature"]:
     """How often each bootstrap sample holds each feature: as many of every block as there are."""
     rng = np.random.default_rng(seed)
     weights = np.zeros((SAMPLES, len(pool)))
@@ -143,7 +143,7 @@ def lead(
     values: Float[np.ndarray, "feature *more"],
     mine: Bool[np.ndarray, "feature"],
     weights: Float[np.ndarray, "sample feature"],
-) -> Float[NDArray[np.float64], "sample *more"]:
+) -> Float[np.ndarray, "sample *more"]:
     """Mean over these features minus mean over the others, in every sample."""
     own, others = weights[:, mine], weights[:, ~mine]
     return np.asarray(own @ values[mine] / len(own.T) - others @ values[~mine] / len(others.T))

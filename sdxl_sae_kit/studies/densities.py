@@ -18,7 +18,7 @@ HARDLY, SURELY = 0.1, 0.5
 Counts = Int[np.ndarray, "prompt row latent"]
 
 
-def live(fired: Counts) -> Int[NDArray[np.intp], " found"]:
+def live(fired: Counts) -> Int[np.ndarray, " found"]:
     """The latents that fire on at least 5 prompts at the row where they are densest."""
     densest = fired.sum(axis=0).argmax(axis=0)
     found: NDArray[np.intp] = np.flatnonzero(
@@ -50,7 +50,7 @@ def lost(
     return rows
 
 
-def _densities(means: Float[np.ndarray, "*sample number"], rows: int) -> Float[NDArray[np.float64], "*sample 3"]:
+def _densities(means: Float[np.ndarray, "*sample number"], rows: int) -> Float[np.ndarray, "*sample 3"]:
     """Of mean tokens, then mean counts at the rows here and there: the greatest densities, and their ratio."""
     one, other = means[..., 1 : 1 + rows].max(axis=-1), means[..., 1 + rows :].max(axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):  # a sample may hold no prompt on which it fires

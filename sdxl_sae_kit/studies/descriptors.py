@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
 from PIL import Image
 
 from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
@@ -24,7 +23,7 @@ MIN_IMAGES = 5
 
 Kind = Literal["response", "space", "look", "time", "cause"]
 
-_Columns = dict[str, Float[NDArray[np.float64], "feature"]]
+_Columns = dict[str, Float[np.ndarray, "feature"]]
 """By name, a number for each feature; NaN where it is not defined."""
 
 
@@ -135,7 +134,7 @@ def omega_squared(responses: Float[np.ndarray, "image feature"], values: Sequenc
     return np.where(varies, np.maximum(explained, 0), 0)
 
 
-def _finite(column: Float[NDArray[np.float64], "feature"]) -> Float[NDArray[np.float64], "feature"]:
+def _finite(column: Float[np.ndarray, "feature"]) -> Float[np.ndarray, "feature"]:
     """What is not defined becomes the median of what is, or 0."""
     defined = np.isfinite(column)
     return np.where(defined, column, np.median(column[defined]) if defined.any() else 0.0)

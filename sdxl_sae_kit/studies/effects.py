@@ -16,7 +16,7 @@ from sdxl_sae_kit.studies.controls import CONDITIONS, CONTROLS, at_dose
 from sdxl_sae_kit.studies.measures import DOSED
 from sdxl_sae_kit.studies.statistics import by_cluster, rank_correlation, sign_flip_p
 
-Values = Float[NDArray[np.float64], "cluster"]
+Values = Float[np.ndarray, "cluster"]
 
 
 @dataclass(frozen=True)

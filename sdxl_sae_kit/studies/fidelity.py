@@ -131,11 +131,11 @@ class _Spread:
         self._sums.append(x.double().sum(2).cpu())
         self._squares.append(x.double().square().sum(2).cpu())
 
-    def squares(self) -> Float[NDArray[np.float64], "image row d_in"]:
+    def squares(self) -> Float[np.ndarray, "image row d_in"]:
         """Σ x²."""
         return torch.cat(self._squares).numpy()
 
-    def around_mean(self) -> Float[NDArray[np.float64], "image row d_in"]:
+    def around_mean(self) -> Float[np.ndarray, "image row d_in"]:
         """Σ (x − mean)², the mean being that over all images' tokens at that row."""
         sums = torch.cat(self._sums)
         mean = sums.mean(0) / self.n_tokens
@@ -217,7 +217,7 @@ def _coded(sae: SAE, x: Float[Tensor, "*token d_in"]) -> tuple[Float[Tensor, "*t
 
 def _per_channel(
     error: Float[np.ndarray, "image row d_in"], around: Float[np.ndarray, "image row d_in"]
-) -> Float[NDArray[np.float64], "image row 2"]:
+) -> Float[np.ndarray, "image row 2"]:
     """Each image's part in the mean over channels of 1 − Var(x_c − x̂_c) / Var(x_c), and 1.
 
     With a and v the images' sums of squares of error and update around their means, and A and V those over all images,

@@ -13,9 +13,7 @@ from scipy.stats import binomtest, rankdata
 _EXACT, _FLIPS, _ROWS = 13, 10_000, 2_000
 
 
-def by_cluster(
-    values: Float[np.ndarray, "image *more"], clusters: Sequence[str]
-) -> Float[NDArray[np.float64], "cluster *more"]:
+def by_cluster(values: Float[np.ndarray, "image *more"], clusters: Sequence[str]) -> Float[np.ndarray, "cluster *more"]:
     """The mean over the images of each cluster, in order of first appearance; NaN counts as not there.
 
     Images of one prompt, which differ in their seeds, are alike: a cluster is what is independent.
@@ -63,7 +61,7 @@ def wilson(hits: int, n: int) -> tuple[float, tuple[float, float]]:
     return hits / n, (float(low), float(high))
 
 
-def read_doses(doses: Sequence[float], changes: Float[np.ndarray, "dose number"]) -> Float[NDArray[np.float64], "dose"]:
+def read_doses(doses: Sequence[float], changes: Float[np.ndarray, "dose number"]) -> Float[np.ndarray, "dose"]:
     """The dose that each picture shows, by a line through the pictures of the *other* doses.
 
     With x the changes from the picture at dose 1 (so 0 there), u = Σ w x over the other doses, w = d − their mean (so
@@ -85,7 +83,7 @@ def read_doses(doses: Sequence[float], changes: Float[np.ndarray, "dose number"]
 
 def bhattacharyya(
     p: Float[np.ndarray, "*#row value"], q: Float[np.ndarray, "*#row value"]
-) -> Float[NDArray[np.float64], "*row"]:
+) -> Float[np.ndarray, "*row"]:
     """1 − Σ √(p q) over the values of two distributions: 0 where they are the same, 1 where no value is in both.
 
     Computed as ½ Σ (√p − √q)², which is the same and keeps its precision where they differ little.

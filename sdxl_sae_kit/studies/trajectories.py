@@ -113,9 +113,7 @@ class Asked:
                 )
         return found
 
-    def _strength(
-        self, kind: str, members: Sequence[int], rows: Sequence[int]
-    ) -> Float[NDArray[np.float64], "sample row"]:
+    def _strength(self, kind: str, members: Sequence[int], rows: Sequence[int]) -> Float[np.ndarray, "sample row"]:
         """The lead of images that show a value, relative to its greatest; first that of all images.
 
         In units of the candidate's standard deviation over images and rows, so that values count alike, and averaged
@@ -144,7 +142,7 @@ def _signed(strengths: Float[np.ndarray, "*image candidate"], choice: Choice) ->
 
 def _mean(
     draws: Float[np.ndarray, "sample image"], values: Float[np.ndarray, "image row"], of: Bool[np.ndarray, " image"]
-) -> Float[NDArray[np.float64], "sample row"]:
+) -> Float[np.ndarray, "sample row"]:
     """Mean over some images in every sample; NaN where it holds none of them."""
     mean: NDArray[np.float64] = draws[:, of] @ values[of] / draws[:, of].sum(axis=1, keepdims=True)
     return mean
