@@ -20,10 +20,13 @@ FIGURES = {
         lambda: plots.effects_by_group(["f 1"], {"off": [(0.5, 0.4, 0.6)], "on": [(0.2, 0.1, 0.3)]}, title="t", y="y"),
         "off 0.5 [0.4, 0.6]",
     ),
-    "responses": (lambda: maps.response_map(["shape"], ["mid.0"], np.array([[0.321]])), "mid.0: shape 0.321"),
+    "responses": (
+        lambda: maps.response_map(["shape"], ["mid.0"], np.array([[0.321]]), title="t"),
+        "mid.0: shape 0.321",
+    ),
     "clusters": (
         lambda: maps.cluster_map(
-            np.eye(2), np.array([3, 4]), np.array([0, 0]), ["mid.0"], np.array([0, 1]), ["a", "b"]
+            np.eye(2), np.array([3, 4]), np.array([0, 0]), ["mid.0"], np.array([0, 1]), ["a", "b"], "PCA"
         ),
         "2 of mid.0",
     ),
@@ -46,7 +49,11 @@ FIGURES = {
         lambda: plots.predicted_and_true({"top": [(1.0, 2.0, "p")]}, "ρ is 1.", title="t", x="x", y="y"),
         "y over x, 1 of top, with the line of equality. ρ is 1.",
     ),
-    "shares": (lambda: maps.cluster_shares(["mid.0"], ["a", "b"], np.array([[0.25, 0.75]])), "mid.0: b 75%"),
+    "flow": (lambda: maps.block_flow(["mid.0"], ["a", "b"], np.array([[1, 3]])), "mid.0: b (75%)"),
+    "intervals": (
+        lambda: plots.interval_lines({"own": [(2, 0.5, 0.4, 0.6)]}, title="t", x="k", y="v"),
+        "own 0.5 [0.4, 0.6] at 2",
+    ),
 }
 
 
