@@ -176,6 +176,7 @@ def test_numbers_are_those_of_their_formulas(tmp_path) -> None:
     )
     assert random["feature − it"] == pytest.approx(1 - random["success"])
     assert random["feature − it interval"][0] > 0.3
+    assert random["log-odds, feature − it"] == pytest.approx(3 - signs.mean())
     assert other["success"] == 0, "a change of less than 0.01 is none"
     assert (own["log-odds"], own["answer follows"], random["answer follows"]) == (3, 1, 0)
     assert own["prompts"] == n and own["edits"] == 20 and np.isnan(own["feature − it"])

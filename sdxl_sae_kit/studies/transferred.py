@@ -97,10 +97,10 @@ class Transfer:
 
         `success` is the share of prompts on which the log-odds of the label's value move as expected by more than 0.01,
         with Wilson's 95 % interval; `feature − it`, in the rows of controls, how much greater that of the feature is on
-        the same prompts; `log-odds` the mean change as expected, in nats (log-odds are cut at ±69); `answer follows`
-        the share on which the likeliest answer comes to be the value or ceases to be; then mean distances from the
-        picture as it is. Intervals other than Wilson's are 95 % bootstrap intervals over prompts. All hold for these
-        edits on other prompts.
+        the same prompts; `log-odds` the mean change as expected, in nats (log-odds are cut at ±69), and `log-odds,
+        feature − it` how much greater the feature's is; `answer follows` the share on which the likeliest answer comes
+        to be the value or ceases to be; then mean distances from the picture as it is. Intervals other than Wilson's
+        are 95 % bootstrap intervals over prompts. All hold for these edits on other prompts.
         """
         return self._rows
 
@@ -115,13 +115,17 @@ class Transfer:
 
     def _row(self, place: Place, window: str, condition: str) -> dict[str, Any]:
         moved = self._values(place, window, condition, "moved")
-        own = self._values(place, window, CONDITIONS[0], "moved") > NOTHING
+        own = self._values(place, window, CONDITIONS[0], "moved")
         row: dict[str, Any] = {"place": place, "setting": self.setting(place), "window": window, "condition": condition}
         row |= {"success" + name[5:]: value for name, value in share(moved > NOTHING).items()}
-        apart = own.astype(np.float64) - (moved > NOTHING)
-        nothing = {"feature − it": np.nan, "feature − it interval": (np.nan, np.nan)}
-        row |= nothing if condition == CONDITIONS[0] else estimate("feature − it", apart)
+        apart = {
+            "feature − it": (own > NOTHING).astype(np.float64) - (moved > NOTHING),
+            "log-odds, feature − it": own - moved,
+        }
         row |= estimate("log-odds", moved)
+        for name, difference in apart.items():
+            itself = {name: np.nan, f"{name} interval": (np.nan, np.nan)}
+            row |= itself if condition == CONDITIONS[0] else estimate(name, difference)
         row |= {"answer follows": float(self._values(place, window, condition, "follows").mean())}
         told = self.edits[0].outcomes[place][window][condition]
         for measure in (measure for measure in MEASURES if measure in told):
@@ -162,8 +166,9 @@ class Transfer:
             f"expected on {found} of {self.n_prompts} held-out prompts there (along a random direction {by_chance}). "
             f"On {self.setting('target')}: {told}. So over all steps they {stands} random directions there, and "
             f"{against} another feature's ({written(other, 'success', share=True)}). The mean change of log-odds there "
-            f"is {written(own, 'log-odds')} nats, along random directions {written(random, 'log-odds')}; the answer "
-            f"itself follows on {own['answer follows']:.1%}, against {random['answer follows']:.1%}; the {measure} "
+            f"is {written(own, 'log-odds')} nats, along random directions {written(random, 'log-odds')}, difference "
+            f"{written(random, 'log-odds, feature − it')}; the answer itself follows on "
+            f"{own['answer follows']:.1%}, against {random['answer follows']:.1%}; the {measure} "
             f"distance from the picture as it is is {written(own, measure)}, against {written(random, measure)}. In "
             "brackets 95 % intervals over prompts; they hold for these edits."
         )
@@ -205,7 +210,8 @@ class Transfer:
         """A row of the table people see."""
         shown = {name: row[name] for name in ("place", "window", "condition")}
         shown |= {"success": written(row, "success"), "feature − it": written(row, "feature − it")}
-        shown |= {"log-odds": written(row, "log-odds"), "answer follows": row["answer follows"]}
+        shown |= {name: written(row, name) for name in ("log-odds", "log-odds, feature − it")}
+        shown |= {"answer follows": row["answer follows"]}
         return shown | {m: written(row, m) for m in MEASURES if m in row} | {"prompts": row["prompts"]}
 
     def _picture(self, place: int) -> str:
