@@ -128,3 +128,9 @@ def test_a_notebook_tells_a_story_in_short_cells(path):
     assert 3 * len(prose) >= len(cells)
     assert any(text.startswith("# ") for text in prose), "the report takes its title from the first heading"
     assert not re.search(r"\$[^$\n]+\$|\\\(|\\\[", "\n".join(prose)), "LaTeX does not render offline"
+
+
+def test_shapes_are_of_arrays_as_every_numpy_names_them() -> None:
+    """Float[NDArray[…], …] is not understood at run time where numpy (2.5 on) makes NDArray an alias of its own."""
+    pattern = re.compile(r"(Float|Int|Integer|Bool)\[\s*NDArray")
+    assert [str(path) for path in MODULES if pattern.search(path.read_text())] == []

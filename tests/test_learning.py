@@ -304,7 +304,10 @@ def test_bfloat16_learns_about_the_same_in_the_sparse_way_and_the_dense(kind, de
     assert {parameter.dtype for parameter in other.sae.parameters()} == {torch.float32}
 
 
-def test_a_compiled_step_learns_the_same(monkeypatch, unchecked_types):
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_compiled_step_learns_the_same(monkeypatch, unchecked_types, dense):
+    if dense:
+        monkeypatch.setitem(sparse._DENSE_FROM, "cpu", 0.0)
     compile = torch.compile  # without a compiler, which not every machine has
     monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend="eager"))
     x = tokens(256)
