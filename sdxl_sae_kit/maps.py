@@ -16,7 +16,7 @@ def response_map(
 ) -> go.Figure:
     """A heat map of means with their numbers written in, a row per descriptor and a column per group of features.
 
-    NaN is left white.
+    Colours compare the groups in one descriptor: each row is as shares of its largest. NaN is left white.
     """
     peaks = "; ".join(
         f"{name}: {rows[int(np.nanargmax(column))]} {np.nanmax(column):.3f}"
@@ -27,7 +27,11 @@ def response_map(
         title=title, height=180 + 28 * len(rows),
     )  # fmt: skip
     texts = [["" if np.isnan(value) else f"{value:.2g}" for value in row] for row in means]
-    made.add_heatmap(z=means, x=list(columns), y=list(rows), text=texts, texttemplate="%{text}", colorscale="Viridis")
+    largest = np.nanmax(np.abs(means), axis=1, keepdims=True)
+    made.add_heatmap(
+        z=means / np.where(largest > 0, largest, 1), x=list(columns), y=list(rows), text=texts, hoverinfo="x+y+text",
+        texttemplate="%{text}", colorscale="Viridis", colorbar={"title": "share of<br>row's largest"},
+    )  # fmt: skip
     made.update_yaxes(autorange="reversed", automargin=True, dtick=1)
     made.update_xaxes(automargin=True, dtick=1)
     return made

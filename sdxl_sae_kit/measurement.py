@@ -32,6 +32,7 @@ PART_IMAGES = 512
 
 _ARRAYS_OF_CODES = 6  # of the size of a dense code, that encoding and counting hold at once
 _BYTES_OF_AN_ENTRY = 4 + 2  # index and value, before they are compressed
+_MOMENT = 10  # seconds: what takes less needs no forecast
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,8 @@ def _announce(sae: SAE, cache: ActivationCache, top: int, memory: int, artifact:
     seconds = (time.perf_counter() - started) * cache.n_images / len(images)
     there = f" {n_done} parts of {PART_IMAGES} images are there already." if n_done else ""
     timed = MeasurementPlan(plan.d_sae, plan.n_images, plan.n_tokens, plan.nbytes, plan.memory, seconds)
-    tqdm.write(f"Measuring {sae.name}, {timed}.{there}")
+    if seconds > _MOMENT or there:
+        tqdm.write(f"Measuring {sae.name}, {timed}.{there}")
 
 
 def _make_parts(
