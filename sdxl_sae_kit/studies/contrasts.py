@@ -77,6 +77,11 @@ class Pool:
         """With these descriptors, as far as there are such."""
         return self._with([self.names.index(name) for name in names if name in self.names])
 
+    @property
+    def told(self) -> Pool:
+        """The features of which anything is told."""
+        return self.where(np.isfinite(self.values).any(axis=1))
+
     def where(self, chosen: Bool[np.ndarray, "feature"]) -> Pool:
         """Some of the features."""
         return replace(self, block=self.block[chosen], latents=self.latents[chosen], values=self.values[chosen])
@@ -131,8 +136,8 @@ def association(block: Labels, cluster: Labels, permutations: int, seed: int) ->
 def resampled_information(block: Labels, cluster: Labels, seed: int) -> Float[np.ndarray, "sample"]:
     """By how much the mutual information of bootstrap samples is off their mean, as a share of the block's entropy.
 
-    Features are drawn anew within their block, and keep their cluster. That mean is higher than the estimate, as small samples look more
-    associated; taking it off leaves how far the estimate may be off by chance.
+    Features are drawn anew within their block, and keep their cluster. That mean is higher than the estimate, as small
+    samples look more associated; taking it off leaves how far the estimate may be off by chance.
     """
     rng, counts = np.random.default_rng(seed), _counts(block, cluster)
     drawn = np.stack([rng.multinomial(row.sum(), row / row.sum(), size=SAMPLES) for row in counts], axis=1)

@@ -21,8 +21,8 @@ def vary(
 ) -> list[dict[str, Any]]:
     """A row per variation: what clusters tell of blocks (see `association`), and their agreement with the main ones.
 
-    `adjusted Rand index` is with the clusters given, over the features that both have. Variations that are not possible,
-    such as more clusters than features, and other seeds of a method that has none, are left out.
+    `adjusted Rand index` is with the clusters given, over the features that both have. What is not possible, such as
+    more clusters than features, is left out, and so are seeds of a method that draws nothing.
     """
     main: dict[str, Any] = {"variation": f"as it is: {number} clusters, {method}"}
     rows = [main | association(pool.block, clusters, permutations, seed) | {"adjusted Rand index": 1.0}]
