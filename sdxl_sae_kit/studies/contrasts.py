@@ -185,6 +185,8 @@ def contrasts(pool: Pool, seed: int = 0) -> Iterator[Row]:
         mine = pool.block == at
         n = np.stack([told[side].sum(axis=0) for side in (mine, ~mine)])
         columns = np.flatnonzero((n >= 2).all(axis=0)).tolist()
+        if not columns:
+            continue
         x = pool.points[:, columns]
         effects, samples = (_d(x, mine, w) for w in (np.ones((1, len(x))), weights))
         low, high = np.nanquantile(samples, [0.025, 0.975], axis=0)
