@@ -91,8 +91,9 @@ def measure_stability(points: Points, method: Method = "kmeans", seed: int = 0) 
     1985). `one cloud` is the same for features drawn from a Gaussian of the same covariance, anew for each pair: it
     keeps how descriptors go together and has no groups (the null of SigClust, Liu et al., 2008), so that few clusters
     do not win because few are easily stable. Long tails that go together may count as groups. `gain` = (agreement − one
-    cloud) / (1 − one cloud): 1 for full agreement, 0 for no more than one cloud. `deviations`: by how many standard deviations of the one cloud's pairs the share of
-    the variance that is within clusters is below theirs. Intervals are 95 % bootstrap intervals over pairs.
+    cloud) / (1 − one cloud): 1 for full agreement, 0 for no more than one cloud. `deviations`: by how many standard
+    deviations of the one cloud's pairs the share of the variance that is within clusters is below theirs. Intervals are
+    95 % bootstrap intervals over pairs.
     """
     rng = np.random.default_rng(seed)
     rows = []
