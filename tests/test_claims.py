@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from planted_descriptors import plant
@@ -22,11 +24,12 @@ from sdxl_sae_kit.studies.contrasts import Pool
 STYLE = {f"{verb} {factor}": 2.0 for verb in ("responds to", "changes") for factor in ROLES["style"]}
 
 
-def pools(more, control=None, blocks=("up.0.0", "up.0.1"), kinds=()) -> dict[str, Pool]:
+def pools(more, control=None, blocks=("up.0.0", "up.0.1"), kinds=(), seed=0) -> dict[str, Pool]:
     """Features of which those of up.0.1 are special, beside controls."""
 
-    def pool(shift, seed, chosen):
-        return Pool.of([plant(b, shift if b == "up.0.1" else {}, seed=seed, kinds=chosen) for b in blocks])
+    def pool(shift, of, chosen):
+        shifts = {"up.0.1": shift}
+        return Pool.of([plant(b, shifts.get(b, {}), seed=10 * seed + of, kinds=chosen) for b in blocks])
 
     made = {TRAINED: pool(more, 0, kinds), "untrained": pool(control, 1, ("response", "space"))}
     return made | {SAME_PROMPT: pool(more, 2, ("cause",)), RANDOM: pool(control, 3, ("cause",))}
@@ -50,27 +53,48 @@ def test_a_planted_claim_is_supported_with_its_lead() -> None:
     assert [control["control"] for control in part["controls"]] == ["untrained"]
     assert [control["control"] for control in claim["parts"][1]["controls"]] == [RANDOM]
     assert "supported (respond to style: holds (+" in claim_sentence(claim)
+    assert f"; gap to {RANDOM} +" in claim_sentence(claim)
+    rows = [row for row in part_rows(found) if row["block"] == "up.0.1"]
+    assert "responds to colour 1.19 against 0.982" in rows[0]["means"]
 
 
 def test_the_opposite_is_not_supported() -> None:
     assert outcome(weigh_claims(pools(dict.fromkeys(STYLE, -2.0)))) == "not supported"
 
 
-def test_what_a_control_shows_no_less_is_not_supported() -> None:
+def test_what_a_control_shows_more_is_not_supported() -> None:
     found = weigh_claims(pools(STYLE, control=dict.fromkeys(STYLE, 3.0)))
     assert outcome(found) == "not supported"
     (claim,) = (claim for claim in found if claim["block"] == "up.0.1")
-    assert claim["parts"][0]["lead interval"][0] > 0 > claim["parts"][0]["controls"][0]["gap"]
+    assert claim["parts"][0]["lead interval"][0] > 0 > claim["parts"][0]["controls"][0]["gap interval"][1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_a_control_shows_as_much_is_undecided(seed: int) -> None:
+    found = weigh_claims(pools(STYLE, control=STYLE, seed=seed))
+    assert outcome(found) == "undecided"
+
+
+def test_random_directions_that_change_less_by_nature_are_compared_by_their_own_spread() -> None:
+    made = pools(STYLE, control=STYLE)
+    made[RANDOM] = replace(made[RANDOM], values=made[RANDOM].values / 100)
+    (claim,) = (claim for claim in weigh_claims(made) if claim["block"] == "up.0.1")
+    assert claim["parts"][1]["outcome"] == "open"
+    same = next(c for c in weigh_claims(pools(STYLE, control=STYLE)) if c["block"] == "up.0.1")
+    assert claim["parts"][1]["controls"][0]["gap"] == pytest.approx(same["parts"][1]["controls"][0]["gap"])
 
 
 def test_of_noise_nothing_is_supported() -> None:
-    found = [outcome(weigh_claims(pools({}), seed=seed)) for seed in range(2)]
-    assert "supported" not in found and "undecided" in found
+    found = [outcome(weigh_claims(pools({}, seed=seed))) for seed in range(10)]
+    assert "supported" not in found and found.count("undecided") >= 6
 
 
 def test_one_part_that_holds_does_not_carry_the_other() -> None:
     responds = {name: shift for name, shift in STYLE.items() if name.startswith("responds")}
-    assert outcome(weigh_claims(pools(responds | {"changes colour": 0.0}))) != "supported"
+    found = weigh_claims(pools(responds | {"changes colour": 0.0}))
+    (claim,) = (claim for claim in found if claim["block"] == "up.0.1")
+    assert [part["outcome"] for part in claim["parts"]] == ["holds", "open"]
+    assert claim["outcome"] == "undecided"
 
 
 def test_without_causes_a_claim_stays_undecided() -> None:
@@ -109,3 +133,11 @@ def test_breadth_is_full_for_all_factors_alike_and_none_for_one() -> None:
         assert claim["parts"][0]["descriptors"] == [f"more {BREADTH}"]
         found[name] = claim["parts"][0]["lead"]
     assert found["broad"] > 0 > found["narrow"]
+
+
+def test_features_that_respond_to_nothing_are_not_the_broadest() -> None:
+    described = [plant(block, {}) for block in ("mid.0", "up.0.1")]
+    described[0].values[:30, [n.startswith("responds to") for n in described[0].names]] = 0.0
+    (claim,) = (c for c in weigh_claims({TRAINED: Pool.of(described)}) if c["block"] == "mid.0")
+    assert claim["parts"][0]["features"] == 10
+    assert claim["parts"][0]["outcome"] == "open"

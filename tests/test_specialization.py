@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from planted_descriptors import FACTORS, plant
 from reading_html import read_safely
-from scipy.stats import norm, spearmanr
+from scipy.special import expit
+from scipy.stats import norm
 from sklearn.metrics import mutual_info_score
 
 from sdxl_sae_kit.collection import collect
@@ -17,7 +18,6 @@ from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.prompts import load_prompts
 from sdxl_sae_kit.questions import ROLES
 from sdxl_sae_kit.studies import specialization
-from sdxl_sae_kit.studies.agreements import agreement
 from sdxl_sae_kit.studies.claims import RANDOM, SAME_PROMPT, TRAINED
 from sdxl_sae_kit.studies.contrasts import Pool, association, contrasts, information
 from sdxl_sae_kit.studies.specialization import compare_blocks, specialize
@@ -77,31 +77,6 @@ def test_intervals_of_contrasts_cover_what_is_true_about_as_often_as_they_say() 
     assert 0.88 < np.mean(hits) <= 0.99
 
 
-def cells(seed: int) -> dict[tuple[str, str], float]:
-    rng = np.random.default_rng(seed)
-    return {(block, factor): float(rng.normal()) for block in "abcd" for factor in "123456"}
-
-
-def test_agreement_is_spearmans_of_the_deviations_from_each_factors_mean() -> None:
-    one, other = cells(0), cells(1)
-    tables = [np.array([[t[b, f] for f in "123456"] for b in "abcd"]) for t in (one, other)]
-    a, b = ((table - table.mean(axis=0)).ravel() for table in tables)
-    found = agreement(one, other)
-    assert found["ρ"] == pytest.approx(spearmanr(a, b).statistic)
-    assert found["ρ interval"][0] < found["ρ"] < found["ρ interval"][1]
-    assert (found["blocks"], found["factors"]) == (4, 6)
-
-
-def test_agreement_of_the_same_is_full_and_of_strangers_no_evidence() -> None:
-    one = cells(0)
-    easy = {key: 10 * value + 100 * float(key[1]) for key, value in one.items()}  # some factors are easier: taken off
-    same = agreement(one, easy | {("e", "1"): 0.0})
-    assert same["ρ"] == pytest.approx(1) and same["p"] == 1 / 2001
-    p = np.array([agreement(cells(2 * seed), cells(2 * seed + 1))["p"] for seed in range(1, 30)])
-    assert 0.3 < p.mean() < 0.7
-    assert np.isnan(agreement({("a", "1"): 1.0}, {("a", "1"): 1.0})["ρ"])
-
-
 # The study, on planted descriptors -----------------------------------------------------------------------------------
 
 
@@ -145,7 +120,7 @@ def test_planted_differences_are_found_beyond_controls(different) -> None:
     assert (same["of"], random["of"]) == (SAME_PROMPT, RANDOM)
     assert random["gap"] == pytest.approx(same["above"] - random["above"])
     assert untrained["gap interval"][0] > 0.5 and channels["gap interval"][0] > 0.5
-    assert "so hookpoints differ" in different.sentence() and "more than any control" in different.sentence()
+    assert "so hookpoints differ" in different.sentence() and "more than that tells" in different.sentence()
     assert any(f"down.2.1 {name} (" in different.sentence() for name in [*STYLE, *CHANGES, "active area"])
 
 
@@ -153,7 +128,9 @@ def test_a_difference_that_controls_have_too_does_not_survive(store) -> None:
     alike = study(store, described(6.0, control=6.0))
     untrained = next(row for row in alike.information if row["of"] == "untrained")
     assert untrained["gap"] == pytest.approx(0, abs=0.1)
-    assert "the difference does not survive untrained: so much" in alike.sentence()
+    assert "not told apart, so whether it is learnt stays open" in alike.sentence()
+    more = study(store, described(2.0, control=6.0))
+    assert "so much lies in the updates and need not be learnt" in more.sentence()
 
 
 def test_of_blocks_alike_there_is_no_evidence(store) -> None:
@@ -166,7 +143,7 @@ def test_of_blocks_alike_there_is_no_evidence(store) -> None:
 def test_the_number_of_clusters_is_found_and_said(store) -> None:
     found = study(store, described(12.0), clusters=None)
     assert found.stable_number == 3 == len(found.clusters)
-    assert "3 clusters are the most stable" in found.sentence()
+    assert "3 clusters are as stable as the best" in found.sentence()
     nothing = study(store, described(0.0), clusters=None)
     assert nothing.stable_number == 1 and len(nothing.clusters) == 2
     assert "No number of clusters is more stable" in nothing.sentence()
@@ -177,7 +154,7 @@ def test_controls_stand_beside_every_effect_they_have(different) -> None:
     assert abs(rows[COLOUR, "down.2.1"]["untrained effect"]) < 1 < rows[COLOUR, "down.2.1"]["effect"]
     assert "random direction effect" in rows["changes colour", "up.0.1"]
     assert "untrained effect" not in rows["changes colour", "up.0.1"]
-    assert all(f"{SAME_PROMPT} effect" not in row for row in different.rows())
+    assert f"{SAME_PROMPT} mean" in rows["changes colour", "up.0.1"]  # what stands fairly beside a random direction
 
 
 def test_variations_agree_where_a_difference_is_clear(different) -> None:
@@ -192,12 +169,15 @@ def test_variations_agree_where_a_difference_is_clear(different) -> None:
 def test_agreement_with_probes_and_ablation_takes_what_they_share(different) -> None:
     means = {(row["block"], row["descriptor"]): row["mean"] for row in different.rows()}
     blocks = different.hookpoints
-    probes = [{"hookpoint": b, "factor": f, "AUC": means[b, f"responds to {f}"]} for b in blocks for f in FACTORS]
+    probes = [
+        {"hookpoint": b, "factor": f, "AUC": expit(means[b, f"responds to {f}"])} for b in blocks for f in FACTORS
+    ]
     damage = [{"block": b} | {f: 1 - means[b, f"changes {f}"] for f in FACTORS} for b in blocks]
     rows = different.agreement(probes, [*damage, {"block": "up.1.0"} | dict.fromkeys(FACTORS, 0.5)])
     assert [row["ρ"] for row in rows[:2]] == [pytest.approx(1), pytest.approx(-1)]
     assert rows[2]["blocks"] == 3
     assert rows[1]["p"] > 0.9
+    assert rows[0]["verdict"] == "too few blocks to tell"  # of three blocks there are six orders
 
 
 def test_too_few_features_are_refused() -> None:
@@ -214,6 +194,42 @@ def test_figures_tell_the_same_numbers(different) -> None:
     causes = different.plot_causes()
     assert "random direction up.0.1" in causes.data[0].x
     assert all(made.layout.meta["alt"] for made in (responses, causes))
+
+
+def test_a_control_with_too_few_features_is_named_and_the_largest_effect_beside_its_control(store) -> None:
+    given = described(6.0)
+    given["channels"] = [replace(each, latents=each.latents[:1], values=each.values[:1]) for each in given["channels"]]
+    sentence = study(store, given).sentence()
+    assert "Too few features to be compared: channels." in sentence
+    assert f"; of {len(given[TRAINED][0].names)})" in sentence
+
+
+def test_the_largest_effect_is_that_which_controls_do_not_have(store) -> None:
+    given = described(6.0)
+    for name, seed in ((TRAINED, 0), ("untrained", 1)):
+        kinds = MEASURED if name == "untrained" else ()
+        given[name][1] = plant("up.0.0", {COLOUR: 9.0, "same place": 4.0 * (name == TRAINED)}, seed=seed, kinds=kinds)
+    assert "up.0.0 same place (" in study(store, given).sentence()
+
+
+def test_what_is_not_told_goes_all_the_way(store) -> None:
+    given = described(6.0)
+    for name in (TRAINED, SAME_PROMPT, RANDOM):
+        given[name][0].values[:5, [kind == "cause" for kind in given[name][0].kinds]] = np.nan
+    found = study(store, given)
+    same = next(row for row in found.information if row["of"] == SAME_PROMPT)
+    assert same["features"] == 115
+    assert "Where a number is not told (" in found.sentence()
+    rows = {(row["descriptor"], row["block"]): row for row in found.rows()}
+    assert rows["changes colour", "down.2.1"]["features"] == 35
+
+
+def test_a_figure_of_what_was_not_measured_is_refused(different, store) -> None:
+    with pytest.raises(KitError, match="plot_stability: the number of clusters was given"):
+        different.plot_stability()
+    given = {TRAINED: [each.only(*MEASURED) for each in described(6.0)[TRAINED]]}
+    with pytest.raises(KitError, match="plot_causes: no causes were measured"):
+        study(store, given).plot_causes()
 
 
 # From pictures to the page -------------------------------------------------------------------------------------------

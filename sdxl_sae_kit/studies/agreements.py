@@ -2,51 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import permutations
+from math import factorial
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from sdxl_sae_kit.studies.rank_agreement import spearman
 
-_SHUFFLES, _SAMPLES = 2000, 1000
+_ORDERS, _SAMPLES = 2000, 1000
 
 Cells = Mapping[tuple[str, str], float]
 """A number for each block and factor."""
 
 
 def agreement(one: Cells, other: Cells, seed: int = 0) -> dict[str, Any]:
-    """Spearman's ρ of two tables over block × factor, each factor's mean over blocks taken off.
+    """Spearman's ρ of two tables over block × factor, the means of each factor and of each block taken off.
 
-    What is left is which blocks a factor belongs to more than to others, not which factors are easy. `p`: one-sided,
-    the share of 2,000 shuffles of the block labels within each factor with as large a ρ, the tables' own counted. The
-    95 % interval is a bootstrap over factors. NaN for fewer than two blocks or factors that both have.
+    What is left is which block a factor belongs to more than to others, not which factors are easy, nor which blocks
+    matter for everything. `p`: one-sided, the share of orders of the blocks, each with all its factors, in which ρ is
+    as large; of all orders where there are at most 2,000, else of that many drawn ones and the blocks' own. So with
+    four blocks p is at least 1/24. The 95 % interval is a bootstrap over factors. NaN for fewer than two blocks or
+    factors that both have. `verdict` says in words what that comes to.
     """
     blocks, factors = (list(dict.fromkeys(key[at] for key in one if key in other)) for at in (0, 1))
     factors = [factor for factor in factors if all((b, factor) in one and (b, factor) in other for b in blocks)]
-    if min(len(blocks), len(factors)) < 2:
-        return {
-            "ρ": np.nan,
-            "ρ interval": (np.nan, np.nan),
-            "p": np.nan,
-            "blocks": len(blocks),
-            "factors": len(factors),
-        }
-    a, b = (_centred(table, blocks, factors) for table in (one, other))
+    n = {"blocks": len(blocks), "factors": len(factors)}
+    if min(n.values()) < 2:
+        return {"ρ": np.nan, "ρ interval": (np.nan, np.nan), "p": np.nan, **n, "verdict": "cannot be told"}
+    a, b = (np.array([[table[block, f] for f in factors] for block in blocks], dtype=float) for table in (one, other))
     rng = np.random.default_rng(seed)
-    rho = float(spearman(a.ravel(), b.ravel()))
-    shuffled = np.stack([rng.permuted(b, axis=0).ravel() for _ in range(_SHUFFLES)])
-    chance = spearman(np.broadcast_to(a.ravel(), shuffled.shape), shuffled)
+    orders = _orders(len(blocks), rng)
+    by_chance = _rho(np.broadcast_to(a, (len(orders), *a.shape)), b[orders])
+    p = float((by_chance >= by_chance[0] - 1e-12).mean())
     drawn = rng.integers(len(factors), size=(_SAMPLES, len(factors)))
-    samples = spearman(*(np.moveaxis(table[:, drawn], 1, 0).reshape(_SAMPLES, -1) for table in (a, b)))
-    low, high = np.nanquantile(samples, [0.025, 0.975])
-    return {
-        "ρ": rho, "ρ interval": (float(low), float(high)),
-        "p": (1 + int((chance >= rho - 1e-12).sum())) / (1 + _SHUFFLES), "blocks": len(blocks), "factors": len(factors),
-    }  # fmt: skip
+    low, high = np.nanquantile(_rho(*(np.moveaxis(table[:, drawn], 1, 0) for table in (a, b))), [0.025, 0.975])
+    verdict = _verdict(p, 1 / len(orders))
+    return {"ρ": float(by_chance[0]), "ρ interval": (float(low), float(high)), "p": p, **n, "verdict": verdict}
 
 
-def _centred(table: Cells, blocks: Sequence[str], factors: Sequence[str]) -> Float[np.ndarray, "block factor"]:
-    values = np.array([[table[block, factor] for factor in factors] for block in blocks], dtype=np.float64)
-    return np.asarray(values - values.mean(axis=0))
+def _orders(n: int, rng: np.random.Generator) -> Int[np.ndarray, "order block"]:
+    """Orders of n blocks, their own first."""
+    if factorial(n) <= _ORDERS:
+        return np.array(list(permutations(range(n))))
+    return np.stack([np.arange(n), *(rng.permutation(n) for _ in range(_ORDERS))])
+
+
+def _rho(
+    one: Float[np.ndarray, "draw block factor"], other: Float[np.ndarray, "draw block factor"]
+) -> Float[np.ndarray, "draw"]:
+    left = (table - table.mean(axis=-1, keepdims=True) for table in (one, other))
+    left = (table - table.mean(axis=-2, keepdims=True) for table in left)
+    return spearman(*(table.reshape(len(table), -1).round(12) for table in left))
+
+
+def _verdict(p: float, least: float) -> str:
+    if least > 0.05:
+        return "too few blocks to tell"
+    return "they agree" if p <= 0.05 else "no evidence that they agree"

@@ -22,19 +22,32 @@ Embedding = Literal["tsne", "pca", "umap"]
 MOST = 10
 """The largest number of clusters that is tried."""
 PAIRS = 8
-"""Pairs of subsamples, and as many shuffled ones, for each number."""
+"""Pairs of subsamples, and as many of one cloud, for each number."""
 
-_SHARE, _LEAST, _CLEAR = 0.8, 0.25, 2.0
+_SHARE, _LEAST, _CLEAR = 0.8, 0.25, 3.0
+_FLAT = 1e-6
 _STARTS, _ITERATIONS = 3, 50
 
 Points = Float[np.ndarray, "feature descriptor"]
 Labels = Int[np.ndarray, "feature"]
 
 
+def moments(values: Float[np.ndarray, "feature *more"]) -> tuple[Any, Any]:
+    """Mean and standard deviation over the features of which a descriptor is told (NaN: not told).
+
+    The deviation is infinite where it is below 1e-6, as rounding makes it: such a descriptor is the same for all.
+    """
+    told = np.isfinite(values)
+    n = np.maximum(told.sum(axis=0), 1)
+    mean = np.where(told, values, 0).sum(axis=0) / n
+    spread = np.sqrt(np.where(told, np.square(values - mean), 0).sum(axis=0) / n)
+    return mean, np.where(spread > _FLAT, spread, np.inf)
+
+
 def standardise(values: Points) -> Points:
-    """Every descriptor with mean 0 and standard deviation 1; 0 where it is the same for all features."""
-    spread = values.std(axis=0)
-    return np.asarray((values - values.mean(axis=0)) / np.where(spread > 1e-9, spread, np.inf), dtype=np.float64)
+    """Every descriptor with mean 0 and standard deviation 1; 0 where it is the same for all features; NaN stays."""
+    mean, spread = moments(values)
+    return np.asarray((values - mean) / spread, dtype=np.float64)
 
 
 def cluster(points: Points, number: int, method: Method = "kmeans", seed: int = 0) -> Labels:
@@ -71,41 +84,51 @@ def _by_size(labels: Labels) -> Labels:
 
 
 def measure_stability(points: Points, method: Method = "kmeans", seed: int = 0) -> list[dict[str, Any]]:
-    """How well two clusterings of subsamples agree, for every number of clusters, beyond what shuffled features do.
+    """How well two clusterings of subsamples agree, for every number of clusters, beyond what those of one cloud do.
 
     Of eight pairs of subsamples, of 80 % of the features each, every one is clustered by itself and extended to all
     features by the nearest centroid; `agreement` is the mean of the pairs' adjusted Rand index (Hubert and Arabie,
-    1985). `shuffled` is the same where every descriptor is dealt out anew among the features, for each pair by itself:
-    it keeps each descriptor's distribution and nothing of how they go together, so that few clusters do not win because
-    few are easily stable. `gain` = (agreement − shuffled) / (1 − shuffled): 1 for full agreement, 0 for no more than
-    shuffled. Intervals are 95 % bootstrap intervals over pairs.
+    1985). `one cloud` is the same for features drawn from a Gaussian of the same covariance, anew for each pair: it
+    keeps how descriptors go together and has no groups (the null of SigClust, Liu et al., 2008), so that few clusters
+    do not win because few are easily stable. Long tails that go together may count as groups. `gain` = (agreement − one
+    cloud) / (1 − one cloud): 1 for full agreement, 0 for no more than one cloud. `deviations`: by how many standard
+    deviations of the one cloud's pairs the share of the variance that is within clusters is below theirs. Intervals are
+    95 % bootstrap intervals over pairs.
     """
     rng = np.random.default_rng(seed)
     rows = []
     for number in range(2, min(MOST, len(points) // 10) + 1):
-        own = np.array([_agreement(points, number, method, rng) for _ in range(PAIRS)])
-        null = np.array([_agreement(rng.permuted(points, axis=0), number, method, rng) for _ in range(PAIRS)])
-        pairs = np.stack([own, null], axis=1)
+        own = np.array([_subsampled(points, number, method, rng) for _ in range(PAIRS)])
+        null = np.array([_subsampled(_one_cloud(points, rng), number, method, rng) for _ in range(PAIRS)])
+        pairs = np.stack([own[:, 0], null[:, 0]], axis=1)
         row: dict[str, Any] = {"clusters": number}
-        row |= {"agreement": own.mean(), "agreement interval": bootstrap_interval(own)}
-        row |= {"shuffled": null.mean(), "shuffled interval": bootstrap_interval(null)}
+        for at, name in enumerate(("agreement", "one cloud")):
+            row |= {name: pairs[:, at].mean(), f"{name} interval": bootstrap_interval(pairs[:, at])}
         row |= {"gain": _gain(pairs.mean(axis=0)), "gain interval": bootstrap_interval(pairs, _gain)}
-        row["standard error"] = own.std(ddof=1) / np.sqrt(PAIRS) / (1 - null.mean())
-        row["deviations"] = (own.mean() - null.mean()) / null.std(ddof=1)
+        row["standard error"] = own[:, 0].std(ddof=1) / np.sqrt(PAIRS) / (1 - null[:, 0].mean() + _FLAT)
+        row["deviations"] = (null[:, 1].mean() - own[:, 1].mean()) / null[:, 1].std(ddof=1)
         rows.append({k: v if isinstance(v, tuple | int) else float(v) for k, v in row.items()} | {"pairs": PAIRS})
     return rows
 
 
 def _gain(means: Float[np.ndarray, "*sample 2"]) -> Any:
-    """(agreement − shuffled) / (1 − shuffled)."""
-    return (means[..., 0] - means[..., 1]) / (1 - means[..., 1])
+    """(agreement − one cloud) / (1 − one cloud)."""
+    return (means[..., 0] - means[..., 1]) / (1 - means[..., 1] + _FLAT)
 
 
-def _agreement(points: Points, number: int, method: Method, rng: np.random.Generator) -> float:
+def _one_cloud(points: Points, rng: np.random.Generator) -> Points:
+    """As many draws of a Gaussian with the covariance of these points."""
+    covariance = np.atleast_2d(np.cov(points, rowvar=False))
+    return rng.multivariate_normal(np.zeros(len(covariance)), covariance, size=len(points), method="eigh")
+
+
+def _subsampled(points: Points, number: int, method: Method, rng: np.random.Generator) -> tuple[float, float]:
+    """Agreement of the clusterings of two subsamples, and the share of all variance that is within clusters of one."""
     random = np.random.RandomState(int(rng.integers(2**31)))
     halves = (rng.permutation(len(points))[: int(_SHARE * len(points))] for _ in range(2))
     one, other = (extend(points, chosen, _fit(points[chosen], number, method, random)) for chosen in halves)
-    return float(adjusted_rand_score(one, other))
+    within = sum(len(own) * own.var(axis=0).sum() for own in (points[one == at] for at in np.unique(one)))
+    return float(adjusted_rand_score(one, other)), float(within / (len(points) * points.var(axis=0).sum()))
 
 
 def extend(points: Points, chosen: Int[np.ndarray, "chosen"], labels: Int[np.ndarray, "chosen"]) -> Labels:
@@ -116,10 +139,10 @@ def extend(points: Points, chosen: Int[np.ndarray, "chosen"], labels: Int[np.nda
 
 
 def choose_number(rows: Sequence[dict[str, Any]]) -> int:
-    """The number of clusters that is most stable beyond shuffled features, or 1 where none is.
+    """The largest number of clusters that is as stable as the most stable beyond one cloud, or 1 where none is.
 
-    A number is considered where it gains at least a quarter and agreement is two or more standard deviations of the
-    shuffled pairs' above theirs (`deviations`). Of these the largest whose gain is within one standard error of the
+    A number is considered where it gains at least a quarter and clusters are clearly tighter than those of one cloud:
+    three `deviations` or more. Of these the largest whose gain is within one standard error of the
     greatest: finer groups are taken where they are as stable.
     """
     clear = [row for row in rows if row["gain"] >= _LEAST and row["deviations"] >= _CLEAR]

@@ -21,11 +21,14 @@ def vary(
 ) -> list[dict[str, Any]]:
     """A row per variation: what clusters tell of blocks (see `association`), and their agreement with the main ones.
 
-    `adjusted Rand index` is with the clusters given, over the features that both have.
+    `adjusted Rand index` is with the clusters given, over the features that both have. What is not possible, such as
+    more clusters than features, is left out, and so are seeds of a method that draws nothing.
     """
     main: dict[str, Any] = {"variation": f"as it is: {number} clusters, {method}"}
     rows = [main | association(pool.block, clusters, permutations, seed) | {"adjusted Rand index": 1.0}]
     for name, varied, k, how, start in _variations(pool, number, method, seed):
+        if not 2 <= k < len(varied) or not varied.bounded.size:
+            continue
         found = cluster(varied.bounded, k, how, start)
         same = np.isin(_keys(pool), _keys(varied))
         row = {"variation": name} | association(varied.block, found, permutations, seed)
@@ -39,12 +42,11 @@ def _keys(pool: Pool) -> Int[np.ndarray, "feature"]:
 
 def _variations(pool: Pool, number: int, method: Method, seed: int) -> Iterator[_Variation]:
     for k in (number - 2, number - 1, number + 1, number + 2):
-        if k >= 2:
-            yield f"{k} clusters", pool, k, method, seed
+        yield f"{k} clusters", pool, k, method, seed
     for other in get_args(Method):
         if other != method:
             yield f"method {other}", pool, number, other, seed
-    for step in (1, 2):
+    for step in (1, 2) if method != "ward" else ():
         yield f"seed {seed + step}", pool, number, method, seed + step
     half = np.random.default_rng(seed).permutation(len(pool)) < len(pool) // 2
     for name, chosen in (("first", half), ("second", ~half)):

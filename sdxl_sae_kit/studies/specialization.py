@@ -265,7 +265,7 @@ def compare_blocks(
 
 def _name(pool: Pool, mine: NDArray[np.bool_]) -> str:
     """The two descriptors in which a cluster's centre stands out most."""
-    centre = pool.points[mine].mean(axis=0)
+    centre = np.nan_to_num(pool.points)[mine].mean(axis=0)
     strongest = np.argsort(-np.abs(centre), kind="stable")[:2]
     return ", ".join(f"{'high' if centre[at] > 0 else 'low'} {pool.names[at]}" for at in strongest)
 
@@ -288,13 +288,15 @@ def _informations(
 ) -> list[dict[str, Any]]:
     """What clusters tell of blocks: by all descriptors; and by those that controls have, of features and of controls.
 
-    Each is clustered by itself into as many clusters.
+    Each is clustered by itself into as many clusters, those of its features of which anything is told. The first row
+    also holds `untold`, the share of values that are not told, and the names of controls with `too few` features.
     """
-    rows: list[dict[str, Any]] = [{"of": TRAINED, "descriptors": "all"}]
+    rows: list[dict[str, Any]] = [{"of": TRAINED, "descriptors": "all", "untold": pools[TRAINED].untold, "too few": []}]
     rows[0] |= association(pools[TRAINED].block, labels, permutations, seed)
     for own, beside, kinds, words in _COMPARED:
-        compared = {name: pools[name].only(*kinds) for name in (own, *beside) if name in pools}
-        enough = {name: pool for name, pool in compared.items() if len(pool) > number}
+        compared = {name: pools[name].only(*kinds).told for name in (own, *beside) if name in pools}
+        enough = {name: pool for name, pool in compared.items() if len(pool) > number and pool.bounded.size}
+        rows[0]["too few"] += [name for name in compared if name not in enough]
         found = {name: cluster(pool.bounded, number, method, seed) for name, pool in enough.items()}
         told = {name: association(enough[name].block, found[name], permutations, seed) for name in found}
         if own in told and len(told) > 1:
@@ -311,7 +313,10 @@ def _gap(
     clusters: Mapping[str, Int[np.ndarray, "feature"]],
     seed: int,
 ) -> dict[str, Any]:
-    """The features' bits above chance minus the control's, with its 95 % bootstrap interval over features."""
+    """The features' share of the entropy above chance minus the control's, with its 95 % bootstrap interval.
+
+    Features are drawn anew, and keep the clusters that they were put in.
+    """
     samples = [
         resampled_information(pools[name].block, clusters[name], seed + at) for at, name in enumerate((own, control))
     ]
@@ -324,7 +329,7 @@ def _effects(pools: Mapping[str, Pool], seed: int) -> list[dict[str, Any]]:
     """A row per descriptor and block, the controls' numbers beside the features'."""
     rows = {(row["descriptor"], row["block"]): row for row in contrasts(pools[TRAINED], seed)}
     for name, pool in pools.items():
-        if name not in (TRAINED, SAME_PROMPT):
+        if name != TRAINED:
             for beside in contrasts(pool, seed):
                 if row := rows.get((beside["descriptor"], beside["block"])):
                     row |= {f"{name} {key}": beside[key] for key in ("mean", "effect", "effect interval")}

@@ -14,6 +14,7 @@ import numpy as np
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact
+from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.maps import block_flow, cluster_map, response_map
 from sdxl_sae_kit.plots import interval_lines
 from sdxl_sae_kit.studies import claims as tests
@@ -39,7 +40,7 @@ class Specialization:
     stable_number: int | None
     """The most stable number of clusters, 1 where none is more stable than chance; None where a number was given."""
     stability: Sequence[Mapping[str, Any]] = field(repr=False)
-    """A row per number of clusters tried: see `clustering.measure_stability`."""
+    """A row per number of clusters tried, none where it was given: see `clustering.measure_stability`."""
     information: Sequence[Mapping[str, Any]] = field(repr=False)
     """Rows that say what clusters tell of hookpoints, in bits: see `contrasts.association`. The first is the main one,
     the others are by those descriptors alone that controls have too, with the features' lead as `gap`."""
@@ -101,13 +102,14 @@ class Specialization:
         """Do features agree with the blocks themselves on which block matters for which factor (Spearman's ρ)?
 
         A row for the features' responses and the probes of whole updates, the features' causes and the damage done by
-        leaving blocks out, and the responses and that damage: see `agreements.agreement`.
+        leaving blocks out, and the responses and that damage: see `agreements.agreement`. AUCs count as their logits,
+        as most are near 1.
 
         Args:
             probes: rows of `probes.probe`.
             damage: `BlockRanking.damage()`, of which only these hookpoints count.
         """
-        read = {(str(row["hookpoint"]), str(row["factor"])): float(row["AUC"]) for row in probes}
+        read = {(str(row["hookpoint"]), str(row["factor"])): _logit(float(row["AUC"])) for row in probes}
         hurt = {(str(r["block"]), f): float(v) for r in damage for f, v in r.items() if f != "block"}
         responses, causes = (self._cells(verb) for verb in ("responds to ", "changes "))
         pairs: list[tuple[str, Cells, Cells]] = [
@@ -135,36 +137,39 @@ class Specialization:
             f"{self._on_number()} The cluster of a feature tells {main['bits']:.3f} bits of its hookpoint, "
             f"{main['share']:.0%} of what there is to tell; with shuffled hookpoint labels {main['chance']:.3f} "
             f"(p = {main['p']:.3g}; {main['features']:,} features, {len(self.hookpoints)} hookpoints): {differ}. "
-            f"{self._against_controls()} {self._on_robustness()} {self._on_effects()}"
+            f"{self._against_controls()} {self._on_robustness()} {self._on_effects()}{self._on_untold()}"
         )
+
+    def _on_untold(self) -> str:
+        share = self.information[0]["untold"]
+        return f" Where a number is not told ({share:.1%} of them), clusters take the median." if share else ""
 
     def _on_number(self) -> str:
         if self.stable_number is None:
             return f"Features were put in {len(self.clusters)} clusters, as asked."
         if self.stable_number == 1:
             return (
-                "No number of clusters is more stable than with shuffled descriptors: the features form no groups, and "
-                "the two used here are only a way to cut them apart."
+                "No number of clusters is more stable and tighter than in one Gaussian cloud: the features form no "
+                "groups, and the two used here are only a way to cut them apart."
             )
         best = next(row for row in self.stability if row["clusters"] == self.stable_number)
         return (
-            f"{self.stable_number} clusters are the most stable beyond chance: subsamples agree on them by "
-            f"{written(best, 'agreement')}, with shuffled descriptors by {written(best, 'shuffled')} (adjusted Rand "
-            f"index, {best['pairs']} pairs)."
+            f"{self.stable_number} clusters are as stable as the best: subsamples agree on them by "
+            f"{written(best, 'agreement')}, in one Gaussian cloud of the same covariance by "
+            f"{written(best, 'one cloud')} (adjusted Rand index, {best['pairs']} pairs)."
         )
 
     def _against_controls(self) -> str:
         beside = [row for row in self.information if "gap" in row]
-        if not beside:
-            return "Controls had too few features to be compared."
-        left = [str(row["of"]) for row in beside if row["gap interval"][0] <= 0]
-        verdict = (
-            f"the difference does not survive {' and '.join(left)}: so much lies in the updates and need not be learnt"
-            if left
-            else "more than any control"
+        told = "; ".join(
+            f"{self._own(row)['above']:.0%} against {row['above']:.0%} of {_told(row)}: {_verdict(row)}"
+            for row in beside
         )
-        told = "; ".join(f"{self._own(row)['above']:.3f} against {row['above']:.3f} of {_told(row)}" for row in beside)
-        return f"In bits above chance, by the descriptors that controls have too, it is {told}: {verdict}."
+        dropped = " and ".join(map(str, self.information[0]["too few"]))
+        return (
+            (f"Above chance, as a share of what there is to tell, it is {told}." if told else "")
+            + (f" Too few features to be compared: {dropped}." if dropped else "")
+        ).strip()  # fmt: skip
 
     def _own(self, control: Mapping[str, Any]) -> Mapping[str, Any]:
         """The features' row by the same descriptors as this control's."""
@@ -173,17 +178,25 @@ class Specialization:
     def _on_robustness(self) -> str:
         rows = self.robustness[1:]
         kept = sum(row["p"] < 0.05 for row in rows)
-        bits = [row["above"] for row in rows]
+        above = [row["above"] for row in rows]
         return (
-            f"In {kept} of {len(rows)} variations of the analysis p stays below 0.05, with {min(bits):.3f} to "
-            f"{max(bits):.3f} bits above chance."
+            f"In {kept} of {len(rows)} variations of the analysis p stays below 0.05, with {min(above):.0%} to "
+            f"{max(above):.0%} of what there is to tell above chance."
         )
 
     def _on_effects(self) -> str:
-        mine = {h: [row for row in self.effects if row["block"] == h] for h in self.hookpoints}
-        best = {h: max(rows, key=lambda row: abs(float(row["effect"]))) for h, rows in mine.items()}
-        told = ", ".join(f"{h} {row['descriptor']} ({written(row, 'effect')})" for h, row in best.items())
-        return f"What sets each hookpoint's features apart most, in standard deviations: {told}."
+        told = []
+        for hookpoint in self.hookpoints:
+            rows = [row for row in self.effects if row["block"] == hookpoint]
+            if rows:
+                best = max(rows, key=_beyond)
+                name = _strongest_control(best)
+                beside = f"; {name.removesuffix(' effect')} {written(best, name)}" if name else "; no control"
+                told.append(f"{hookpoint} {best['descriptor']} ({written(best, 'effect')}{beside}; of {len(rows)})")
+        return (
+            "What sets each hookpoint's features apart most beyond controls, in standard deviations, the largest of "
+            f"as many descriptors as is said, each interval by itself: {', '.join(told)}."
+        )
 
     # Figures ----------------------------------------------------------------------------------------------------------
 
@@ -194,9 +207,16 @@ class Specialization:
         return self._map(("response",) if factors else ("space", "look"), ("", "untrained ", "channels "), title)
 
     def plot_causes(self) -> Any:
-        """Heat map of what turning features of each block off changes, beside a random direction (plotly)."""
+        """Heat map of what turning features of each block off changes, on all their prompts, and beside a random
+        direction on the same prompts (plotly).
+
+        Raises:
+            KitError: the study measured no causes.
+        """
+        if all(row["kind"] != "cause" for row in self.effects):
+            raise KitError("plot_causes: no causes were measured. Call specialize with prompts_per_feature=1 or more.")
         title = "What turning a feature off changes: mean over features"
-        return self._map(("cause",), ("", "random direction "), title)
+        return self._map(("cause",), ("", f"{tests.SAME_PROMPT} ", f"{tests.RANDOM} "), title)
 
     def _map(self, kinds: Sequence[str], prefixes: Sequence[str], title: str) -> Any:
         told = {(row["descriptor"], row["block"]): row for row in self.effects if row["kind"] in kinds}
@@ -207,13 +227,21 @@ class Specialization:
             for hookpoint in self.hookpoints
             if any(f"{prefix}mean" in row for (_, block), row in told.items() if block == hookpoint)
         ]
-        means = [[told[name, block].get(f"{prefix}mean", np.nan) for prefix, block in columns] for name in names]
+        means = [
+            [told.get((name, block), {}).get(f"{prefix}mean", np.nan) for prefix, block in columns] for name in names
+        ]
         shown = [prefix + block for prefix, block in columns]
         return response_map(names, shown, np.array(means, dtype=float), title=title)
 
     def plot_stability(self) -> Any:
-        """Stability over the number of clusters, beside that of shuffled descriptors (plotly)."""
-        names = {"agreement": "features", "shuffled": "shuffled descriptors", "gain": "gain"}
+        """Stability over the number of clusters, beside that in one Gaussian cloud (plotly).
+
+        Raises:
+            KitError: the number of clusters was given, so none was tried.
+        """
+        if not self.stability:
+            raise KitError("plot_stability: the number of clusters was given. Call specialize without clusters.")
+        names = {"agreement": "features", "one cloud": "one Gaussian cloud", "gain": "gain"}
         lines = {
             shown: [(row["clusters"], row[name], *row[f"{name} interval"]) for row in self.stability]
             for name, shown in names.items()
@@ -252,11 +280,12 @@ class Specialization:
 
     def _repr_html_(self) -> str:
         effects = (
-            "Standardised mean difference from the other blocks with 95 % bootstrap interval over features; q by "
-            "Benjamini and Hochberg"
+            "Standardised mean difference from the other blocks with 95 % bootstrap interval over features (of one SAE "
+            "per block, on the same images); q by Benjamini and Hochberg"
         )
         bits = (
-            "What a feature's cluster tells of its hookpoint, in bits; gap: the features' above chance − the control's"
+            "What a feature's cluster tells of its hookpoint, in bits; above: beyond chance, as a share of the "
+            "entropy of hookpoints; gap: the features' above − the control's, clusters held fixed, 95 % over features"
         )
         return html.fragment(
             f"<h3>Block specialisation</h3><p>{html.escape(self.sentence())}</p>",
@@ -275,8 +304,38 @@ class Specialization:
         return shown | {key: written(row, key) if key in row else "–" for key in dict.fromkeys(beside)}
 
 
+def _logit(auc: float) -> float:
+    clipped = np.clip(auc, 0.001, 0.999)
+    return float(np.log(clipped / (1 - clipped)))
+
+
 def _told(control: Mapping[str, Any]) -> str:
     return f"{control['of']} ({control['descriptors']}; gap {written(control, 'gap')})"
+
+
+def _verdict(control: Mapping[str, Any]) -> str:
+    low, high = control["gap interval"]
+    of_causes = control["of"] == tests.RANDOM
+    if low > 0:
+        return "more than that tells"
+    if high < 0:
+        return "a random direction tells more" if of_causes else "so much lies in the updates and need not be learnt"
+    return (
+        "not told apart, so this may be where and how much is pushed, not which direction" if of_causes
+        else "not told apart, so whether it is learnt stays open"
+    )  # fmt: skip
+
+
+def _strongest_control(row: Mapping[str, Any]) -> str | None:
+    """The key of the control's effect that goes furthest the same way, if there is any control."""
+    keys = [key for key in row if key.endswith(" effect") and key != f"{tests.SAME_PROMPT} effect"]
+    return max(keys, key=lambda key: float(row[key] * np.sign(row["effect"])), default=None)
+
+
+def _beyond(row: Mapping[str, Any]) -> float:
+    """How much further from 0 the effect is than any control's on the same side."""
+    name = _strongest_control(row)
+    return float(abs(row["effect"]) - max(row[name] * np.sign(row["effect"]) if name else 0.0, 0.0))
 
 
 def _readable(row: Mapping[str, Any]) -> Row:
