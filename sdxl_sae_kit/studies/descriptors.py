@@ -103,7 +103,7 @@ def describe(
         if given is not None and given.sae != stats.sae:
             raise ArtifactError(f"describe: {name} are of {given.sae}, stats of {stats.sae}. Give those of one SAE.")
     chosen = describable(stats) if latents is None else latents
-    by_kind: dict[Kind, _Columns] = {"response": _responses(stats, chosen)} | _seen(stats, chosen)
+    by_kind: dict[Kind, _Columns] = {"response": _responses(stats, chosen), **_seen(stats, chosen)}
     if embed is not None:
         by_kind["look"]["alike"] = specificity(stats, embed).value[chosen].astype(np.float64)
     if timing is not None:
