@@ -14,6 +14,7 @@ from reading_html import read_safely
 from scipy.stats import norm, spearmanr
 from sklearn.metrics import mutual_info_score
 
+from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.collection import collect
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.pipelines import load_pipeline
@@ -23,7 +24,7 @@ from sdxl_sae_kit.questions import ROLES
 from sdxl_sae_kit.studies import specialization
 from sdxl_sae_kit.studies.agreements import agreement
 from sdxl_sae_kit.studies.block_ranking import rank_blocks
-from sdxl_sae_kit.studies.causes import Causes
+from sdxl_sae_kit.studies.causes import LOOKS, Causes
 from sdxl_sae_kit.studies.claims import RANDOM, SAME_PROMPT, TRAINED
 from sdxl_sae_kit.studies.contrasts import Pool, association, contrasts, information
 from sdxl_sae_kit.studies.lines import Lines
@@ -256,19 +257,24 @@ def test_real_features_are_described_by_all_that_is_measured(real) -> None:
     assert {claim["block"]: claim["outcome"] for claim in real.claims}["mid.0"] == "not asked"
 
 
-def test_what_random_directions_cause_stands_beside_causes_on_the_same_prompts(real, store) -> None:
-    rows = {(row["descriptor"], row["block"]): row for row in real.rows()}
-    for folder in sorted((Path(store.root) / "studies").glob("causes_tiny-turbo_*_k8-*")):
-        causes = Causes.open(folder)
-        if set(causes.latents) == set(real.features["feature"][real.features["hookpoint"] == _place(real, causes)]):
-            row = rows["change inside", causes.hookpoint]
-            inside = causes.names.index("inside")
-            assert row["mean"] == pytest.approx(np.nanmean(causes.values[:, inside]))
-            assert row["random direction mean"] == pytest.approx(np.nanmean(causes.control[:, inside]))
-
-
-def _place(study: Specialization, causes: Causes) -> int:
-    return list(study.hookpoints).index(causes.hookpoint)
+def test_what_random_directions_cause_stands_beside_causes_on_the_same_prompts() -> None:
+    values, control = np.random.default_rng(0).uniform(0.1, 0.2, (2, 40, 1 + len(LOOKS)))
+    told = Causes(
+        Artifact(Path("nowhere")),
+        "planted",
+        "a",
+        np.arange(40) * 2,
+        ("colour", *LOOKS),
+        values,
+        control,
+        np.ones(40, int),
+    )
+    pools = specialization._with_causes([plant("a", kinds=MEASURED)], [told])
+    changes = {name: pool[0].values[:, pool[0].names.index("changes colour")] for name, pool in pools.items()}
+    np.testing.assert_allclose(changes[TRAINED], np.sqrt(values[:, 0]))
+    np.testing.assert_array_equal(changes[SAME_PROMPT], changes[TRAINED])
+    np.testing.assert_allclose(changes[RANDOM], np.sqrt(control[:, 0]))
+    assert set(pools[TRAINED][0].kinds) == {*MEASURED, "cause"} and set(pools[RANDOM][0].kinds) == {"cause"}
 
 
 def test_interrupted_amid_causes_it_goes_on_and_ends_the_same(ask, real, store, tmp_path, monkeypatch) -> None:
