@@ -71,7 +71,8 @@ def by_hand(clean, changed, fires, judge) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("condition", ["feature", "random direction"])
-def test_it_is_what_steer_makes_of_the_strongest_held_out_image(condition, pipe, sae, small_stats, chosen, result):
+def test_it_is_what_steer_makes_of_the_strongest_held_out_image(condition, pipe, sae, small_stats, chosen, store):
+    result = measure_causes(pipe, sae, small_stats, chosen[:1], prompts_per_feature=1, batch_size=8, store=store)
     latent, prompts = chosen[0], small_stats.prompts
     means = np.where(prompts.held_out, small_stats.image_activations("mean")[:, latent], -1)
     image = int(means.argmax())
@@ -196,7 +197,7 @@ def test_rows_are_paired_means_with_intervals_over_features(result) -> None:
 
 def test_a_judge_of_embeddings_is_not_said_to_tell_bhattacharyyas_distance(result) -> None:
     names = ("semantic", *LOOKS)
-    seen = replace(planted(result, 0), names=names, values=np.full((9, 5), 0.2), control=np.full((9, 5), 0.1))
+    seen = replace(planted(result, 0), names=names, values=np.full((40, 5), 0.2), control=np.full((40, 5), 0.1))
     assert "Bhattacharyya" not in seen.sentence() and "the judge's own distance" in seen.sentence()
     assert "Bhattacharyya" not in seen.plot().layout.yaxis.title.text
 
