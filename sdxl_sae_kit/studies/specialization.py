@@ -65,7 +65,7 @@ def specialize(
     *,
     timing: ActivationCache | None = None,
     embed: Embed | None = None,
-    features_per_block: int = 150,
+    features_per_block: int = 100,
     prompts_per_feature: int = 2,
     method: Method = "kmeans",
     clusters: int | None = None,
