@@ -84,16 +84,16 @@ def specialize(
     standardised mean differences; and the published claims about four blocks are tested (see `claims.RULE`). The
     features of untrained SAEs and raw channels are measured in the same way, but for what they cause: beside that
     stands a random direction. What is measured on the way is kept, so that a call that was killed goes on; the rest
-    takes about a minute with the default settings, whatever the model.
+    takes about a minute with the default settings.
 
     Args:
         pipe: the pipeline whose updates the SAEs were trained on.
         saes: one SAE for each of two hookpoints or more, in a list or a mapping.
         cache: updates of these hookpoints, whole grids.
         timing: updates of several denoising steps; without it nothing is said of when features are active.
-        features_per_block: at most so many features of each hookpoint, spread evenly over the ranks of their density
-            among those that fire on 5 images or more; the same number of each control's.
         embed: a judge of images, such as `ClipEmbed`, that tells how alike a feature's top images are.
+        features_per_block: at most so many of each hookpoint's features that fire on 5 images or more, spread evenly
+            over the ranks of their density; and of each control's.
         prompts_per_feature: held-out images on which each feature is turned off, and beside it as much along a random
             direction: two pictures each. 0 leaves causes out.
         method: how to cluster: "kmeans", "ward" or "mixture" (of Gaussians).
