@@ -200,12 +200,12 @@ def _seen(stats: FeatureStats, latents: Int[np.ndarray, "feature"]) -> dict[Kind
     return {"space": space | {name: columns[name] for name in _PLACE}, "look": {name: columns[name] for name in _LOOK}}
 
 
+_Weights = Float[np.ndarray, "example height width"]
 _PLACE, _LOOK = ("centre-ness", "same place"), ("brightness", "red − green", "yellow − blue", "texture")
 
 
-def _place(examples: Sequence[Example]) -> list[float]:
+def _place(weights: _Weights) -> list[float]:
     """How central these heat maps are, and how alike."""
-    weights = _weights(examples)
     unit = weights / np.sqrt(np.square(weights).sum(axis=(1, 2), keepdims=True))
     n, pairs = len(unit), float(np.square(unit.sum(axis=0)).sum())  # Σ over all pairs, each map with itself among them
     centred = float((weights * _centrality(*weights.shape[1:])).sum(axis=(1, 2)).mean())
@@ -214,10 +214,11 @@ def _place(examples: Sequence[Example]) -> list[float]:
 
 def _look(examples: Sequence[Example]) -> list[float]:
     """How central heat maps are, and how alike, and the colours and texture under them."""
-    return [*_place(examples), *_colour(examples), _texture(examples)]
+    weights, pictures = _weights(examples), [_picture(example) for example in examples]
+    return [*_place(weights), *_colour(weights, pictures), _texture(weights, pictures)]
 
 
-def _weights(examples: Sequence[Example]) -> Float[np.ndarray, "example height width"]:
+def _weights(examples: Sequence[Example]) -> _Weights:
     maps = np.stack([example.heat_map for example in examples]).astype(np.float64)
     return np.asarray(maps / maps.sum(axis=(1, 2), keepdims=True))
 
@@ -228,22 +229,21 @@ def _centrality(height: int, width: int) -> Float[np.ndarray, "height width"]:
     return np.asarray(1 - np.hypot(y[:, None], x[None, :]) / np.sqrt(2))
 
 
-def _colour(examples: Sequence[Example]) -> list[float]:
-    """Mean brightness, red − green and yellow − blue of the examples, weighted by activation; channels 0 to 1."""
-    weights = _weights(examples)
+def _colour(weights: _Weights, pictures: Sequence[Image.Image]) -> list[float]:
+    """Mean brightness, red − green and yellow − blue of pictures, weighted by activation; channels 0 to 1."""
     size = (weights.shape[2], weights.shape[1])
-    pixels = np.stack([np.asarray(_picture(e).resize(size), dtype=np.float64) / 255 for e in examples])
+    pixels = np.stack([np.asarray(picture.resize(size), dtype=np.float64) / 255 for picture in pictures])
     red, green, blue = (weights[..., None] * pixels).sum(axis=(1, 2)).mean(axis=0)
     return [float(value) for value in ((red + green + blue) / 3, red - green, (red + green) / 2 - blue)]
 
 
-def _texture(examples: Sequence[Example]) -> float:
+def _texture(weights: _Weights, pictures: Sequence[Image.Image]) -> float:
     """Mean length of the gradient of the luminance (0 to 1, per pixel of the thumbnail), weighted by activation."""
     found = []
-    for example, weights in zip(examples, _weights(examples), strict=True):
-        luminance = np.asarray(_picture(example).convert("L"), dtype=np.float64) / 255
+    for picture, mine in zip(pictures, weights, strict=True):
+        luminance = np.asarray(picture.convert("L"), dtype=np.float64) / 255
         steep = Image.fromarray(np.hypot(*np.gradient(luminance)).astype(np.float32))
-        found.append((weights * np.asarray(steep.resize(weights.shape[::-1], Image.Resampling.BOX))).sum())
+        found.append((mine * np.asarray(steep.resize(mine.shape[::-1], Image.Resampling.BOX))).sum())
     return float(np.mean(found))
 
 
