@@ -195,6 +195,8 @@ def test_colour_and_texture_are_read_under_the_heat_map() -> None:
     # of stripes of 2 pixels every central difference is half a step (at the border it is none)
     assert column(made, "texture") == pytest.approx([0, 0.5], abs=0.02)
     assert describe(planted(codes, factors=False)).only("look").names == made.only("look").names
+    unseen = describe(planted(codes, pictures=(b"",) * N_IMAGES))
+    assert np.isnan(unseen.only("look").values).all() and np.isfinite(unseen.only("space").values).all()
 
 
 def test_alike_is_the_specificity_of_the_top_images(small_stats, tmp_path) -> None:

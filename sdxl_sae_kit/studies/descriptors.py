@@ -76,9 +76,9 @@ def describe(
     - `space`: `active area`, the share of tokens on which it fires, in images where it does; its mean `Moran's I`; and
       of the five images on which it is strongest the `centre-ness` of its heat maps (1 in the middle, 0 in the corners)
       and `same place`, the mean cosine of all pairs of these maps, 1 where it is always at the same tokens.
-    - `look`: of those images, weighted by activation, `brightness`, `red − green`, `yellow − blue` (channels 0 to 1)
-      and `texture`, the mean gradient of the luminance. Where a judge is given `alike`: the mean cosine similarity of
-      the feature's top images (`similarity.specificity`).
+    - `look`, where pictures are kept: of those images, weighted by activation, `brightness`, `red − green`,
+      `yellow − blue` (channels 0 to 1) and `texture`, the mean gradient of the luminance. Where a judge is given
+      `alike`: the mean cosine similarity of the feature's top images (`similarity.specificity`).
     - `time`, where `timing` is given: of activity (density × mean) over denoising steps, scaled to 0 (first) to 1
       (last), its centre of mass, `peak step`, and the share after the middle, `late share`.
     - `cause`, where `causes` are given: see `describe_causes`.
@@ -214,7 +214,10 @@ def _place(weights: _Weights) -> list[float]:
 
 def _look(examples: Sequence[Example]) -> list[float]:
     """How central heat maps are, and how alike, and the colours and texture under them."""
-    weights, pictures = _weights(examples), [_picture(example) for example in examples]
+    weights = _weights(examples)
+    if not all(example.thumbnail for example in examples):  # of a cache that keeps none
+        return [*_place(weights), *[np.nan] * len(_LOOK)]
+    pictures = [_picture(example) for example in examples]
     return [*_place(weights), *_colour(weights, pictures), _texture(weights, pictures)]
 
 
