@@ -95,7 +95,7 @@ class FeatureStats:
                 tokens of each image; or another process is measuring the same, or the disk is too small.
             KitError: the cache does not have this step, or an impossible setting.
         """
-        _check_fit(sae, cache)
+        check_fit(sae, cache)
         step = whole_number("measure: step", step, least=0)
         cache.row(step)
         top = whole_number("measure: top", top)
@@ -369,7 +369,7 @@ def _check_ranking(by: str) -> None:
         raise KitError(f"Images are ranked by {', '.join(rankings)}, not {by!r}.{did_you_mean(str(by), rankings)}")
 
 
-def _check_fit(sae: SAE, cache: ActivationCache) -> None:
+def check_fit(sae: SAE, cache: ActivationCache) -> None:
     """Refuse an SAE and a cache that do not belong together."""
     if not isinstance(sae, SAE):
         raise KitError(f"measure takes one SAE, such as saes['up.0.1', 'k10'], not a {type(sae).__name__}.")

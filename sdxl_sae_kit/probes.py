@@ -14,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit.activations import Activations
+from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.metrics import areas_under_curve, resampled_areas
 from sdxl_sae_kit.questions import Question, ask_of
 
@@ -35,20 +36,19 @@ def probe(cache: Activations, hookpoints: Iterable[str] | None = None, *, step: 
     is 0.5. One row per hookpoint and factor.
 
     Args:
-        cache: updates of prompts that tell their factors.
+        cache: updates of prompts that tell their factors, whole grids.
         hookpoints: those of the cache unless given.
         step: which denoising step; with guidance the cond half is read.
 
     Raises:
+        ArtifactError: the cache keeps only some tokens of each image.
         HookpointError: the cache does not have one of these hookpoints.
-        KitError: the prompts tell no factors, or none often enough; or the cache does not have this step.
+        KitError: hookpoints are one name; the prompts tell no factors, or none often enough; or the cache does not have
+            this step.
 
     >>> show_table(probe(cache), "What each block's update tells")                                 # doctest: +SKIP
     """
-    chosen = list(cache.hookpoints if hookpoints is None else hookpoints)
-    for hookpoint in chosen:
-        cache.grid(hookpoint)  # refuses a hookpoint that the cache does not have
-    row = cache.row(step)
+    chosen, row = _chosen(cache, hookpoints), cache.row(step)
     train, held_out = (_spread(cache.images(split)) for split in ("train", "held_out"))
     images, training = np.concatenate([train, held_out]), np.arange(len(train) + len(held_out)) < len(train)
     questions = ask_of(cache, images, training)
@@ -62,6 +62,21 @@ def probe(cache: Activations, hookpoints: Iterable[str] | None = None, *, step: 
     for hookpoint in tqdm(chosen, desc="probe", unit="hookpoint"):
         rows += _probe(hookpoint, _quadrants(cache, hookpoint, images, row), questions, training, draws)
     return rows
+
+
+def _chosen(cache: Activations, hookpoints: Iterable[str] | None) -> list[str]:
+    """The hookpoints to be probed, refused where their quadrants cannot be told."""
+    if isinstance(hookpoints, str):
+        raise KitError(f"probe: hookpoints are several names, not {hookpoints!r}. Pass [{hookpoints!r}].")
+    if cache.layout.tokens_per_image is not None:
+        raise ArtifactError(
+            f"probe: {cache.name} keeps {cache.layout.tokens_per_image} tokens of each image; quadrants need whole "
+            "grids. Collect some images again without tokens_per_image."
+        )
+    chosen = list(cache.hookpoints if hookpoints is None else hookpoints)
+    for hookpoint in chosen:
+        cache.grid(hookpoint)  # refuses a hookpoint that the cache does not have
+    return chosen
 
 
 def _spread(images: Int[np.ndarray, " image"]) -> NDArray[np.integer]:

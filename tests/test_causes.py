@@ -71,7 +71,8 @@ def by_hand(clean, changed, fires, judge) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("condition", ["feature", "random direction"])
-def test_it_is_what_steer_makes_of_the_strongest_held_out_image(condition, pipe, sae, small_stats, chosen, result):
+def test_it_is_what_steer_makes_of_the_strongest_held_out_image(condition, pipe, sae, small_stats, chosen, store):
+    result = measure_causes(pipe, sae, small_stats, chosen[:1], prompts_per_feature=1, batch_size=8, store=store)
     latent, prompts = chosen[0], small_stats.prompts
     means = np.where(prompts.held_out, small_stats.image_activations("mean")[:, latent], -1)
     image = int(means.argmax())
@@ -82,7 +83,7 @@ def test_it_is_what_steer_makes_of_the_strongest_held_out_image(condition, pipe,
     with steer(pipe, sae, scale={latent: 0.0}, along={latent: along.astype(np.float32)}):
         changed = generate(pipe, [prompts.texts[image]], [prompts.seeds[image]], output_type="np")[0]
     expected = by_hand(clean, changed, small_stats.heat_map(latent, image) > FIRES, WorldJudge())
-    found = (result.paired if condition == "feature" else result.control)[0]
+    found = (result.values if condition == "feature" else result.control)[0]
     assert dict(zip(result.names, found.tolist(), strict=True)) == pytest.approx(expected, rel=0.02, abs=2e-6)
     assert expected["inside"] > 1e-5
 
@@ -94,9 +95,19 @@ def test_means_are_over_prompts_and_the_dead_are_not_told(result, small_stats, c
     assert np.isnan(result.values[6:]).all() and np.isnan(result.control[6:]).all()
     lines = Lines(result.artifact, "causes.jsonl")
     assert all(small_stats.prompts.held_out[int(image)] for image in lines)
-    own = [line[str(chosen[1])]["feature"] for line in lines.values() if str(chosen[1]) in line]
-    means = np.array([[told[name] for name in result.names] for told in own], dtype=np.float64).mean(axis=0)
-    np.testing.assert_allclose(result.values[1], means)
+    told = [line[str(chosen[1])] for line in lines.values() if str(chosen[1]) in line]
+    for what, found in (("feature", result.values), ("random direction", result.control)):
+        means = np.array([[each[what][name] for name in result.names] for each in told], dtype=np.float64).mean(axis=0)
+        np.testing.assert_allclose(found[1], means, atol=causes.FLOOR)
+
+
+def test_what_is_rounding_counts_as_nothing(result, monkeypatch) -> None:
+    numbers = dict.fromkeys(result.names, 0.9 * causes.FLOOR)
+    line = {str(result.latents[0]): {"feature": numbers, "random direction": dict.fromkeys(result.names, 0.0)}}
+    monkeypatch.setattr(causes, "Lines", lambda *_: {"7": line})
+    rows = {row["changes"]: row for row in Causes.open(result.artifact.folder).rows()}
+    assert (rows["colour"]["feature"], rows["colour"]["larger"], rows["colour"]["n"]) == (0, 0.5, 1)
+    assert rows["coarse share"]["feature"] == pytest.approx(0.9 * causes.FLOOR)
 
 
 def test_by_default_the_described_features_are_measured(pipe, sae, small_stats, tmp_path, monkeypatch) -> None:
@@ -161,12 +172,10 @@ def planted(result: Causes, difference: float, n: int = 40) -> Causes:
     """Features whose answers change in colour by so much more than the random direction's, everything else alike."""
     rng = np.random.default_rng(0)
     control = rng.uniform(0.1, 0.2, (n, len(result.names)))
-    paired = control + rng.normal(0, 1e-3, control.shape)
-    paired[:, result.names.index("colour")] += difference
-    values, latents = paired + 0.01, np.arange(n)
+    values = control + rng.normal(0, 1e-3, control.shape)
+    values[:, result.names.index("colour")] += difference
     values[0, result.names.index("outside")] = np.nan
-    n_prompts = np.full(n, 2)
-    return replace(result, latents=latents, values=values, control=control, paired=paired, n_prompts=n_prompts)
+    return replace(result, latents=np.arange(n), values=values, control=control, n_prompts=np.full(n, 2))
 
 
 def test_rows_are_paired_means_with_intervals_over_features(result) -> None:
@@ -176,12 +185,21 @@ def test_rows_are_paired_means_with_intervals_over_features(result) -> None:
     low, high = rows["colour"]["difference interval"]
     assert 0.049 < low < rows["colour"]["difference"] < high < 0.051
     assert rows["colour"]["larger"] == 1 and rows["colour"]["n"] == 40
-    assert rows["outside"]["n"] == 39 and np.isfinite(rows["outside"]["feature"])
+    assert rows["outside"]["n"] == 39
+    control = planted(result, 0.05).control[1:, result.names.index("outside")]
+    assert rows["outside"]["random direction"] == pytest.approx(control.mean())
     low, high = rows["shape"]["larger interval"]
     assert low < 0.5 < high
     same = planted(result, 0)
-    ties = {row["changes"]: row["larger"] for row in replace(same, paired=same.control).rows()}
+    ties = {row["changes"]: row["larger"] for row in replace(same, values=same.control).rows()}
     assert set(ties.values()) == {0.5}
+
+
+def test_a_judge_of_embeddings_is_not_said_to_tell_bhattacharyyas_distance(result) -> None:
+    names = ("semantic", *LOOKS)
+    seen = replace(planted(result, 0), names=names, values=np.full((40, 5), 0.2), control=np.full((40, 5), 0.1))
+    assert "Bhattacharyya" not in seen.sentence() and "the judge's own distance" in seen.sentence()
+    assert "Bhattacharyya" not in seen.plot().layout.yaxis.title.text
 
 
 def test_the_sentence_says_what_the_numbers_say(result) -> None:
@@ -229,7 +247,7 @@ def test_killed_after_any_image_it_goes_on_and_ends_the_same(
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     again = ask()
-    for name in ("values", "control", "paired", "n_prompts"):
+    for name in ("values", "control", "n_prompts"):
         np.testing.assert_array_equal(getattr(again, name), getattr(result, name))
     assert again.artifact.digest == result.artifact.digest
 

@@ -18,10 +18,11 @@ from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.features import Curve, Example, FeatureStats
 from sdxl_sae_kit.html import to_webp
-from sdxl_sae_kit.prompts import Prompts
+from sdxl_sae_kit.prompts import Prompts, load_prompts
+from sdxl_sae_kit.questions import expected
 from sdxl_sae_kit.similarity import WorldEmbed, specificity
 from sdxl_sae_kit.studies.causes import LOOKS, Causes
-from sdxl_sae_kit.studies.descriptors import Descriptors, describe, omega_squared
+from sdxl_sae_kit.studies.descriptors import Descriptors, describable, describe, describe_causes, omega_squared
 
 COLOURS, SHAPES = ("red", "green", "blue"), ("circle", "square")
 N_IMAGES, GRID = 60, (8, 8)
@@ -87,7 +88,7 @@ def column(made: Descriptors, name: str) -> np.ndarray:
 def caused(values: np.ndarray, latents: list[int], names: tuple[str, ...] = ("colour", *LOOKS)) -> Causes:
     nothing = Artifact(Path("nowhere/studies/causes-00000000"))
     n_prompts = np.ones(len(latents), dtype=np.int64)
-    return Causes(nothing, "planted", "mid.0", np.array(latents), names, values, values, values, n_prompts)
+    return Causes(nothing, "planted", "mid.0", np.array(latents), names, values, values, n_prompts)
 
 
 # Response ------------------------------------------------------------------------------------------------------------
@@ -108,6 +109,7 @@ def test_omega_squared_of_extremes() -> None:
     group = ["a"] * 5 + ["b"] * 5
     responses = np.stack([np.repeat([0.0, 1.0], 5), np.ones(10)], axis=1)
     np.testing.assert_array_equal(omega_squared(responses, group), [1, 0])
+    assert omega_squared(np.zeros((10, 0)), group).shape == (0,)
 
 
 def test_a_factor_with_many_values_explains_no_more_of_noise_than_one_with_few() -> None:
@@ -126,6 +128,31 @@ def test_a_planted_response_is_found_and_what_is_no_factor_left_out() -> None:
     assert column(made, "responds to colour")[0] > 0.9 and column(made, "responds to shape")[0] < 0.1
     assert "responds to unique" not in made.names  # a value of its own for every image
     assert made.latents.tolist() == list(range(7))  # the last fires on four images
+
+
+def test_what_cannot_be_seen_is_no_response() -> None:
+    """The pose of a plain circle, which a caption tells, is nothing that a feature can respond to."""
+    scenes = load_prompts("world", N_IMAGES)
+    stats = replace(planted(random_codes()), known=scenes)
+    seen = [expected(factors) for factors in scenes.factors]
+    pose = np.array([i for i, factors in enumerate(seen) if "pose" in factors])
+    assert 0 < len(pose) < sum("pose" in factors for factors in scenes.factors)
+    responses = stats.image_activations()[pose][:, :7]
+    found = omega_squared(responses, [seen[i]["pose"] for i in pose])
+    np.testing.assert_allclose(column(describe(stats), "responds to pose"), found)
+
+
+def test_some_features_are_spread_over_the_ranks_of_density() -> None:
+    stats = planted(random_codes(n=41))
+    some, ranked = describable(stats, 5), sorted(range(40), key=lambda latent: stats.density[latent])
+    assert set(some.tolist()) == {ranked[at] for at in (0, 10, 20, 29, 39)}
+    assert describable(stats, 100).tolist() == describable(stats).tolist() == list(range(40))
+    np.testing.assert_array_equal(describe(stats, some).values, describe(stats).values[some])
+
+
+def test_of_no_features_nothing_is_told() -> None:
+    made = describe(planted(np.zeros((N_IMAGES, 3, *GRID), np.float32)))
+    assert made.values.shape == (0, len(made.names)) and "responds to colour" in made.names
 
 
 # Space and look ------------------------------------------------------------------------------------------------------
@@ -152,7 +179,7 @@ def test_places_of_extremes() -> None:
     np.testing.assert_allclose(column(made, "Moran's I"), [0.1, 0.5, 0.9], rtol=1e-6)
 
 
-def test_without_factors_colour_and_texture_are_read_under_the_heat_map() -> None:
+def test_colour_and_texture_are_read_under_the_heat_map() -> None:
     left = np.indices((32, 32))[1] < 16
     stripes = np.indices((32, 32))[1] // 2 % 2 * 255
     pixels = np.where(left[..., None], np.array([200, 40, 40]), np.repeat(stripes[..., None], 3, axis=2))
@@ -161,22 +188,21 @@ def test_without_factors_colour_and_texture_are_read_under_the_heat_map() -> Non
     codes = np.zeros((N_IMAGES, 2, *GRID), np.float32)
     codes[:9, 0, 2:6, 0:3] = 1
     codes[:9, 1, 2:6, 5:7] = 1
-    made = describe(planted(codes, factors=False, pictures=(buffer.getvalue(),) * N_IMAGES))
+    made = describe(planted(codes, pictures=(buffer.getvalue(),) * N_IMAGES))
     assert column(made, "red − green") == pytest.approx([160 / 255, 0], abs=0.01)
     assert column(made, "yellow − blue")[0] == pytest.approx((200 + 40) / 2 / 255 - 40 / 255, abs=0.01)
     assert column(made, "brightness")[0] == pytest.approx(280 / 3 / 255, abs=0.01)
     # of stripes of 2 pixels every central difference is half a step (at the border it is none)
     assert column(made, "texture") == pytest.approx([0, 0.5], abs=0.02)
-    with_factors = describe(planted(codes))
-    assert "look" not in with_factors.kinds and "texture" not in with_factors.names
+    assert describe(planted(codes, factors=False)).only("look").names == made.only("look").names
+    unseen = describe(planted(codes, pictures=(b"",) * N_IMAGES))
+    assert np.isnan(unseen.only("look").values).all() and np.isfinite(unseen.only("space").values).all()
 
 
 def test_alike_is_the_specificity_of_the_top_images(small_stats, tmp_path) -> None:
     made = describe(small_stats, embed=WorldEmbed())
     expected = specificity(small_stats, WorldEmbed()).value[made.latents]
-    known = np.isfinite(expected)
-    np.testing.assert_allclose(column(made, "alike")[known], expected[known], rtol=1e-6)
-    np.testing.assert_allclose(column(made, "alike")[~known], np.median(expected[known]), rtol=1e-6)
+    np.testing.assert_allclose(column(made, "alike"), expected, rtol=1e-6)
     assert made.kinds[made.names.index("alike")] == "look"
 
 
@@ -198,31 +224,27 @@ def test_the_peak_is_the_centre_of_mass_of_activity_over_steps() -> None:
     activity[:, 4] = [4, 3, 2, 1, 0]
     activity[1, 5] = activity[3, 5] = 0.3
     made = describe(stats, timing=timed(stats, activity))  # latent 6 is silent at all steps
-    np.testing.assert_allclose(column(made, "peak step"), [0, 1, 0.5, 0.5, 0.25, 0.5, 0.5], atol=1e-6)
-    np.testing.assert_allclose(column(made, "late share"), [0, 1, 0, 0.4, 0.1, 0.5, 0.25], atol=1e-6)
+    np.testing.assert_allclose(column(made, "peak step"), [0, 1, 0.5, 0.5, 0.25, 0.5, np.nan], atol=1e-6)
+    np.testing.assert_allclose(column(made, "late share"), [0, 1, 0, 0.4, 0.1, 0.5, np.nan], atol=1e-6)
 
 
 def test_of_a_single_step_time_is_not_defined_but_named() -> None:
     stats = planted(random_codes())
     made = describe(stats, timing=timed(stats, np.ones((1, 8))))
     assert made.only("time").names == ("peak step", "late share")
-    np.testing.assert_array_equal(made.only("time").values, 0)
+    assert np.isnan(made.only("time").values).all()
 
 
-def test_causes_are_told_by_latent_and_what_is_not_told_is_the_median() -> None:
+def test_causes_are_told_by_latent_and_what_is_not_told_is_left_out() -> None:
     names = ("colour", *LOOKS)
     values = np.array([[0.04, 0.2, 0.1, 0.5, 0.7], [0.01, 0.0, 0.0, np.nan, 0.1], [np.nan, 0.1, np.nan, 0.3, 0.2]])
-    made = describe(planted(random_codes()), causes=caused(values, [5, 0, 7], names)).only("cause")
+    told = caused(values, [5, 0, 7], names)
+    made = describe(planted(random_codes()), causes=told).only("cause")
     assert made.names == ("changes colour", "change inside", "spread", "coarse share", "colour share")
-    expected = {5: [0.2, 0.2, 1 / 3, 0.5, 0.7], 0: [0.1, 0.0, 1 / 3, 0.5, 0.1], 2: [0.15, 0.1, 1 / 3, 0.5, 0.4]}
-    for latent, row in expected.items():
+    rows = {5: [0.2, 0.2, 1 / 3, 0.5, 0.7], 0: [0.1, 0.0, np.nan, np.nan, 0.1], 2: [np.nan] * 5}
+    for latent, row in rows.items():
         np.testing.assert_allclose(made.values[latent], row, atol=1e-12)
-
-
-def test_a_descriptor_that_no_feature_has_is_zero() -> None:
-    values = np.full((1, 5), np.nan)
-    made = describe(planted(random_codes()), causes=caused(values, [0])).only("cause")
-    np.testing.assert_array_equal(made.values, 0)
+    np.testing.assert_array_equal(describe_causes(told, made.latents).values, made.values)
 
 
 # All of it -----------------------------------------------------------------------------------------------------------
@@ -255,7 +277,7 @@ def test_names_do_not_depend_on_the_hookpoint_and_kinds_can_be_chosen() -> None:
     other = planted(random_codes(9), hookpoint="up.0.1")
     two = describe(other, causes=caused(np.full((1, 5), np.nan), [7]), timing=timed(other, np.zeros((3, 8))))
     assert one.names == two.names and one.kinds == two.kinds and two.hookpoint == "up.0.1"
-    assert np.isfinite(one.values).all() and np.isfinite(two.values).all()
+    assert np.isfinite(one.values[:3]).all() and np.isnan(two.only("cause", "time").values).all()
     parts = [one.only(kind) for kind in ("response", "space", "look", "time", "cause")]
     assert sum((part.names for part in parts), ()) == one.names
     np.testing.assert_array_equal(np.concatenate([part.values for part in parts], axis=1), one.values)

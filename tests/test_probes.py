@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sdxl_sae_kit.errors import HookpointError, KitError
+from sdxl_sae_kit import probes
+from sdxl_sae_kit.collection import collect
+from sdxl_sae_kit.errors import ArtifactError, HookpointError, KitError
 from sdxl_sae_kit.probes import _quadrants, probe
+from sdxl_sae_kit.prompts import load_prompts
 
 
 def test_probes_tell_factors_of_real_updates_better_than_chance(small_cache) -> None:
@@ -18,13 +21,13 @@ def test_probes_tell_factors_of_real_updates_better_than_chance(small_cache) -> 
 
 
 def test_of_updates_dealt_out_anew_probes_tell_nothing(small_cache, monkeypatch) -> None:
-    read = type(small_cache).read
+    rng = np.random.default_rng(0)
 
-    def shuffled(self, hookpoint, images):
-        return read(self, hookpoint, np.sort(np.random.default_rng(0).permutation(self.n_images)[: len(images)]))
+    def dealt(*given):
+        return rng.permutation(_quadrants(*given))
 
-    monkeypatch.setattr(type(small_cache), "read", shuffled)
-    mean = np.mean([row["AUC"] for row in probe(small_cache, ["up.0.1"])])
+    monkeypatch.setattr(probes, "_quadrants", dealt)
+    mean = np.mean([row["AUC"] for _ in range(4) for row in probe(small_cache, ["up.0.1"])])
     assert abs(mean - 0.5) < 0.12
 
 
@@ -46,3 +49,11 @@ def test_what_is_not_there_is_refused(small_cache) -> None:
         probe(small_cache, ["mid.0"])
     with pytest.raises(KitError):
         probe(small_cache, step=3)
+    with pytest.raises(KitError, match=r"Pass \['up.0.1'\]"):
+        probe(small_cache, "up.0.1")
+
+
+def test_sampled_tokens_have_no_quadrants(pipe, tmp_path) -> None:
+    sampled = collect(pipe, load_prompts("world", 4), ["up.0.1"], tokens_per_image=8, store=tmp_path)
+    with pytest.raises(ArtifactError, match="keeps 8 tokens of each image"):
+        probe(sampled)

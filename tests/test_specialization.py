@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +15,19 @@ from scipy.special import expit
 from scipy.stats import norm
 from sklearn.metrics import mutual_info_score
 
+from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.collection import collect
-from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.pipelines import load_pipeline
+from sdxl_sae_kit.probes import probe
 from sdxl_sae_kit.prompts import load_prompts
 from sdxl_sae_kit.questions import ROLES
 from sdxl_sae_kit.studies import specialization
+from sdxl_sae_kit.studies.block_ranking import rank_blocks
+from sdxl_sae_kit.studies.causes import LOOKS, Causes
 from sdxl_sae_kit.studies.claims import RANDOM, SAME_PROMPT, TRAINED
 from sdxl_sae_kit.studies.contrasts import Pool, association, contrasts, information
+from sdxl_sae_kit.studies.lines import Lines
 from sdxl_sae_kit.studies.specialization import compare_blocks, specialize
 from sdxl_sae_kit.studies.specialized import Specialization
 
@@ -236,22 +244,77 @@ def test_a_figure_of_what_was_not_measured_is_refused(different, store) -> None:
 
 
 @pytest.fixture(scope="module")
-def real(pipe, small_saes, small_cache, store):
-    timing = collect(pipe, load_prompts("world", 12), ["down.2.1", "up.0.1"], num_inference_steps=2, store=store)
-    return specialize(
-        pipe, small_saes, small_cache, timing=timing, prompts_per_feature=1, clusters=3, embedding="pca",
-        permutations=99, store=store,
-    )  # fmt: skip
+def timing(pipe, store):
+    return collect(pipe, load_prompts("world", 12), ["down.2.1", "up.0.1"], num_inference_steps=2, store=store)
+
+
+@pytest.fixture(scope="module")
+def ask(pipe, small_saes, small_cache, timing):
+    def asked(store) -> Specialization:
+        return specialize(
+            pipe, small_saes, small_cache, timing=timing, features_per_block=12, prompts_per_feature=1, clusters=2,
+            embedding="pca", permutations=19, store=store,
+        )  # fmt: skip
+
+    return asked
+
+
+@pytest.fixture(scope="module")
+def real(ask, store):
+    return ask(store)
 
 
 def test_real_features_are_described_by_all_that_is_measured(real) -> None:
     kinds = {row["kind"] for row in real.rows()}
-    assert kinds == {"response", "space", "time", "cause"}
+    assert kinds == {"response", "space", "look", "time", "cause"}
     f = real.features
-    assert len(f["feature"]) == len(f["descriptors"]) == len(f["position"])
-    assert np.isfinite(f["descriptors"]).all()
+    assert len(f["feature"]) == len(f["descriptors"]) == len(f["position"]) == 2 * 12
     assert [row["of"] for row in real.information][:4] == [TRAINED, TRAINED, "untrained", "channels"]
     assert {claim["block"]: claim["outcome"] for claim in real.claims}["mid.0"] == "not asked"
+
+
+def test_what_random_directions_cause_stands_beside_causes_on_the_same_prompts() -> None:
+    values, control = np.random.default_rng(0).uniform(0.1, 0.2, (2, 40, 1 + len(LOOKS)))
+    told = Causes(
+        Artifact(Path("nowhere")),
+        "planted",
+        "a",
+        np.arange(40) * 2,
+        ("colour", *LOOKS),
+        values,
+        control,
+        np.ones(40, int),
+    )
+    pools = specialization._with_causes([plant("a", kinds=MEASURED)], [told])
+    changes = {name: pool[0].values[:, pool[0].names.index("changes colour")] for name, pool in pools.items()}
+    np.testing.assert_allclose(changes[TRAINED], np.sqrt(values[:, 0]))
+    np.testing.assert_array_equal(changes[SAME_PROMPT], changes[TRAINED])
+    np.testing.assert_allclose(changes[RANDOM], np.sqrt(control[:, 0]))
+    assert set(pools[TRAINED][0].kinds) == {*MEASURED, "cause"} and set(pools[RANDOM][0].kinds) == {"cause"}
+
+
+def test_interrupted_amid_causes_it_goes_on_and_ends_the_same(ask, real, store, tmp_path, monkeypatch) -> None:
+    shutil.copytree(Path(store.root) / "features", tmp_path / "features")
+    add, added = Lines.add, list[str]()
+
+    def interrupted(self, unit, line):
+        add(self, unit, line)
+        added.append(unit)
+        if len(added) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Lines, "add", interrupted)
+        ask(tmp_path)
+    again = ask(tmp_path)
+    assert again.rows() == real.rows() and again.information == real.information
+    assert again.artifact.digest == real.artifact.digest
+
+
+def test_features_are_set_beside_real_probes_and_block_ablation(real, pipe, small_cache, store) -> None:
+    ranking = rank_blocks(pipe, load_prompts("world", 6), blocks=list(real.hookpoints), store=store)
+    rows = real.agreement(probe(small_cache), ranking.damage())
+    assert len(rows) == 3 and all(row["blocks"] == 2 and row["factors"] > 3 for row in rows)
 
 
 def test_shares_are_counted_with_wilsons_interval(real) -> None:
@@ -277,19 +340,14 @@ def test_pointing_at_a_feature_shows_its_pictures(real) -> None:
     twin = view._repr_mimebundle_()["text/html"]
     page = read_safely(twin)
     assert all(name in page.text for name in real.clusters)
-    assert twin.count("<img") <= 3 * 2 * 2
+    assert twin.count("<img") <= 2 * 2 * 2
 
 
-def test_it_is_computed_once_and_opens_again(real, pipe, small_saes, small_cache, store, monkeypatch) -> None:
+def test_it_is_computed_once_and_opens_again(ask, real, store, monkeypatch) -> None:
     real.artifact.verify()
     assert Specialization.open(real.artifact.folder).rows() == real.rows()
     monkeypatch.delattr(specialization, "compare_blocks")
-    timing = collect(pipe, load_prompts("world", 12), ["down.2.1", "up.0.1"], num_inference_steps=2, store=store)
-    again = specialize(
-        pipe, small_saes, small_cache, timing=timing, prompts_per_feature=1, clusters=3, embedding="pca",
-        permutations=99, store=store,
-    )  # fmt: skip
-    assert again.information == real.information
+    assert ask(store).information == real.information
 
 
 def test_names_are_shown_and_never_run(real) -> None:
@@ -299,7 +357,10 @@ def test_names_are_shown_and_never_run(real) -> None:
     assert nasty in page.text
 
 
-def test_what_does_not_fit_together_is_refused(pipe, small_saes, small_cache, store) -> None:
+def test_what_does_not_fit_together_is_refused_before_anything_is_measured(
+    pipe, small_saes, small_cache, store, monkeypatch, unchecked_types
+) -> None:
+    monkeypatch.delattr(specialization, "_Measurement")
     one = small_saes["up.0.1", "k8"]
     with pytest.raises(KitError, match="there is only up.0.1"):
         specialize(pipe, one, small_cache, store=store)
@@ -307,3 +368,17 @@ def test_what_does_not_fit_together_is_refused(pipe, small_saes, small_cache, st
         specialize(pipe, [one, one], small_cache, store=store)
     with pytest.raises(KitError, match="clusters"):
         specialize(pipe, small_saes, small_cache, clusters=1, store=store)
+    with pytest.raises(KitError, match="features_per_block must be an integer of at least 2, not 1"):
+        specialize(pipe, small_saes, small_cache, features_per_block=1, store=store)
+    with pytest.raises(KitError, match="holds one denoising step, which does not tell when"):
+        specialize(pipe, small_saes, small_cache, timing=small_cache, store=store)
+    with pytest.raises(KitError, match="embed is a judge such as WorldEmbed"):
+        specialize(pipe, small_saes, small_cache, embed="clip", store=store)
+    with pytest.raises(KitError, match="reads a cache from collect, not 'cache'"):
+        specialize(pipe, small_saes, "cache", store=store)
+    partial = collect(pipe, load_prompts("world", 2), ["up.0.1"], num_inference_steps=2, store=store)
+    with pytest.raises(ArtifactError, match=r"has up\.0\.1\. Collect down\.2\.1 too"):
+        specialize(pipe, small_saes, small_cache, timing=partial, store=store)
+    other = load_pipeline("tiny-base", device="cpu", dtype="float32")
+    with pytest.raises(ArtifactError, match="was trained on tiny-turbo"):
+        specialize(other, small_saes, small_cache, store=store)

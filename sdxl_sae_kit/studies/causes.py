@@ -37,8 +37,14 @@ LOOKS = ("inside", "outside", "coarse share", "colour share")
 """What is measured of pictures alone: mean |difference| of colours 0 to 1 over the tokens on which the feature fires,
 and over the others; and how the energy of the difference is shared out (`statistics`)."""
 
+SEMANTIC = "semantic"
+"""What is measured by a judge that tells how different two pictures are, but names no factors."""
+
 OFF, RANDOM = "feature", "random direction"
 """What is turned off: the feature, or as much along a random direction."""
+
+FLOOR = 1e-6
+"""Differences below it are rounding, and count as 0."""
 
 _FILE = "causes.jsonl"
 
@@ -50,11 +56,10 @@ class Causes:
     Attributes:
         latents (feature,): the features.
         names: what is measured. Of each factor that the judge names, Bhattacharyya's distance of its answers to the two
-            pictures, 0 to 1; or else "semantic", where the judge tells that; and `LOOKS`.
-        values (feature, name): mean over a feature's prompts; NaN where it cannot be told: where the feature fires on
-            no held-out image, or (outside) on every token.
-        control (feature, name): equal amounts at the same tokens along a random direction, on its first prompt.
-        paired (feature, name): the feature itself on that prompt.
+            pictures, 0 to 1; or else `SEMANTIC`, where the judge tells that; and `LOOKS`.
+        values (feature, name): mean over a feature's prompts, differences below `FLOOR` taken as 0; NaN where it cannot
+            be told: where the feature fires on no held-out image, or (outside) on every token.
+        control (feature, name): the same of equal amounts at the same tokens along a random direction.
         n_prompts (feature,): of each.
     """
 
@@ -65,7 +70,6 @@ class Causes:
     names: tuple[str, ...]
     values: Float[np.ndarray, "feature name"] = field(repr=False)
     control: Float[np.ndarray, "feature name"] = field(repr=False)
-    paired: Float[np.ndarray, "feature name"] = field(repr=False)
     n_prompts: Int[np.ndarray, "feature"] = field(repr=False)
 
     @classmethod
@@ -75,22 +79,16 @@ class Causes:
         recipe, found = artifact.recipe, list(Lines(artifact, _FILE).values())
         names = next((tuple(told[OFF]) for line in found for told in line.values()), LOOKS)
         place = {str(latent): at for at, latent in enumerate(recipe["latents"])}
-        shape = (len(place), recipe["prompts_per_feature"], len(names))
-        each, control, paired = np.full(shape, np.nan), np.full(shape[::2], np.nan), np.full(shape[::2], np.nan)
+        told = np.full((2, len(place), recipe["prompts_per_feature"], len(names)), np.nan)
         n_prompts = np.zeros(len(place), dtype=np.int64)
         for line in found:
-            for latent, told in line.items():
-                at, own = place[latent], _numbers(told[OFF], names)
-                each[at, n_prompts[at]] = own
+            for latent, numbers in line.items():
+                at = place[latent]
+                told[:, at, n_prompts[at]] = [_numbers(numbers[what], names) for what in (OFF, RANDOM)]
                 n_prompts[at] += 1
-                if RANDOM in told:
-                    control[at], paired[at] = _numbers(told[RANDOM], names), own
-        there = np.isfinite(each).sum(axis=1)
-        values = np.nansum(each, axis=1) / np.where(there > 0, there, np.nan)
+        values, control = _means(np.where((told < FLOOR) & [not _is_share(name) for name in names], 0, told))
         latents = np.array(recipe["latents"], dtype=np.int64)
-        return cls(
-            artifact, recipe["sae_name"], recipe["hookpoint"], latents, names, values, control, paired, n_prompts
-        )
+        return cls(artifact, recipe["sae_name"], recipe["hookpoint"], latents, names, values, control, n_prompts)
 
     @property
     def factors(self) -> tuple[str, ...]:
@@ -98,13 +96,13 @@ class Causes:
         return tuple(name for name in self.names if name not in LOOKS)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row per name, with 95 % bootstrap intervals over features, n of which could be measured.
+        """A row per name, with 95 % bootstrap intervals over the n features of which both could be measured.
 
         `feature` is the mean of what turning a feature off changes, `random direction` that of equal amounts along a
-        random direction, `difference` the mean of feature − random direction on the same prompts, and `larger` the
-        share of features that change more than the random direction does there, ties half: ½ by chance. Means hang on
-        few features, `larger` on none. Features that were tried on the same images are taken as independent, which
-        they are only roughly; each interval is of its own name alone, not corrected for how many there are.
+        random direction on the same prompts, `difference` the mean of feature − random direction, and `larger` the
+        share of features that change more than the random direction does, ties half: ½ by chance. Means hang on few
+        features, `larger` on none. Features that were tried on the same images are taken as independent, which they
+        are only roughly; each interval is of its own name alone, not corrected for how many there are.
         """
         return self._rows
 
@@ -112,14 +110,19 @@ class Causes:
     def _rows(self) -> list[dict[str, Any]]:
         rows = []
         for at, name in enumerate(self.names):
+            both = np.stack([self.values[:, at], self.control[:, at]])
+            feature, random = both[:, np.isfinite(both).all(axis=0)]
+            larger = (1 + np.sign(feature - random)) / 2
             row: dict[str, Any] = {"changes": name}
-            difference = self.paired[:, at] - self.control[:, at]
-            columns = {OFF: self.values[:, at], RANDOM: self.control[:, at], "difference": difference}
-            for column, values in (columns | {"larger": (1 + np.sign(difference)) / 2}).items():
-                told = values[np.isfinite(values)]
-                row |= {column: float(told.mean()) if len(told) else float("nan")}
-                row |= {f"{column} interval": bootstrap_interval(told)}
-            rows.append(row | {"n": int(np.isfinite(self.values[:, at]).sum())})
+            for column, values in {
+                OFF: feature,
+                RANDOM: random,
+                "difference": feature - random,
+                "larger": larger,
+            }.items():
+                row[column] = float(values.mean()) if len(values) else np.nan
+                row[f"{column} interval"] = bootstrap_interval(values)
+            rows.append(row | {"n": len(feature)})
         return rows
 
     def sentence(self) -> str:
@@ -145,11 +148,15 @@ class Causes:
         told = "; ".join(f"{kind} for {', '.join(names)}" for kind, names in verdicts.items() if names)
         most = max(self.factors, key=lambda name: float(rows[name][OFF]))
         return (
-            f"What the judge says changes most in {most}, by {written(rows[most], OFF)} (Bhattacharyya's distance; "
-            f"random direction {written(rows[most], RANDOM)}), {self._top_share(most):.0%} of it by the tenth of the "
-            "features that changes it most. On the same prompt a feature changes it more than the random direction "
+            f"What the judge says changes most in {most}, by {written(rows[most], OFF)} ({self._distance}; random "
+            f"direction {written(rows[most], RANDOM)}), {self._top_share(most):.0%} of it by the tenth of the "
+            "features that changes it most. On the same prompts a feature changes it more than the random direction "
             f"does, compared with one feature in two, {told}."
         )
+
+    @property
+    def _distance(self) -> str:
+        return "the judge's own distance" if self.factors == (SEMANTIC,) else "Bhattacharyya's distance"
 
     def _top_share(self, name: str) -> float:
         """Of all that features change: what the tenth that changes most does."""
@@ -159,16 +166,16 @@ class Causes:
 
     def plot(self) -> Any:
         """What features change beside a random direction, with 95 % intervals (plotly)."""
-        rows = [row for row in self.rows() if not row["changes"].endswith("share")]
+        rows = [row for row in self.rows() if not _is_share(row["changes"])]
         series = {column: [(row[column], *row[f"{column} interval"]) for row in rows] for column in (OFF, RANDOM)}
         title = f"What turning off a feature of {self.hookpoint} changes: mean over features"
-        y = "Bhattacharyya's distance; inside, outside: mean |difference|"
+        y = f"{self._distance}; inside, outside: mean |difference|"
         return effects_by_group([row["changes"] for row in rows], series, title=title, y=y)
 
     def _repr_html_(self) -> str:
         caption = (
-            "Mean change when a feature is turned off, when equal amounts along a random direction are, and feature − "
-            "random direction on the same prompts; 95 % bootstrap intervals over features"
+            "Mean change when a feature is turned off, and when equal amounts along a random direction are on the same "
+            "prompts; 95 % bootstrap intervals over features"
         )
         title = html.heading(f"What the features of {self.hookpoint} cause", html.escape(self.sentence()))
         return html.fragment(title, html.table(self.rows(), caption))
@@ -183,7 +190,7 @@ def measure_causes(
     stats: FeatureStats,
     latents: Sequence[int] | Int[np.ndarray, "feature"] | None = None,
     *,
-    prompts_per_feature: int = 3,
+    prompts_per_feature: int = 2,
     judge: PictureJudge | EllipsisType | None = ...,
     seed: int = 0,
     batch_size: int = 32,
@@ -192,16 +199,17 @@ def measure_causes(
     """Turn off many features, one at a time, each on the held-out images on which it is strongest, and measure.
 
     The feature's activation is multiplied by 0 at every token and step, and the SAE's error kept. Each feature is tried
-    on the images of the highest spatial mean; on the first of them, as the control, the same amounts are subtracted
-    along a random direction as long as its own. Features that share an image share the picture as it is, and pictures
-    of different features come from one call of the pipeline. Killed at any moment, it goes on at the batch in hand.
-    What one feature does at other doses and beside harder controls, `ablate` tells.
+    on the images of the highest spatial mean; on each of them, as the control, the same amounts are subtracted along a
+    random direction as long as its own. Features that share an image share the picture as it is, and pictures of
+    different features come from one call of the pipeline. All changed pictures of an image are held until the last of
+    them is made; killed at any moment, it keeps the images that were whole by then, and goes on with the others. What
+    one feature does at other doses and beside harder controls, `ablate` tells.
 
     Args:
         pipe: the pipeline whose updates the SAE was trained on.
         sae: a trained SAE.
         stats: its feature statistics.
-        latents: which; by default those that fire on at least 5 images.
+        latents: which; by default all that fire on at least 5 images (`describable` takes some of them).
         prompts_per_feature: at most so many images for each.
         judge: tells what pictures show; by default the model's own (`judge_of`), None for pixels only.
         seed: of the random directions.
@@ -255,16 +263,16 @@ def _read_latents(stats: FeatureStats, latents: Any) -> list[int]:
 
 
 def _order(sae: SAE, stats: FeatureStats, recipe: Mapping[str, Any]) -> list[Order]:
-    """Each image with the features to be turned off on it, and a random direction where it is a feature's first."""
+    """Each image with the features to be turned off on it, each beside a random direction."""
     tried = strongest_held_out(stats, recipe["latents"], recipe["prompts_per_feature"])
     decoder, orders = sae.directions.detach().cpu().numpy(), dict[int, Order]()
     for latent, images in tried.items():
         random = np.random.default_rng([recipe["seed"], latent]).standard_normal(sae.d_in)
         changes = {OFF: Change(latent, decoder[latent]), RANDOM: Change(latent, as_long(decoder[latent], random))}
-        for place, image in enumerate(images):
+        for image in images:
             made = Order(image, stats.prompts.texts[image], stats.prompts.seeds[image], {})
             given = orders.setdefault(image, made).changes
-            given |= {(latent, name): changes[name] for name in ((OFF,) if place else (OFF, RANDOM))}  # type: ignore[operator]
+            given |= {(latent, name): change for name, change in changes.items()}  # type: ignore[operator]
     if not orders:
         raise KitError(
             f"measure_causes: none of {len(tried)} latents of {stats.sae} fires on a held-out image, so there is "
@@ -319,8 +327,18 @@ def _judged(
     if answers is not None:
         return {factor: bhattacharyya(p[:1], p[1:]) for factor, p in answers.items()}
     semantic = judge.semantic(clean, changed)
-    return {} if semantic is None else {"semantic": semantic}
+    return {} if semantic is None else {SEMANTIC: semantic}
 
 
 def _numbers(told: Mapping[str, float | None], names: Sequence[str]) -> list[float]:
     return [np.nan if (value := told[name]) is None else value for name in names]
+
+
+def _means(told: Float[np.ndarray, "what feature prompt name"]) -> Float[np.ndarray, "what feature name"]:
+    """Over the prompts of which something is told; NaN where there are none."""
+    there = np.isfinite(told).sum(axis=2)
+    return np.asarray(np.nansum(told, axis=2) / np.where(there > 0, there, np.nan))
+
+
+def _is_share(name: str) -> bool:
+    return name.endswith("share")

@@ -51,7 +51,7 @@ class Part:
     words: str
     terms: Terms
     pictures: Terms = ()
-    """What is asked instead where nothing tells factors."""
+    """What is asked instead where none of the terms is described, as of prompts that tell other factors or none."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ CLAIMS = {
     "mid.0": Claim(
         "abstract",
         (
-            Part("respond to no single factor", (("more", BREADTH),)),
+            Part("respond to no single factor", (("more", BREADTH),), (("less", "alike"),)),
             Part(
                 "change little of their own",
                 tuple(("less", f"changes {factor}") for factor in _FACTORS),

@@ -20,9 +20,10 @@ from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.evaluation import controls
-from sdxl_sae_kit.features import FeatureStats
+from sdxl_sae_kit.features import FeatureStats, check_fit
 from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.hookpoints import by_hookpoint
+from sdxl_sae_kit.interventions import check_model
 from sdxl_sae_kit.judges import PictureJudge, chosen_judge
 from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.similarity import Embed
@@ -39,7 +40,7 @@ from sdxl_sae_kit.studies.clustering import (
     place,
 )
 from sdxl_sae_kit.studies.contrasts import Pool, association, contrasts, resampled_information
-from sdxl_sae_kit.studies.descriptors import Descriptors, Kind, describe
+from sdxl_sae_kit.studies.descriptors import Descriptors, Kind, describable, describe, describe_causes
 from sdxl_sae_kit.studies.distances import made_by
 from sdxl_sae_kit.studies.robustness import vary
 from sdxl_sae_kit.studies.specialized import ARRAYS, TABLES, Specialization
@@ -64,16 +65,18 @@ def specialize(
     *,
     timing: ActivationCache | None = None,
     embed: Embed | None = None,
-    prompts_per_feature: int = 4,
+    features_per_block: int = 100,
+    prompts_per_feature: int = 2,
     method: Method = "kmeans",
     clusters: int | None = None,
     embedding: Embedding = "tsne",
     judge: PictureJudge | EllipsisType | None = ...,
     seed: int = 0,
     permutations: int = 500,
+    batch_size: int = 32,
     store: Store | Path | str | None = None,
 ) -> Specialization:
-    """Describe every live feature of several hookpoints, cluster them, and test how hookpoints differ, beside controls.
+    """Describe live features of several hookpoints, cluster them, and test how hookpoints differ, beside controls.
 
     Each feature is described by what it responds to, where it fires, how that looks, when it is active, and what
     turning it off causes (see `describe`). The clusters of all hookpoints' features together, their number by stability
@@ -81,7 +84,7 @@ def specialize(
     standardised mean differences; and the published claims about four blocks are tested (see `claims.RULE`). The
     features of untrained SAEs and raw channels are measured in the same way, but for what they cause: beside that
     stands a random direction. What is measured on the way is kept, so that a call that was killed goes on; the rest
-    takes less than a minute.
+    takes about a minute with the default settings.
 
     Args:
         pipe: the pipeline whose updates the SAEs were trained on.
@@ -89,18 +92,23 @@ def specialize(
         cache: updates of these hookpoints, whole grids.
         timing: updates of several denoising steps; without it nothing is said of when features are active.
         embed: a judge of images, such as `ClipEmbed`, that tells how alike a feature's top images are.
-        prompts_per_feature: held-out images on which each feature is turned off; 0 leaves causes out.
+        features_per_block: at most so many of each hookpoint's features that fire on 5 images or more, spread evenly
+            over the ranks of their density; and of each control's.
+        prompts_per_feature: held-out images on which each feature is turned off, and beside it as much along a random
+            direction: two pictures each. 0 leaves causes out.
         method: how to cluster: "kmeans", "ward" or "mixture" (of Gaussians).
         clusters: how many; the most stable number unless given.
         embedding: the plane in which features are drawn: "tsne", "pca" or "umap" (needs the extra `umap`).
         judge: tells what pictures show; by default the model's own, None for pixels only.
         seed: of clustering, plane, shuffles and random directions.
         permutations: shuffles of the block labels.
+        batch_size: pictures made at once.
         store: folder of artifacts.
 
     Raises:
-        ArtifactError: an SAE of another model, or a cache that lacks a hookpoint or keeps only some tokens.
-        KitError: fewer than two hookpoints, two SAEs of one, too few features, or impossible settings.
+        ArtifactError: an SAE or a cache of another model, or a cache that lacks a hookpoint or keeps only some tokens.
+        KitError: fewer than two hookpoints, two SAEs of one, updates of a single step as `timing`, something else than
+            a cache or a judge, too few features, or impossible settings.
 
     Example:
         >>> study = specialize(pipe, [saes[h, "k5"] for h in cache.hookpoints], cache)            # doctest: +SKIP
@@ -109,28 +117,51 @@ def specialize(
     placed = by_hookpoint("specialize", "saes", SAE, saes)
     if len(placed) < 2:
         raise KitError(f"specialize compares hookpoints; there is only {', '.join(placed)}. Pass SAEs of two or more.")
+    _check(pipe, placed, cache, timing, embed)
     settings = _settings(method, clusters, embedding, seed, permutations)
-    n_prompts = whole_number("specialize: prompts_per_feature", prompts_per_feature, least=0)
-    judge = chosen_judge("specialize", pipe, judge) if n_prompts else None
+    counts = {
+        "features_per_block": whole_number("specialize: features_per_block", features_per_block, least=2),
+        "prompts_per_feature": whole_number("specialize: prompts_per_feature", prompts_per_feature, least=0),
+        "batch_size": whole_number("specialize: batch_size", batch_size, least=2),
+    }
+    judge = chosen_judge("specialize", pipe, judge) if prompts_per_feature else None
     recipe = {
         "study": "block specialisation",
         "saes": [[sae.hookpoint, sae.name, sae.digest] for sae in placed.values()],
         "cache": cache.artifact.digest,
         "timing": timing.artifact.digest if timing else None,
         "embed": embed.name if embed else None,
-        "prompts_per_feature": n_prompts,
         "judge": judge.name if judge else None,
+        **counts,
         **settings,
         **made_by(pipe),
     }
     artifact = Store.at(store).artifact("studies", f"specialization_{made_by(pipe)['model']}_{len(placed)}", recipe)
     if not artifact.finished:
-        measured = _Measurement(pipe, cache, timing, embed, n_prompts, judge, seed, store)
+        measured = _Measurement(pipe, cache, timing, embed, judge=judge, seed=seed, store=store, **counts)
         stats, described = measured.describe(placed)
         with artifact.lock():
             if not artifact.finished:
                 _write(artifact, described, [stats[hookpoint] for hookpoint in placed], settings)
     return Specialization.open(artifact.folder)
+
+
+def _check(
+    pipe: Any, saes: Mapping[str, SAE], cache: ActivationCache, timing: ActivationCache | None, embed: Embed | None
+) -> None:
+    """Refuse what does not belong together, before anything is measured."""
+    for sae in saes.values():
+        check_model("specialize", pipe, sae)
+        for each in (cache, timing):
+            if each is not None:
+                check_fit(sae, each)
+    if timing is not None and len(timing.layout.steps) < 2:
+        raise KitError(
+            f"specialize: {timing.name} holds one denoising step, which does not tell when features are active. "
+            "Collect with num_inference_steps=4, or leave timing out."
+        )
+    if embed is not None and (isinstance(embed, type) or not isinstance(embed, Embed)):
+        raise KitError(f"specialize: embed is a judge such as WorldEmbed() or ClipEmbed(), or None, not {embed!r}.")
 
 
 def _settings(
@@ -157,33 +188,37 @@ class _Measurement:
     cache: ActivationCache
     timing: ActivationCache | None
     embed: Embed | None
+    features_per_block: int
     prompts_per_feature: int
+    batch_size: int
     judge: PictureJudge | None
     seed: int
     store: Store | Path | str | None
 
     def describe(self, saes: Mapping[str, SAE]) -> tuple[dict[str, FeatureStats], dict[str, list[Descriptors]]]:
-        """The SAEs' statistics, and the descriptors of their features and of all controls', by hookpoint."""
+        """The SAEs' statistics, and the descriptors of their features and of all controls', by what they are of."""
         n, caches = len(saes) * (1 + len(CONTROLS)), 1 if self.timing is None else 2
         steps = f" and {self.timing.n_images:,} of several steps" if self.timing else ""
         off = f"; then features are turned off, each on up to {self.prompts_per_feature} images"
         tqdm.write(
-            f"Specialisation: statistics of {n} SAEs and controls on {self.cache.n_images:,} images{steps}"
-            f"{off if self.prompts_per_feature else ''}. What was measured before is read."
+            f"Specialisation: statistics of {n} SAEs and controls on {self.cache.n_images:,} images{steps}; up to "
+            f"{self.features_per_block} features of each are described{off if self.prompts_per_feature else ''}. What "
+            "was measured before is read."
         )
         stats, described = dict[str, FeatureStats](), dict[str, list[Descriptors]]()
         with tqdm(total=n * caches, desc="specialize", unit="measurement") as bar:
             for hookpoint, sae in saes.items():
                 beside = controls(sae, self.cache)
-                of_sae = {TRAINED: sae} | {name: beside[name] for name in CONTROLS}
-                for name, each in of_sae.items():
+                for name, each in {TRAINED: sae, **{name: beside[name] for name in CONTROLS}}.items():
                     measured, timed = self._measure(each, bar)
                     if name == TRAINED:
                         stats[hookpoint] = measured
-                    described.setdefault(name, []).append(describe(measured, timing=timed, embed=self.embed))
+                    latents = describable(measured, self.features_per_block)
+                    described.setdefault(name, []).append(describe(measured, latents, timing=timed, embed=self.embed))
         if self.prompts_per_feature:
-            causes = {hookpoint: self._turn_off(sae, stats[hookpoint]) for hookpoint, sae in saes.items()}
-            described |= _with_causes(described[TRAINED], stats, causes)
+            trained = described[TRAINED]
+            causes = [self._turn_off(saes[d.hookpoint], stats[d.hookpoint], d.latents) for d in trained]
+            described |= _with_causes(trained, causes)
         return stats, described
 
     def _measure(self, sae: SAE, bar: Any) -> tuple[FeatureStats, FeatureStats | None]:
@@ -191,30 +226,22 @@ class _Measurement:
         bar.update(len(found))
         return found[0], found[1] if len(found) > 1 else None
 
-    def _turn_off(self, sae: SAE, stats: FeatureStats) -> Causes:
+    def _turn_off(self, sae: SAE, stats: FeatureStats, latents: Int[np.ndarray, "feature"]) -> Causes:
         return measure_causes(
-            self.pipe, sae, stats, prompts_per_feature=self.prompts_per_feature, judge=self.judge, seed=self.seed,
-            store=self.store,
+            self.pipe, sae, stats, latents, prompts_per_feature=self.prompts_per_feature, judge=self.judge,
+            seed=self.seed, batch_size=self.batch_size, store=self.store,
         )  # fmt: skip
 
 
-def _with_causes(
-    trained: Sequence[Descriptors], stats: Mapping[str, FeatureStats], causes: Mapping[str, Causes]
-) -> dict[str, list[Descriptors]]:
-    """The trained features with what they cause; and what they and random directions cause on the same prompts."""
-    found: dict[str, list[Descriptors]] = {TRAINED: [], SAME_PROMPT: [], RANDOM: []}
-    for each in trained:
-        told = causes[each.hookpoint]
-        values = {TRAINED: told.values, SAME_PROMPT: told.paired, RANDOM: told.control}
-        for name, version in ((name, replace(told, values=these)) for name, these in values.items()):
-            caused = describe(stats[each.hookpoint], causes=version).only("cause")
-            found[name].append(_joined(each, caused) if name == TRAINED else caused)
-    return found
-
-
-def _joined(one: Descriptors, other: Descriptors) -> Descriptors:
-    values = np.concatenate([one.values, other.values], axis=1)
-    return Descriptors(one.hookpoint, one.latents, one.names + other.names, one.kinds + other.kinds, values)
+def _with_causes(trained: Sequence[Descriptors], causes: Sequence[Causes]) -> dict[str, list[Descriptors]]:
+    """The trained features with what they cause; that alone; and what random directions cause on the same prompts."""
+    caused = [describe_causes(told, each.latents) for each, told in zip(trained, causes, strict=True)]
+    random = [
+        describe_causes(replace(told, values=told.control), each.latents)
+        for each, told in zip(trained, causes, strict=True)
+    ]
+    complete = [each.beside(own) for each, own in zip(trained, caused, strict=True)]
+    return {TRAINED: complete, SAME_PROMPT: caused, RANDOM: random}
 
 
 def compare_blocks(
