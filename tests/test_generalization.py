@@ -21,7 +21,7 @@ from sdxl_sae_kit.questions import Question
 from sdxl_sae_kit.recovery import Choice
 from sdxl_sae_kit.sae import FIRES
 from sdxl_sae_kit.shards import ShardWriter
-from sdxl_sae_kit.studies import carryover, generalization
+from sdxl_sae_kit.studies import carryover, fidelity, generalization
 from sdxl_sae_kit.studies.densities import MIN_PROMPTS, lost
 from sdxl_sae_kit.studies.fidelity import METRICS
 from sdxl_sae_kit.studies.generalization import generalize
@@ -177,6 +177,21 @@ def test_codes_are_compared_token_by_token(result, saes, source, target):
         np.testing.assert_allclose(told, similarities(codes[2, half], before.roll(-1, 0)), atol=1e-5)
     first = found(rows, **{"updates of": "target", "step": 0, "half": "cond"})
     assert np.isnan(first["cosine of adjacent steps"]) and np.isnan(first["cosine of adjacent steps interval"]).all()
+
+
+def test_images_are_read_in_any_parts(saes, prompts, tmp_path, monkeypatch):
+    """One at a time, where some are not in the source, gives what all together give."""
+    some = cache_of(tmp_path, prompts[60:], seed=3)
+    few = cache_of(tmp_path, prompts[:120], seed=4)
+    images = some.images("held_out")
+    places = generalization._places(few, some, images)
+    assert (places < 0).any() and (places >= 0).any()
+    beside = fidelity.Beside(few, 0, places)
+    together = fidelity.measure({"SAE": saes[0]}, some, "mid.0", images, beside)["SAE"]
+    monkeypatch.setattr(fidelity, "_BYTES", 1)
+    alone = fidelity.measure({"SAE": saes[0]}, some, "mid.0", images, beside)["SAE"]
+    np.testing.assert_allclose(alone.sums, together.sums, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(alone.fired, together.fired)
 
 
 def test_the_same_cache_gives_the_same(saes, source, tmp_path):

@@ -164,7 +164,7 @@ class _Found:
     def add(self, x: Tensor, other: tuple[Tensor, list[Tensor]] | None, halves: int) -> None:
         there, updates = other or (None, [])
         known: list[Code | None] = [None, None]  # of the same images there, and of others
-        if isinstance(self._made, SAE) and len(updates):
+        if isinstance(self._made, SAE) and updates and len(updates[0]):
             known = [Code(self._made, each) for each in updates]
         before = deque[Code](maxlen=halves)
         errors, means, codes = list[Tensor](), list[Tensor](), list[Tensor]()

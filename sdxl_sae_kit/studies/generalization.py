@@ -44,10 +44,11 @@ def generalize(
 
     Everything is measured on the target's held-out images, whose prompts no training saw, at every denoising step and
     in both guidance halves: how well updates are reconstructed (`fidelity.measure` has the formulas), how alike the
-    codes of adjacent steps are and those of the same image in the source, whether latents chosen in the source for
-    what images show still tell it, when in the process they do, and which latents vanish or appear. Beside the SAE:
+    codes of adjacent steps are and those of the same image in the source, or of another one, whether latents chosen in
+    the source for what images show still tell it, when in the process they do, and which latents vanish or appear.
+    Beside the SAE:
 
-    - `trained here`: `own`, trained on the target;
+    - `trained here`: `own`, trained on the target, and its latents chosen there;
     - `untrained`: `sae.untrained()`;
     - `PCA of the source`, `PCA of the target`: the first k principal axes of training tokens of either from their
       mean, k being the SAE's L0.
