@@ -318,7 +318,7 @@ def test_labels_over_all_steps_are_compared_image_by_image(planted):
     assert found(study.labels(), **of, step="all", who="SAE")["SAE − this interval"] == (0, 0)
     assert found(study.labels(), **of, step=1, who="untrained")["SAE − this"] > 0
     own = found(study.labels(), **of | {"group": "factor"}, name="shape", step=3, who="trained here")
-    assert own["AUC"] > 0.7
+    assert own["AUC"] > 0.6 and own["AUC interval"][0] > 0.5
 
 
 def test_content_rises_after_what_is_there_from_the_start(planted):
