@@ -205,14 +205,18 @@ def bootstrap_intervals(
     """`bootstrap_interval` of many numbers at once: lower ends, then upper ends; NaN for fewer than two rows.
 
     All of them are resampled together, so that samples are one product of matrices. `statistic` is given the column
-    means (sample, *number) and may combine them, such as `lambda m: m[..., 0] / m[..., 1]`.
+    means (sample, *number) and may combine them, such as `lambda m: m[..., 0] / m[..., 1]`; samples in which a number
+    is NaN, as none of its rows was drawn, are left out of its interval.
     """
     values = np.asarray(values, dtype=np.float64)
     rows = len(values)
     drawn = np.random.default_rng(seed).integers(rows, size=(samples, rows)) + rows * np.arange(samples)[:, None]
     counts = np.bincount(drawn.ravel(), minlength=samples * rows).reshape(samples, rows) / rows
     means = (counts @ values.reshape(rows, -1)).reshape(samples, *values.shape[1:])
-    ends = np.quantile(statistic(means) if statistic else means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    found, levels = statistic(means) if statistic else means, [(1 - level) / 2, (1 + level) / 2]
+    ends, unknown = np.quantile(found, levels, axis=0), np.isnan(found)
+    partly = unknown.any(axis=0) & ~unknown.all(axis=0)
+    ends[:, partly] = np.nanquantile(found[:, partly], levels, axis=0)
     return np.asarray(ends if rows > 1 else np.full_like(ends, np.nan))
 
 

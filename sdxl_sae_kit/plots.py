@@ -250,19 +250,22 @@ def step_lines(
     made = figure(alt, title=title, height=140 + 280 * -(-len(panels) // 2))
     made.set_subplots(-(-len(panels) // 2), min(2, len(panels)), subplot_titles=list(panels), shared_yaxes=True)
     names = list(dict.fromkeys(name for lines in panels.values() for name, _ in lines))
+    listed = set[str]()  # in the legend
     for at, lines in enumerate(panels.values()):
         for (name, dashed), line in lines.items():
             step, value, low, high = np.array(line, dtype=float).reshape(-1, 4).T
             colour = COLOURS[names.index(name) % len(COLOURS)]
             made.add_scatter(
                 x=step, y=value, name=name, legendgroup=name, mode="lines+markers", row=at // 2 + 1, col=at % 2 + 1,
-                showlegend=not dashed and at == 0, line={"color": colour, "dash": "dash" if dashed else "solid"},
-                marker={"symbol": names.index(name), "size": 6}, hoverinfo="x+y+name",
+                showlegend=not dashed and name not in listed, hoverinfo="x+y+name",
+                line={"color": colour, "dash": "dash" if dashed else "solid"},
+                marker={"symbol": names.index(name), "size": 6},
                 error_y={
                     "type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low,
                     "thickness": 1, "width": 0,
                 },
             )  # fmt: skip
+            listed |= set() if dashed else {name}
     made.update_xaxes(title_text="denoising step")
     made.update_yaxes(title_text=y, col=1)
     return made

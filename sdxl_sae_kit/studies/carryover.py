@@ -11,7 +11,7 @@ from sdxl_sae_kit.studies.trajectories import MEAN
 
 TRAINED, OWN, UNTRAINED = "SAE", "trained here", "untrained"
 PCA_SOURCE, PCA_TARGET = "PCA of the source", "PCA of the target"
-CHANNEL = "best channel"
+CHANNEL, AXIS = "best channel", "best PCA axis of the source"
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -34,7 +34,7 @@ def reconstruction(summary: Rows, reference: Mapping[str, Mapping[str, Any]]) ->
 
 
 def _against(who: str, rows: Rows) -> str:
-    """In which hookpoints the SAE explains more than this one, less, or cannot be told from it."""
+    """In which hookpoints the SAE does better than this one, worse, or cannot be told from it."""
     verdicts: dict[str, list[str]] = {"more": [], "less": [], "not clearly either": []}
     for row in rows:
         low, high = row["SAE − this interval"]
@@ -48,37 +48,45 @@ def codes(rows: Rows) -> str:
     """How alike codes are from the first step on, to the source's and to those of the step before."""
     told = []
     for hookpoint in dict.fromkeys(row["hookpoint"] for row in rows):
-        of = [row for row in rows if row["hookpoint"] == hookpoint and row["who"] == TRAINED]
-        ends = (of[0], of[-1])
-        same = [written(row, "cosine with the source") for row in ends]
-        told.append(f"{hookpoint} {' to '.join(dict.fromkeys(same))}" + _adjacent(of))
-    return f"Cosine of an image's codes with those in the source, first to last step: {', '.join(told)}."
+        of, control = (
+            [row for row in rows if row["hookpoint"] == hookpoint and row["who"] == who] for who in (TRAINED, UNTRAINED)
+        )
+        same, another = (_ends(of, f"cosine with {which}") for which in ("the source", "another image"))
+        random = _ends(control, "cosine with the source")
+        told.append(f"{hookpoint} {same} (of another image {another}; untrained {random})" + _adjacent(of))
+    return (
+        "Cosine of an image's codes with those of the same tokens in the source, first to last step, beside those of "
+        f"another image there and of the untrained SAE: {', '.join(told)}."
+    )
+
+
+def _ends(rows: Rows, name: str) -> str:
+    """At the first and the last step, once if there is one alone."""
+    return " to ".join(dict.fromkeys(written(row, name) for row in (rows[0], rows[-1])))
 
 
 def _adjacent(rows: Rows) -> str:
     between = [row["cosine of adjacent steps"] for row in rows[1:]]
-    return f" (of adjacent steps {html.short(min(between))} to {html.short(max(between))})" if between else ""
+    return f", of adjacent steps {html.short(min(between))} to {html.short(max(between))}" if between else ""
 
 
 def labels(rows: Rows) -> str:
-    """Whether latents chosen in the source still tell what images show, at the step where they do best."""
-    means = [row for row in rows if row["group"] == MEAN]
-    told = []
-    for hookpoint in dict.fromkeys(row["hookpoint"] for row in means):
-        of = [row for row in means if row["hookpoint"] == hookpoint and row["updates of"] == "target"]
-        best = max((row for row in of if row["who"] == TRAINED), key=lambda row: float(row["AUC"]))
-        beside = {row["who"]: row for row in of if (row["step"], row["half"]) == (best["step"], best["half"])}
-        before = [row for row in means if (row["hookpoint"], row["updates of"]) == (hookpoint, "source")]
-        source = next((f", in the source {written(row, 'AUC')}" for row in before if row["who"] == TRAINED), "")
-        told.append(
-            f"{hookpoint} {written(best, 'AUC')} at step {best['step']} of {best['half']}{source}, untrained "
-            f"{written(beside[UNTRAINED], 'AUC')}, best channel {written(beside[CHANNEL], 'AUC')}"
-        )
-    n = means[0]
-    return (
-        f"Latents chosen in the source for what images show tell it of held-out images here with a mean AUC "
-        f"({n['values']} values, {n['images']} images; chance 0.5), where they do best, of: {'; '.join(told)}."
+    """Whether latents chosen in the source still tell what images show, over all steps, against every control."""
+    means = [row for row in rows if (row["group"], row["step"]) == (MEAN, MEAN)]
+    source = {row["hookpoint"]: row for row in means if (row["updates of"], row["who"]) == ("source", TRAINED)}
+    of = [row for row in means if row["updates of"] == "target"]
+    told = (
+        f"{row['hookpoint']} {written(row, 'AUC')}"
+        + (f" (in the source {written(source[row['hookpoint']], 'AUC')})" if row["hookpoint"] in source else "")
+        for row in of
+        if row["who"] == TRAINED
     )
+    n = means[0]
+    others = [who for who in dict.fromkeys(row["who"] for row in of) if who != TRAINED]
+    return (
+        f"Latents chosen in the source for what images show tell it of held-out images here with a mean AUC over all "
+        f"steps ({n['values']} values, {n['images']} images; chance 0.5) of: {', '.join(told)}. "
+    ) + " ".join(_against(who, [row for row in of if row["who"] == who]) for who in others)
 
 
 def turnover(rows: Rows) -> str:
@@ -115,5 +123,7 @@ def rises(rows: Rows) -> str:
 
 
 def _rise(row: Mapping[str, Any]) -> str:
+    if row["rises at"] is None:
+        return f"{row['role']} nowhere clearly above chance"
     low, high = row["rises at interval"]
     return f"{row['role']} {row['rises at']} [{low}, {high}]"

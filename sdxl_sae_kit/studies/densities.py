@@ -53,5 +53,5 @@ def lost(
 def _densities(means: Float[np.ndarray, "*sample number"], rows: int) -> Float[np.ndarray, "*sample 3"]:
     """Of mean tokens, then mean counts at the rows here and there: the greatest densities, and their ratio."""
     one, other = means[..., 1 : 1 + rows].max(axis=-1), means[..., 1 + rows :].max(axis=-1)
-    with np.errstate(invalid="ignore", divide="ignore"):  # a sample may hold no prompt on which it fires
-        return np.stack([one / means[..., 0], other / means[..., 0], other / one], axis=-1)
+    ratio = np.divide(other, one, out=np.full_like(one, np.inf), where=one > 0)  # a sample may not see it fire here
+    return np.stack([one / means[..., 0], other / means[..., 0], ratio], axis=-1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ METRICS = (
     "IoU of adjacent steps",
     "cosine with the source",
     "IoU with the source",
+    "cosine with another image",
+    "IoU with another image",
 )
 """What is measured; each is a ratio of two sums over images."""
 
@@ -38,12 +42,16 @@ class Axes:
     axes: Float[Tensor, "axis d_in"]
 
     @classmethod
-    def of(cls, cache: Activations, hookpoint: str, k: int) -> Axes:
-        """Those of 40,960 training tokens of a cache, of all its rows together."""
+    def of(cls, cache: Activations, hookpoint: str) -> Axes:
+        """All those of 40,960 training tokens of a cache, of all its rows together."""
         tokens = cache.sample(hookpoint, _SAMPLE)
         mean = tokens.mean(dim=0)
         axes = torch.linalg.eigh((tokens - mean).T @ (tokens - mean))[1].T.flip(0)
-        return cls(mean, axes[:k])
+        return cls(mean, axes)
+
+    def first(self, k: int) -> Axes:
+        """The first k."""
+        return Axes(self.mean, self.axes[:k])
 
     def __call__(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_in"]:
         """x̂."""
@@ -60,12 +68,12 @@ class Beside:
     row: int
     places: Int[np.ndarray, "image"]
 
-    def read(self, hookpoint: str, part: slice, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Which images of a part are there, and the updates of these."""
-        places = self.places[part]
-        there = places >= 0
-        x = self.cache.read(hookpoint, places[there])[:, self.row]
-        return torch.from_numpy(there).to(like.device), x.to(like)
+    def read(self, hookpoint: str, part: slice, like: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Which images of a part are there; the updates of these, and those of the next image that is there."""
+        there, following = self.places >= 0, self.places.copy()
+        following[there] = np.roll(self.places[there], -1)
+        known = [self.cache.read(hookpoint, at[part][there[part]])[:, self.row] for at in (self.places, following)]
+        return torch.from_numpy(there[part]).to(like.device), [x.to(like) for x in known]
 
 
 @dataclass(frozen=True)
@@ -102,20 +110,20 @@ def measure(
     - L0: mean number of latents per token that fire;
     - cosine and IoU of codes: mean over tokens of z·z′ / ‖z‖‖z′‖ and of |A ∩ A′| / |A ∪ A′| (Jaccard), A being the
       latents that fire, 0 where a code is empty; z′ is the code of the same token, image and guidance half at the step
-      kept before, or of the same token and image in the other cache.
+      kept before, or in the other cache of the same token of the same image or, to compare with, of another one.
     """
     n_tokens, d_in = cache.tokens_per_row(hookpoint), cache.d_in(hookpoint)
     width = max([d_in, *(each.d_sae for each in made.values() if isinstance(each, SAE))])
     device = next((each.W_enc.device for each in made.values() if isinstance(each, SAE)), torch.device("cpu"))
-    size = max(1, _BYTES // (4 * cache.rows_per_image * n_tokens * width))
-    spread, found = _Spread(n_tokens), {name: _Found(n_tokens) for name in made}
+    size = max(1, _BYTES // (4 * n_tokens * max(width, cache.rows_per_image * d_in)))
+    spread, found = _Spread(n_tokens), {name: _Found(each, n_tokens) for name, each in made.items()}
     for start in range(0, len(images), size):
         part = slice(start, start + size)
         x = cache.read(hookpoint, images[part]).float().to(device)
         other = beside.read(hookpoint, part, x) if beside else None
-        spread.add(x)
-        for name, each in made.items():
-            found[name].add(each, x, other, len(cache.layout.halves))
+        spread.add(torch.stack([_moments(tokens) for tokens in x.unbind(1)], dim=2))
+        for each in found.values():
+            each.add(x, other, len(cache.layout.halves))
     return {name: each.measured(spread) for name, each in found.items()}
 
 
@@ -127,9 +135,9 @@ class _Spread:
         self._sums: list[Tensor] = []
         self._squares: list[Tensor] = []
 
-    def add(self, x: Float[Tensor, "image row token d_in"]) -> None:
-        self._sums.append(x.double().sum(2).cpu())
-        self._squares.append(x.double().square().sum(2).cpu())
+    def add(self, moments: Float[Tensor, "2 image row d_in"]) -> None:
+        self._sums.append(moments[0].cpu())
+        self._squares.append(moments[1].cpu())
 
     def squares(self) -> Float[np.ndarray, "image row d_in"]:
         """Σ x²."""
@@ -146,35 +154,40 @@ class _Spread:
 
 
 class _Found:
-    """What one SAE or axes make of images, added part by part."""
+    """What one SAE or axes make of images, added part by part, each row by row so that few dense codes are alive."""
 
-    def __init__(self, n_tokens: int) -> None:
-        self._error = _Spread(n_tokens)
+    def __init__(self, made: SAE | Axes, n_tokens: int) -> None:
+        self._made, self._error = made, _Spread(n_tokens)
         self._means: list[Tensor] = []  # of the metrics after the first two
-        self._codes: dict[str, list[Tensor]] = {"fired": [], "total": [], "peak": []}
+        self._codes: list[Tensor] = []
 
-    def add(self, made: SAE | Axes, x: Tensor, other: tuple[Tensor, Tensor] | None, halves: int) -> None:
-        empty = x.new_zeros(*x.shape[:3], 0)
-        z, x_hat = _coded(made, x) if isinstance(made, SAE) else (empty, made(x))
-        fires = _fires(z)
-        self._error.add(x - x_hat)
-        norm = x.norm(dim=-1).clamp_min(1e-30)
-        means = [(x - x_hat).norm(dim=-1) / norm, x_hat.norm(dim=-1) / norm]
-        unknown = torch.full_like(norm, torch.nan)
-        if isinstance(made, SAE):
-            before, source = unknown.unflatten(1, (-1, halves)).repeat(2, 1, 1, 1, 1), unknown.repeat(2, 1, 1, 1)
-            steps, fired = (each.unflatten(1, (-1, halves)) for each in (z, fires))
-            before[:, :, 1:] = torch.stack(likeness(steps[:, 1:], steps[:, :-1], fired[:, 1:], fired[:, :-1]))
-            if other and len(other[1]):
-                there, same = other
-                known = _coded(made, same)[0][:, None]
-                source[:, there] = torch.stack(likeness(z[there], known, fires[there], _fires(known)))
-            means += [fires.sum(-1), *before.flatten(2, 3), *source]
-        else:
-            means += [torch.full_like(norm, len(made.axes)), *[unknown] * 4]
-        self._means.append(torch.stack(means, dim=-1).double().mean(2).cpu())
-        for name, kept in (("fired", fires.sum(2)), ("total", z.sum(2)), ("peak", z.amax(2))):
-            self._codes[name].append(kept.cpu())
+    def add(self, x: Tensor, other: tuple[Tensor, list[Tensor]] | None, halves: int) -> None:
+        there, updates = other or (None, [])
+        known: list[Code | None] = [None, None]  # of the same images there, and of others
+        if isinstance(self._made, SAE) and updates and len(updates[0]):
+            known = [Code(self._made, each) for each in updates]
+        before = deque[Code](maxlen=halves)
+        errors, means, codes = list[Tensor](), list[Tensor](), list[Tensor]()
+        for tokens in x.unbind(1):
+            if isinstance(self._made, SAE):
+                code = Code(self._made, tokens)
+                x_hat, n_active = self._made.decode_sparse(code.indices, code.values, tokens), code.fires.sum(-1)
+                alike = [*_alike(code, before[0] if len(before) == halves else None)]
+                for each in known:
+                    alike += _alike(code, each, there)
+                before.append(code)
+                codes.append(code.per_image())
+            else:
+                x_hat, n_active = self._made(tokens), tokens.new_full(tokens.shape[:2], len(self._made.axes))
+                alike = [tokens.new_full(tokens.shape[:2], torch.nan)] * 6
+                codes.append(tokens.new_zeros(3, len(tokens), 0))
+            norm, error = tokens.norm(dim=-1).clamp_min(1e-30), tokens - x_hat
+            told = [error.norm(dim=-1) / norm, x_hat.norm(dim=-1) / norm, n_active, *alike]
+            means.append(torch.stack(told, dim=-1).double().mean(1))
+            errors.append(_moments(error))
+        self._error.add(torch.stack(errors, dim=2))
+        self._means.append(torch.stack(means, dim=1).cpu())
+        self._codes.append(torch.stack(codes, dim=2).cpu())
 
     def measured(self, spread: _Spread) -> Measured:
         means = torch.cat(self._means).numpy()
@@ -184,35 +197,55 @@ class _Found:
         first = np.stack([around.sum(-1) - error, around.sum(-1)], axis=-1)
         second = _per_channel(self._error.around_mean(), around)
         sums = np.concatenate([first[:, :, None], second[:, :, None], others], axis=2)
-        fired, total, peak = (torch.cat(self._codes[name]).numpy() for name in ("fired", "total", "peak"))
+        fired, total, peak = torch.cat(self._codes, dim=1).numpy()
         return Measured(sums, fired.astype(np.int32), total, peak)
 
 
-def likeness(
-    one: Float[Tensor, "*token d_sae"],
-    other: Float[Tensor, "*token2 d_sae"],
-    fires: Float[Tensor, "*token d_sae"],
-    fires_too: Float[Tensor, "*token2 d_sae"],
-) -> tuple[Float[Tensor, "*token"], Float[Tensor, "*token"]]:
-    """Cosine and IoU (Jaccard) of codes: z·z′ / ‖z‖‖z′‖, and |A ∩ A′| / |A ∪ A′| of the latents that fire.
+class Code:
+    """The codes of some tokens: the entries of each, and whether its latents fire."""
 
-    Of two codes and of where their latents fire; 0 where either is empty.
-    """
-    cosine = (one * other).sum(-1) / (one.norm(dim=-1) * other.norm(dim=-1)).clamp_min(1e-30)
-    both = (fires * fires_too).sum(-1)
-    return cosine, both / (fires.sum(-1) + fires_too.sum(-1) - both).clamp_min(1)
+    def __init__(self, sae: SAE, x: Float[Tensor, "*token d_in"]) -> None:
+        self.d_sae, (self.indices, self.values) = sae.d_sae, sae.encode_sparse(x)
+        self.fires = self.values > FIRES
+
+    @cached_property
+    def dense(self) -> Float[Tensor, "*token d_sae"]:
+        """z with its zeros."""
+        return self.values.new_zeros(*self.values.shape[:-1], self.d_sae).scatter_add_(-1, self.indices, self.values)
+
+    def per_image(self) -> Float[Tensor, "3 image d_sae"]:
+        """On how many tokens each latent fires, the sum and the maximum of z over tokens."""
+        fired = self.values.new_zeros(len(self.values), self.d_sae)
+        fired.scatter_add_(1, self.indices.flatten(1), self.fires.to(fired).flatten(1))
+        return torch.stack([fired, self.dense.sum(1), self.dense.amax(1)])
+
+    def likeness(
+        self, other: Code, there: Tensor | slice = slice(None)
+    ) -> tuple[Float[Tensor, "*token"], Float[Tensor, "*token"]]:
+        """Cosine and IoU (Jaccard), z·z′ / ‖z‖‖z′‖ and |A ∩ A′| / |A ∪ A′| of the latents that fire, with another's.
+
+        Of the images that are `there`; 0 where either code is empty. Sums run over the entries alone.
+        """
+        values, fires = self.values[there], self.fires[there]
+        same = other.dense.gather(-1, self.indices[there])
+        norms = values.norm(dim=-1) * other.values.norm(dim=-1)
+        both = (fires & (same > FIRES)).sum(-1)
+        either = fires.sum(-1) + other.fires.sum(-1) - both
+        return (values * same).sum(-1) / norms.clamp_min(1e-30), both / either.clamp_min(1)
 
 
-def _fires(z: Float[Tensor, "*token d_sae"]) -> Float[Tensor, "*token d_sae"]:
-    """1 where a latent fires, else 0: sums of floats are ten times quicker than those of booleans."""
-    return (z > FIRES).to(z)
+def _alike(code: Code, other: Code | None, there: Tensor | None = None) -> Float[Tensor, "2 image token"]:
+    """The likeness of images that are there; NaN where they are not."""
+    alike = code.values.new_full((2, *code.values.shape[:2]), torch.nan)
+    if other is not None:
+        at = slice(None) if there is None else there
+        alike[:, at] = torch.stack(code.likeness(other, at))
+    return alike
 
 
-def _coded(sae: SAE, x: Float[Tensor, "*token d_in"]) -> tuple[Float[Tensor, "*token d_sae"], Tensor]:
-    """z and x̂."""
-    indices, values = sae.encode_sparse(x)
-    z = values.new_zeros(*x.shape[:-1], sae.d_sae).scatter_add_(-1, indices, values)
-    return z, sae.decode_sparse(indices, values, x)
+def _moments(x: Float[Tensor, "image token d_in"]) -> Float[Tensor, "2 image d_in"]:
+    """Σ x and Σ x² over tokens, in float64."""
+    return torch.stack([x.double().sum(1), x.double().square().sum(1)])
 
 
 def _per_channel(

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.artifacts import Artifact, Store, counted, human_bytes
 from sdxl_sae_kit.cache import ActivationCache
+from sdxl_sae_kit.configs import Site
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.hookpoints import by_hookpoint
-from sdxl_sae_kit.questions import Question, ask
-from sdxl_sae_kit.recovery import Choice, choose, either_end, spread, strongest
+from sdxl_sae_kit.recovery import spread
 from sdxl_sae_kit.sae import SAE
-from sdxl_sae_kit.studies.carryover import CHANNEL, OWN, PCA_SOURCE, PCA_TARGET, TRAINED, UNTRAINED
+from sdxl_sae_kit.studies.carried_labels import carried_labels, steps_of
+from sdxl_sae_kit.studies.carryover import OWN, PCA_SOURCE, PCA_TARGET, TRAINED, UNTRAINED
 from sdxl_sae_kit.studies.fidelity import Axes, Beside, Measured, by_prompt, measure
 from sdxl_sae_kit.studies.generalized import ARRAYS, FILE, Generalization
 from sdxl_sae_kit.studies.lines import Lines
-from sdxl_sae_kit.studies.trajectories import Asked, can_be_told
 
 SAEs = SAE | Mapping[Any, SAE] | Iterable[SAE]
 
@@ -44,10 +44,11 @@ def generalize(
 
     Everything is measured on the target's held-out images, whose prompts no training saw, at every denoising step and
     in both guidance halves: how well updates are reconstructed (`fidelity.measure` has the formulas), how alike the
-    codes of adjacent steps are and those of the same image in the source, whether latents chosen in the source for
-    what images show still tell it, when in the process they do, and which latents vanish or appear. Beside the SAE:
+    codes of adjacent steps are and those of the same image in the source, or of another one, whether latents chosen in
+    the source for what images show still tell it, when in the process they do, and which latents vanish or appear.
+    Beside the SAE:
 
-    - `trained here`: `own`, trained on the target;
+    - `trained here`: `own`, trained on the target, and its latents chosen there;
     - `untrained`: `sae.untrained()`;
     - `PCA of the source`, `PCA of the target`: the first k principal axes of training tokens of either from their
       mean, k being the SAE's L0.
@@ -57,16 +58,17 @@ def generalize(
 
     Args:
         saes: one for each hookpoint, trained on `cache`.
-        cache: the source; of its steps the first is what the target's codes are compared with.
+        cache: the source; of its steps the first is what the target's codes are compared with, if it has whole grids.
         target: a cache of (some of) the same prompts and seeds, with whole grids: made with more steps, by another
             model, by a fine-tune of the same shape. With training images among them, for PCA, and held-out ones.
         own: SAEs trained on the target, for some or all of these hookpoints.
         store: folder of artifacts.
 
     Raises:
-        ArtifactError: SAEs of another model than their cache's.
+        ArtifactError: SAEs of another model or other settings than their cache's.
         HookpointError: a cache does not have an SAE's hookpoint.
-        KitError: the target has no held-out images or other widths, or tokens were sampled.
+        KitError: something else than a cache, or a target without held-out images, of other widths, or of whose tokens
+            some were sampled.
 
     Example:
         >>> base = kit.load_pipeline("tiny-base")                                                    # doctest: +SKIP
@@ -75,13 +77,15 @@ def generalize(
     """
     placed = by_hookpoint("generalize", "SAEs", SAE, saes)
     here = {} if own is None else by_hookpoint("generalize", "SAEs of own=", SAE, own)
+    for each in (cache, target):
+        if not isinstance(each, ActivationCache):
+            raise KitError(f"generalize takes caches that collect made, not {type(each).__name__}.")
     for given, of in ((placed, cache), (here, target)):
         for sae in given.values():
             _check_trained(sae, of)
     for sae in placed.values():
         _check_fit(sae, target)
-    for each in (cache, target):
-        _check_whole(each)
+    _check_whole(target)
     if strange := [hookpoint for hookpoint in here if hookpoint not in placed]:
         raise KitError(
             f"generalize: own= has an SAE of {', '.join(strange)}, but saes are of {', '.join(placed)}. Leave it out."
@@ -120,11 +124,16 @@ def _check_fit(sae: SAE, cache: Activations) -> None:
 def _check_trained(sae: SAE, cache: Activations) -> None:
     _check_fit(sae, cache)
     site = cache.site(sae.hookpoint)
-    if sae.site and (sae.site.model, sae.site.revision) != (site.model, site.revision):
+    if sae.site and sae.site != site:
         raise ArtifactError(
-            f"generalize: {sae.name} was trained on {sae.site.model} (revision {sae.site.revision}), but {cache.name} "
-            f"is of {site.model} (revision {site.revision}). saes= belong to the source cache, own= to the target."
+            f"generalize: {sae.name} was trained on {_setting(sae.site)}, but {cache.name} is of {_setting(site)}. "
+            "saes= belong to the source cache, own= to the target."
         )
+
+
+def _setting(site: Site) -> str:
+    steps = counted(site.num_inference_steps, "steps")
+    return f"{site.model} (revision {site.revision}, {steps}, guidance {site.guidance_scale:g})"
 
 
 def _check_whole(cache: Activations) -> None:
@@ -167,26 +176,36 @@ def _measure(
     places = _places(cache, target, images)
     same = places[places >= 0]
     k = min(sae.untrained().k or 1, sae.d_in)
-    made: dict[str, SAE | Axes] = {TRAINED: sae, UNTRAINED: sae.untrained(), PCA_SOURCE: Axes.of(cache, hookpoint, k)}
-    further: dict[str, SAE | Axes] = {OWN: own} if own else {}
-    further |= {PCA_TARGET: Axes.of(target, hookpoint, k)} if len(target.images("train")) else {}
-    comparable = len(same) > 0 and cache.grid(hookpoint) == target.grid(hookpoint)
-    beside = Beside(cache, cache.row(cache.layout.steps[0], cache.layout.halves[-1]), places) if comparable else None
-    there = measure(made | further, target, hookpoint, images, beside)
+    axes = Axes.of(cache, hookpoint)
+    saes, mine = {TRAINED: sae, UNTRAINED: sae.untrained()}, {OWN: own} if own else {}
+    made: dict[str, SAE | Axes] = {**saes, PCA_SOURCE: axes.first(k)}
+    further = {PCA_TARGET: Axes.of(target, hookpoint).first(k)} if len(target.images("train")) else {}
+    apart = _apart(cache, target, hookpoint, len(same))
+    beside = None if apart else Beside(cache, cache.row(cache.layout.steps[0], cache.layout.halves[-1]), places)
+    there = measure(made | mine | further, target, hookpoint, images, beside)
     reference = same if len(same) else spread(cache.images("held_out"))
     here = measure(made, cache, hookpoint, reference) if len(reference) else {}
     arrays = _arrays("target", there, target, images) | _arrays("source", here, cache, reference)
-    if comparable:
+    if not apart:
         arrays |= _shared(here, there, cache, target, same, places, target.tokens_per_row(hookpoint))
     facts = {
         "source": _about(cache, hookpoint, reference, here),
         "target": _about(target, hookpoint, images, there),
         "shared": len(same),
-        "comparable": comparable,
+        "not compared": apart,
         "k": k,
-        **_labels(sae, cache, target, here, there, places),
+        **carried_labels(saes | mine, axes, cache, target, here, there, places),
     }
     return facts, arrays
+
+
+def _apart(cache: Activations, target: Activations, hookpoint: str, shared: int) -> str:
+    """Why codes of the two cannot be compared token by token; empty where they can."""
+    if not shared:
+        return "the target has no image of the source's prompts and seeds"
+    if cache.layout.tokens_per_image:
+        return "of its grids the source keeps only some tokens"
+    return "" if cache.grid(hookpoint) == target.grid(hookpoint) else "grids differ"
 
 
 def _places(cache: Activations, target: Activations, images: Int[np.ndarray, " image"]) -> Int[np.ndarray, " image"]:
@@ -246,88 +265,6 @@ def _shared(
     texts = [cache.prompts.texts[image] for image in same.tolist()]
     arrays: dict[str, NDArray[Any]] = {"shared/tokens": by_prompt(np.full(len(texts), n_tokens), texts)}
     for who in (TRAINED, UNTRAINED):
-        arrays[f"shared/source/{who}"] = by_prompt(here[who].fired[:, _steps(cache)], texts)
-        arrays[f"shared/target/{who}"] = by_prompt(there[who].fired[places >= 0][:, _steps(target)], texts)
+        arrays[f"shared/source/{who}"] = by_prompt(here[who].fired[:, steps_of(cache)], texts)
+        arrays[f"shared/target/{who}"] = by_prompt(there[who].fired[places >= 0][:, steps_of(target)], texts)
     return arrays
-
-
-# Labels --------------------------------------------------------------------------------------------------------------
-
-
-def _labels(
-    sae: SAE,
-    cache: Activations,
-    target: Activations,
-    here: Mapping[str, Measured],
-    there: Mapping[str, Measured],
-    places: Int[np.ndarray, " image"],
-) -> dict[str, Any]:
-    """Latents chosen on the source's training images for what images show, and how well they tell it of the target's.
-
-    Without factors, or too few images that show them, the reason why not.
-    """
-    train, images = spread(cache.images("train")), target.images("held_out")
-    factors = [of.prompts.factors[image] for of, some in ((cache, train), (target, images)) for image in some.tolist()]
-    training = np.arange(len(factors)) < len(train)
-    try:
-        questions = ask(target.name, factors, training)
-    except KitError as reason:
-        return {"labels": [], "roles": [], "chosen": [], "no labels": str(reason)}
-    choices = _choices(sae, cache, train, [_only(question, training) for question in questions])
-    strengths = {who: there[who].peak for who in (TRAINED, UNTRAINED)} | {CHANNEL: _channels(target, sae, images)}
-    asked = Asked([_only(question, ~training) for question in questions], choices, strengths)
-    rows = asked.rows(_named(target, "target"))
-    same = places[places >= 0]
-    shared = [_only(question, places >= 0) for question in asked.questions]
-    if can_be_told(shared):
-        known = {who: here[who].peak for who in (TRAINED, UNTRAINED)} | {CHANNEL: _channels(cache, sae, same)}
-        rows = Asked(shared, choices, known).rows(_named(cache, "source")) + rows
-    roles = asked.roles(_steps(target))
-    return {"labels": rows, "roles": roles, "chosen": _chosen(questions, choices[TRAINED]), "no labels": ""}
-
-
-def _choices(
-    sae: SAE, cache: Activations, images: Int[np.ndarray, " image"], questions: Sequence[Question]
-) -> dict[str, list[list[Choice]]]:
-    """By kind of candidate, the one that tells each value best on the source's training images, at its first step."""
-    untrained, row = sae.untrained(), cache.row(cache.layout.steps[0], cache.layout.halves[-1])
-    parts = list[dict[str, NDArray[np.float32]]]()
-    for part in cache.parts(sae.hookpoint, images):
-        x = cache.read(sae.hookpoint, part)[:, row].to(sae.W_enc)
-        found = {TRAINED: strongest(sae, x), UNTRAINED: strongest(untrained, x), CHANNEL: either_end(x)}
-        parts.append({kind: strength.cpu().numpy() for kind, strength in found.items()})
-    everyone = np.ones(len(images), dtype=bool)
-    strengths = {kind: np.concatenate([part[kind] for part in parts]) for kind in parts[0]}
-    return {kind: choose(questions, strength, everyone, sae.hookpoint) for kind, strength in strengths.items()}
-
-
-def _channels(cache: Activations, sae: SAE, images: Int[np.ndarray, " image"]) -> NDArray[np.float32]:
-    """Every channel's maximum over each update, then its opposite's: (image, row, candidate)."""
-    parts = [cache.read(sae.hookpoint, part).float() for part in cache.parts(sae.hookpoint, images)]
-    ends = [either_end(x.flatten(0, 1)).unflatten(0, x.shape[:2]).numpy() for x in parts]
-    return np.concatenate(ends)
-
-
-def _only(question: Question, images: Bool[np.ndarray, " image"]) -> Question:
-    return question._replace(asked=question.asked[images], shows=question.shows[images])
-
-
-def _steps(cache: Activations) -> list[int]:
-    """The rows of one half, step by step: cond, where it has both."""
-    halves = len(cache.layout.halves)
-    return list(range(halves - 1, cache.rows_per_image, halves))
-
-
-def _named(cache: Activations, place: str) -> dict[int, dict[str, Any]]:
-    """What tells a cache's rows apart."""
-    named = ((step, half) for step in cache.layout.steps for half in cache.layout.halves)
-    return {row: {"updates of": place, "step": step, "half": half} for row, (step, half) in enumerate(named)}
-
-
-def _chosen(questions: Sequence[Question], choices: Sequence[Sequence[Choice]]) -> list[dict[str, Any]]:
-    return [
-        {"factor": question.factor, "value": value, "latent": choice.candidate}
-        | {"tells by": "firing" if choice.fires else "silence", "AUC there": choice.area}
-        for question, of_values in zip(questions, choices, strict=True)
-        for value, choice in zip(question.values, of_values, strict=True)
-    ]

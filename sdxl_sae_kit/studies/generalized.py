@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,9 +15,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import Artifact
+from sdxl_sae_kit.artifacts import Artifact, whole_number
 from sdxl_sae_kit.errors import KitError, did_you_mean
-from sdxl_sae_kit.metrics import bootstrap_interval, bootstrap_intervals
+from sdxl_sae_kit.metrics import bootstrap_intervals
 from sdxl_sae_kit.plots import step_lines
 from sdxl_sae_kit.studies import carryover
 from sdxl_sae_kit.studies.carryover import TRAINED, UNTRAINED
@@ -24,6 +25,7 @@ from sdxl_sae_kit.studies.densities import live, lost
 from sdxl_sae_kit.studies.distances import written
 from sdxl_sae_kit.studies.fidelity import METRICS
 from sdxl_sae_kit.studies.lines import Lines, open_study
+from sdxl_sae_kit.studies.statistics import wilson
 
 FILE, ARRAYS = "generalization.jsonl", "{}.h5"
 
@@ -89,8 +91,8 @@ class Generalization:
     def _summary(self) -> list[Row]:
         return [row for hookpoint in self.hookpoints for row in self._summed(hookpoint)]
 
-    def _summed(self, hookpoint: str) -> Iterator[Row]:
-        sums, about = self._sums(hookpoint, "target"), self._facts[hookpoint]["target"]
+    def _summed(self, hookpoint: str, place: str = "target") -> Iterator[Row]:
+        sums, about = self._sums(hookpoint, place), self._facts[hookpoint][place]
         for half in dict.fromkeys(half for _, half in about["rows"]):
             of_half = [at for at, (_, each) in enumerate(about["rows"]) if each == half]
             pooled = {who: each[:, of_half, 0].sum(axis=1) for who, each in sums.items()}
@@ -101,13 +103,19 @@ class Generalization:
                 row |= _estimate("SAE − this", _ratio(pair.sum(axis=0)), bootstrap_intervals(pair, _ratio))
                 yield row | {"prompts": about["prompts"]}
 
+    @cached_property
+    def _reference(self) -> dict[str, Row]:
+        """By hookpoint, what its SAE explains of the source over all its steps, of the cond half where it has both."""
+        rows = (row for hookpoint in self.hookpoints for row in self._summed(hookpoint, "source"))
+        return {row["hookpoint"]: row for row in rows if row["who"] == TRAINED}
+
     def plot(self) -> Any:
         """Explained variance over steps, a panel per hookpoint, a line for each who; uncond dashed (plotly)."""
         panels: dict[str, dict[tuple[str, bool], list[tuple[float, float, float, float]]]] = {}
         for hookpoint in self.hookpoints:
             rows = [row for row in self.rows() if row["hookpoint"] == hookpoint]
-            reference = next((row for row in rows if (row["updates of"], row["who"]) == ("source", TRAINED)), None)
-            told = f"; in the source {html.short(reference['explained variance'])}" if reference else ""
+            known = self._reference.get(hookpoint)
+            told = f"; in the source {html.short(known['explained variance'])}" if known else ""
             lines = panels.setdefault(f"{hookpoint}{told}", {})
             for row in rows:
                 if row["updates of"] == "target":
@@ -120,13 +128,16 @@ class Generalization:
     def labels(self) -> list[Row]:
         """How well latents chosen on the source's training images tell held-out images of the target, step by step.
 
-        A row per hookpoint, `group` (each factor, each role of `questions.ROLES`, and all), step, guidance half and
-        who: the SAE, the untrained one, and the best channel, chosen and measured in the same way as `recovery` does.
-        AUC is the mean over values, with its 95 % bootstrap interval over images; chance is 0.5. Rows with `updates of`
-        the source are of the same images there. Empty where nothing is known of what images show.
+        A row per hookpoint, `group` (each factor, each role of `questions.ROLES`, and all), step, or all together with
+        guidance in cond, guidance half and who: the SAE, the untrained one, and the best channel and principal axis,
+        chosen and measured in the same way as `recovery` does; of `trained here` those latents that tell it best on the
+        target's training images. AUC is the mean over values, and `SAE − this` the paired difference, with 95 %
+        bootstrap intervals over prompts; chance is 0.5. Rows with `updates of` the source are of the same images there.
+        Empty where nothing is known of what images show.
         """
         return [
-            {"hookpoint": hookpoint} | row | {"AUC interval": tuple(row["AUC interval"])}
+            {"hookpoint": hookpoint}
+            | {name: tuple(each) if name.endswith("interval") else each for name, each in row.items()}
             for hookpoint in self.hookpoints
             for row in self._facts[hookpoint]["labels"]
         ]
@@ -143,8 +154,8 @@ class Generalization:
         `strength` is the mean strength (maximum of z over tokens) on images that show a value minus that on images that
         do not, in standard deviations of the latent, as a mean over the role's values, relative to its greatest over
         the steps (NaN where it is nowhere above 0); `AUC` is the mean of the values'.
-        `rises at` is the first step at which AUC − ½ reaches half of its greatest. All with 95 % bootstrap intervals
-        over images; that of a step is the nearest step.
+        `rises at` is the first step at which AUC − ½ reaches half of its greatest, None where the greatest is not
+        surely above ½. All with 95 % bootstrap intervals over prompts; that of a step is the nearest step.
         """
         return [row for hookpoint in self.hookpoints for row in self._over_steps(hookpoint)]
 
@@ -156,8 +167,8 @@ class Generalization:
                 row: Row = {"hookpoint": hookpoint, "role": told["role"], "who": told["who"], "step": step}
                 for name in ("strength", "AUC"):
                     row |= _estimate(name, told[name][at], told[f"{name} interval"][at])
-                rises = tuple(steps[end] for end in told["rises at interval"])
-                row |= {"rises at": steps[told["rises at"]], "rises at interval": rises}
+                rises = [None if end is None else steps[end] for end in (told["rises at"], *told["rises at interval"])]
+                row |= {"rises at": rises[0], "rises at interval": tuple(rises[1:])}
                 yield row | {name: told[name] for name in ("values", "images")}
 
     def plot_trajectories(self, hookpoint: str | None = None) -> Any:
@@ -177,29 +188,32 @@ class Generalization:
         y = "lead on images that show it, of its greatest"
         return step_lines(panels, title=f"When what latents tell rises in {self.target}", y=y)
 
-    def trajectory(self, hookpoint: str, latents: Sequence[int]) -> list[Row]:
-        """Mean activation of latents over the target's held-out tokens, by step and half, with intervals over prompts.
+    def trajectory(self, hookpoint: str, latents: int | Sequence[int]) -> list[Row]:
+        """Mean activation of one latent or several over the target's held-out tokens, by step and half.
+
+        With 95 % bootstrap intervals over prompts.
 
         Raises:
             KitError: no such hookpoint or latent.
         """
+        chosen = [whole_number("trajectory: a latent", each, least=0) for each in np.atleast_1d(latents).tolist()]
         with self._arrays(self._known(hookpoint)) as file:
             n_latents = file["target/total"].shape[-1]
-            if strange := [latent for latent in latents if not 0 <= latent < n_latents]:
+            if strange := [latent for latent in chosen if latent >= n_latents]:
                 raise KitError(
                     f"trajectory: the SAE of {hookpoint} has latents 0 to {n_latents - 1}, not {strange[0]}. Take one."
                 )
-            total = file["target/total"][()][..., list(latents)].astype(np.float64)
+            total = file["target/total"][()][..., chosen].astype(np.float64)
             images = file["target/images"][()].astype(np.float64)
         about = self._facts[hookpoint]["target"]
         tokens = np.broadcast_to((images * about["tokens"] / about["images"])[:, None, None], total.shape)
         pairs = np.stack([total, tokens], axis=-1)
         values, ends = _ratio(pairs.sum(axis=0)), bootstrap_intervals(pairs, _ratio)
         return [
-            {"hookpoint": hookpoint, "latent": int(latent), "step": step, "half": half}
+            {"hookpoint": hookpoint, "latent": latent, "step": step, "half": half}
             | _estimate("mean activation", values[row, at], ends[:, row, at])
             | {"prompts": about["prompts"]}
-            for at, latent in enumerate(latents)
+            for at, latent in enumerate(chosen)
             for row, (step, half) in enumerate(about["rows"])
         ]
 
@@ -221,8 +235,8 @@ class Generalization:
     def turnover(self) -> list[Row]:
         """The share of live latents that vanish and that appear, a row per hookpoint and who, with the untrained SAE's.
 
-        Live latents fire on at least 5 prompts at the step where they are densest; the 95 % intervals are over latents,
-        taken as independent.
+        Live latents fire on at least 5 prompts at the step where they are densest; the intervals are Wilson's over
+        latents, taken as independent.
         """
         return self._turnover
 
@@ -234,10 +248,9 @@ class Generalization:
                 row: Row = {"hookpoint": hookpoint, "who": who}
                 for name, here, there in (("vanished", "source", "target"), ("appeared", "target", "source")):
                     n = len(live(self._fired(hookpoint, here, who)))
-                    gone = np.zeros(n)
-                    gone[: sum(each["hookpoint"] == hookpoint for each in self._lost(here, there, who))] = 1
-                    row |= {f"live in the {here}": n, name: float(gone.mean()) if n else float("nan")}
-                    row |= {f"{name} interval": bootstrap_interval(gone)}
+                    gone = sum(each["hookpoint"] == hookpoint for each in self._lost(here, there, who))
+                    value, ends = wilson(gone, n) if n else (math.nan, (math.nan, math.nan))
+                    row |= {f"live in the {here}": n, name: value, f"{name} interval": ends}
                 rows.append(row)
         return rows
 
@@ -260,14 +273,11 @@ class Generalization:
 
     def sentence(self) -> str:
         """What the numbers say."""
-        reference = {
-            row["hookpoint"]: row for row in self.rows() if (row["updates of"], row["who"]) == ("source", TRAINED)
-        }
         first = self._facts[self.hookpoints[0]]["target"]
         parts = [
             f"SAEs trained on {self.source}, used unchanged on {self.target} ({first['images']} held-out images of "
             f"{first['prompts']} prompts; in brackets 95 % bootstrap intervals).",
-            carryover.reconstruction(self.summary(), reference),
+            carryover.reconstruction(self.summary(), self._reference),
         ]
         compared = [row for row in self.rows() if self._comparable(row["hookpoint"]) and row["half"] != "uncond"]
         parts += [carryover.codes([row for row in compared if row["updates of"] == "target"])] if compared else []
@@ -280,12 +290,13 @@ class Generalization:
         return f"Labels are left out: {self._facts[self.hookpoints[0]]['no labels']}"
 
     def _not_compared(self) -> Iterator[str]:
-        """Why some hookpoints' images are not compared with the source's."""
-        apart = [hookpoint for hookpoint in self.hookpoints if not self._comparable(hookpoint)]
-        if apart and not self._facts[apart[0]]["shared"]:
-            yield "The target has no image of the source's prompts and seeds, so none is compared between the two."
-        elif apart:
-            yield f"Grids differ at {', '.join(apart)}, so codes are not compared token by token there."
+        """Why some hookpoints' codes are not compared with the source's."""
+        apart: dict[str, list[str]] = {}
+        for hookpoint in self.hookpoints:
+            apart.setdefault(self._facts[hookpoint]["not compared"], []).append(hookpoint)
+        for reason, where in apart.items():
+            if reason:
+                yield f"Codes are not compared with the source's at {', '.join(where)}: {reason}."
 
     def _repr_html_(self) -> str:
         summary = [
@@ -294,14 +305,16 @@ class Generalization:
             for row in self.summary()
         ]
         n = f"{summary and self.summary()[0]['prompts']} prompts"
-        steps = [{name: row[name] for name in row if not name.endswith("interval")} for row in self.rows()]
         labels = [row for row in self.labels() if row["group"] != "factor"]
         return html.fragment(
             f"<h3>What carries over to {html.escape(self.target)}</h3><p>{html.escape(self.sentence())}</p>",
             html.table(summary, f"Explained variance over all steps, with 95 % bootstrap intervals over {n}"),
-            html.table(self.turnover(), "Shares of live latents that vanish and appear, with intervals over latents"),
-            html.folded("Step by step", html.table(steps, "Intervals are in rows()")),
-            html.folded("Labels by role", html.table(labels, "Mean AUC with its interval over images"))
+            html.table(
+                self.turnover(),
+                "Shares of live latents that vanish and appear, with Wilson's 95 % intervals over latents",
+            ),
+            html.folded("Step by step", html.table(self.rows(), "With 95 % bootstrap intervals over prompts")),
+            html.folded("Labels by role", html.table(labels, "Mean AUC, with 95 % bootstrap intervals over prompts"))
             if labels
             else "",
         )
@@ -324,7 +337,7 @@ class Generalization:
         return h5py.File(self.artifact.file(ARRAYS.format(hookpoint)), "r")
 
     def _comparable(self, hookpoint: str) -> bool:
-        return bool(self._facts[hookpoint]["comparable"])
+        return not self._facts[hookpoint]["not compared"]
 
     def _dashed(self, half: str) -> bool:
         halves = {each for _, each in self._facts[self.hookpoints[0]]["target"]["rows"]}

@@ -15,7 +15,7 @@ from sdxl_sae_kit.questions import ROLES, Question
 from sdxl_sae_kit.recovery import Choice, Estimate, area_of, mean_of
 
 MEAN = "all"
-"""Names the mean over all values of all factors."""
+"""Names the mean over all values of all factors, and that over all steps."""
 
 _DRAWS = 500
 
@@ -36,7 +36,9 @@ class Asked:
     choices: Mapping[str, Sequence[Sequence[Choice]]]
     """By kind of candidate, of each question, for each value."""
     strengths: Mapping[str, Strengths]
-    """By kind, of every candidate in every image."""
+    """By kind, of every candidate in every image; first the kind that the others are compared with."""
+    texts: Sequence[str]
+    """The images' prompts, which are resampled as a whole: images that differ in their seeds are alike."""
 
     @property
     def n_images(self) -> int:
@@ -45,9 +47,10 @@ class Asked:
 
     @cached_property
     def draws(self) -> Int[np.ndarray, "sample image"]:
-        """How often each bootstrap sample holds each image."""
-        n = self.n_images
-        return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_DRAWS)
+        """How often each bootstrap sample of the prompts holds each image."""
+        names, prompts = np.unique(np.asarray(self.texts), return_inverse=True)
+        n = len(names)
+        return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=_DRAWS)[:, prompts]
 
     @cached_property
     def _draws(self) -> list[Int[np.ndarray, "sample asked"]]:
@@ -81,17 +84,23 @@ class Asked:
         found[MEAN, MEAN] = list(range(len(names)))
         return {group: places for group, places in found.items() if places}
 
-    def rows(self, places: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """AUC by row, group and kind, means over values, with 95 % intervals over images; `places` names the rows."""
+    def rows(self, places: Sequence[tuple[Sequence[int], Mapping[str, Any]]]) -> list[dict[str, Any]]:
+        """AUC by group and kind at each of these sets of rows, with what names it, as means over values and rows.
+
+        `SAE − this` is how far the first kind is ahead on the same images. All with 95 % intervals over prompts.
+        """
         found = []
-        for row, place in places.items():
+        for rows, place in places:
             for (group, name), members in self.groups().items():
-                told = [each for at in members for each in self.areas[row][at]]
-                for kind, estimate in mean_of(told).items():
-                    interval = np.nanquantile(estimate.samples, [0.025, 0.975]).tolist()
+                told = [each for row in rows for at in members for each in self.areas[row][at]]
+                means = mean_of(told)
+                first = next(iter(means.values()))
+                for kind, (value, samples) in means.items():
                     found.append(
-                        {"group": group, "name": name, **place, "who": kind, "AUC": estimate.value}
-                        | {"AUC interval": interval, "values": len(told), "images": self.n_images}
+                        {"group": group, "name": name, **place, "who": kind}
+                        | {"AUC": value, "AUC interval": _end(samples)}
+                        | {"SAE − this": first.value - value, "SAE − this interval": _end(first.samples - samples)}
+                        | {"values": len(told) // len(rows), "images": self.n_images, "prompts": len(set(self.texts))}
                     )
         return found
 
@@ -108,7 +117,7 @@ class Asked:
                 found.append(
                     {"role": role, "who": kind, "AUC": value.tolist(), "AUC interval": _ends(samples)}
                     | {"strength": _or_null(strength[0]), "strength interval": _ends(strength[1:])}
-                    | {"rises at": _rise(value), "rises at interval": _range([_rise(each) for each in samples])}
+                    | _rises(value, samples)
                     | {"values": sum(len(self.questions[at].values) for at in members), "images": self.n_images}
                 )
         return found
@@ -128,8 +137,9 @@ class Asked:
                 signed = _signed(strengths, self.choices[kind][at][value])
                 with np.errstate(invalid="ignore"):  # a sample may hold no image that shows the value
                     lead = _mean(draws, signed, shows) - _mean(draws, signed, ~shows)
-                leads.append(np.nan_to_num(lead / (signed.std() or 1)))
-        mean = np.mean(leads, axis=0)
+                leads.append(lead / (signed.std() or 1))
+        told = np.isfinite(leads)
+        mean = np.where(told, leads, 0).sum(axis=0) / np.where(told.any(axis=0), told.sum(axis=0), np.nan)
         greatest = mean.max(axis=1, keepdims=True)
         return np.asarray(mean / np.where(greatest > 0, greatest, np.nan))
 
@@ -148,10 +158,19 @@ def _mean(
     return mean
 
 
+def _rises(areas: Float[np.ndarray, " step"], samples: Float[np.ndarray, "sample step"]) -> dict[str, Any]:
+    """Where AUC rises, with its interval; None unless the interval of the greatest AUC lies above ½."""
+    best = int(np.argmax(areas))
+    if not np.nanquantile(samples[:, best], 0.025) > 0.5:
+        return {"rises at": None, "rises at interval": [None, None]}
+    ends = np.quantile([_rise(each) for each in samples], [0.025, 0.975], method="nearest")
+    return {"rises at": _rise(areas), "rises at interval": ends.astype(int).tolist()}
+
+
 def _rise(areas: Float[np.ndarray, " step"]) -> int:
-    """The first step at which AUC − ½ reaches half of its greatest; the first of all if it is nowhere above ½."""
+    """The first step at which AUC − ½ reaches half of its greatest."""
     lead = np.nan_to_num(areas - 0.5)
-    return int(np.argmax(lead >= lead.max() / 2)) if lead.max() > 0 else 0
+    return int(np.argmax(lead >= lead.max() / 2))
 
 
 def _or_null(numbers: Float[np.ndarray, " step"]) -> list[float | None]:
@@ -159,8 +178,10 @@ def _or_null(numbers: Float[np.ndarray, " step"]) -> list[float | None]:
     return [None if np.isnan(number) else number for number in numbers.tolist()]
 
 
-def _range(rises: Sequence[int]) -> list[int]:
-    return [int(end) for end in np.quantile(rises, [0.025, 0.975], method="nearest")]
+def _end(samples: Float[np.ndarray, " sample"]) -> list[float]:
+    """A 95 % interval."""
+    ends: list[float] = np.nanquantile(samples, [0.025, 0.975]).tolist()
+    return ends
 
 
 def _ends(samples: Float[np.ndarray, "sample step"]) -> list[list[float | None]]:
