@@ -10,7 +10,7 @@ import pytest
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.judges import EmbeddingJudge, WorldJudge
 from sdxl_sae_kit.similarity import WorldEmbed
-from sdxl_sae_kit.studies import selectivity
+from sdxl_sae_kit.studies import labelled, selectivity
 from sdxl_sae_kit.studies.labelled import Labelled, log_odds
 from sdxl_sae_kit.studies.selected import CONDITIONS, Outcome, Selectivity
 from sdxl_sae_kit.studies.selectivity import compare, screen
@@ -37,7 +37,7 @@ class Breaking(WorldJudge):
 @pytest.fixture
 def strict(monkeypatch):
     """Only what tells a value almost perfectly is tried, so that tests are quick."""
-    monkeypatch.setattr(selectivity, "_LEAST_AREA", 0.95)
+    monkeypatch.setattr(labelled, "LEAST_AREA", 0.95)
     monkeypatch.setattr(selectivity, "_POOL", 60)
     monkeypatch.setattr(selectivity, "_FEWEST", 3)
 
