@@ -115,7 +115,7 @@ def test_held_out_prompts_confirm_and_training_prompts_do_not(
     assert all(not set(images) & held_out for images in seen[2 : -2 * len(CONDITIONS)] if set(images) - held_out)
 
 
-def test_what_cannot_be_screened_is_refused(pipe, small_cache, small_saes, store, unchecked_types) -> None:
+def test_what_cannot_be_screened_is_refused(pipe, small_cache, small_saes, store, unchecked_types, monkeypatch):
     sae = small_saes["up.0.1", "k8"]
     with pytest.raises(KitError, match="saes are one or more SAEs"):
         screen(pipe, [], small_cache, store=store)
@@ -125,6 +125,9 @@ def test_what_cannot_be_screened_is_refused(pipe, small_cache, small_saes, store
         screen(pipe, sae, small_cache, judge=EmbeddingJudge(WorldEmbed()), store=store)
     with pytest.raises(KitError, match="trials must be an integer of at least"):
         screen(pipe, sae, small_cache, trials=1, store=store)
+    with monkeypatch.context() as patch, pytest.raises(ArtifactError, match="holds updates of m .* Pass a cache of"):
+        patch.setitem(small_cache.recipe, "model", "m")
+        screen(pipe, sae, small_cache, store=store)
     other, sae.site = sae.site, replace(sae.site, model="stabilityai/sdxl-turbo")
     try:
         with pytest.raises(ArtifactError, match="was trained on stabilityai/sdxl-turbo"):

@@ -23,6 +23,7 @@ from sdxl_sae_kit.prompts import load_prompts
 from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.similarity import WorldEmbed
 from sdxl_sae_kit.studies.distances import draw
+from sdxl_sae_kit.studies.labelled import gain
 from sdxl_sae_kit.studies.lines import Lines
 from sdxl_sae_kit.studies.transfer import THIRDS, Change, draw_changes, transfer_edits, windows_of
 from sdxl_sae_kit.studies.transferred import ALL, CONDITIONS, FILE, Transfer
@@ -90,6 +91,22 @@ def test_planted_edits_are_found_and_their_success_is_1_here_and_there(pipe, two
         assert rows[place, ALL, "feature"]["log-odds"] > 2 * abs(rows[place, ALL, "random direction"]["log-odds"])
     assert Transfer.open(study.artifact.folder).rows() == study.rows()
     assert "tiny-turbo, 4 steps" in study.sentence() and study._repr_html_().count("<img") == 2
+
+
+def test_source_and_target_are_each_told_by_their_own_pipeline(pipe, two_backgrounds, planted, store) -> None:
+    base, few = load_pipeline("tiny-base", device="cpu", dtype="float32"), {"n": 1, "prompts": 2, "trials": 3}
+    study = transfer_edits(pipe, planted, two_backgrounds, base, num_inference_steps=2, windows={}, **few, store=store)
+    (edit,), prompts = study.edits, two_backgrounds.prompts
+    given = prompts.take([prompts.texts.index(text) for text in edit.texts])
+    for place, each in (("source", pipe), ("target", base)):
+        recipe = study.artifact.recipe["found"]["source"] if place == "source" else study.artifact.recipe["target"]
+        settings = {name: recipe[name] for name in SETTINGS}
+        before = draw(each, given, settings)
+        with warnings.catch_warnings(), steer(each, planted, **{edit.verb: {edit.labelled.latent: edit.dose}}):
+            after = draw(each, given, settings)
+        told = [WorldJudge().factors(pictures) for pictures in (before, after)]
+        moved, _ = gain(edit.labelled, *told, up=edit.verb == "add")
+        assert edit.outcomes[place][ALL]["feature"]["moved"] == pytest.approx(moved, abs=0.01)
 
 
 def test_windows_are_those_that_hold_some_steps_but_not_all() -> None:
@@ -225,7 +242,7 @@ def test_another_model_is_the_question_and_no_warning(pipe, small_saes) -> None:
     assert np.allclose(drawn[:, 1], alone, atol=1e-3)
 
 
-def test_what_cannot_be_tried_is_refused(pipe, small_cache, small_saes, store, unchecked_types) -> None:
+def test_what_cannot_be_tried_is_refused(pipe, small_cache, small_saes, store, unchecked_types, monkeypatch) -> None:
     sae = small_saes["up.0.1", "k8"]
 
     def tried(to=pipe, **settings):
@@ -248,6 +265,9 @@ def test_what_cannot_be_tried_is_refused(pipe, small_cache, small_saes, store, u
     for windows in ([0.0, 0.5], {ALL: (0.0, 0.5)}):
         with pytest.raises(KitError, match="windows are named fractions"):
             tried(windows=windows)
+    with monkeypatch.context() as patch, pytest.raises(ArtifactError, match="holds updates of m .* Pass a cache of"):
+        patch.setitem(small_cache.recipe, "model", "m")
+        tried()
     site = sae.site
     for error, other in ((ArtifactError, {"model": "m"}), (HookpointError, {"hookpoint": "up.0.7"})):
         sae.site = replace(site, **other)

@@ -170,8 +170,8 @@ class Transfer:
             f"{', '.join(against)}; source less target is {written(own, 'source − it')}. The mean change of log-odds "
             f"there is {written(own, 'log-odds')} nats, along random directions {written(random, 'log-odds')}, "
             f"difference {written(random, 'log-odds, feature − it')}; the answer itself follows on "
-            f"{written(own, 'answer follows', share=True)}, against {written(random, 'answer follows', share=True)}; the "
-            f"{measure} distance from the picture as it is is {written(own, measure)}, against "
+            f"{written(own, 'answer follows', share=True)}, against {written(random, 'answer follows', share=True)}; "
+            f"the {measure} distance from the picture as it is is {written(own, measure)}, against "
             f"{written(random, measure)}. In brackets 95 % intervals over prompts; they hold for these edits."
         )
 
