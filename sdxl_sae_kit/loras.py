@@ -54,8 +54,8 @@ def label(lora: Path | str) -> str:
     """What the LoRA is called: its hub id, its folder where the file has diffusers' own name, or else its file."""
     path = Path(lora).expanduser()
     if path.is_file():
-        return path.parent.name if path.name == WEIGHTS else path.stem
-    return path.name if path.is_dir() else str(lora)
+        return path.parent.resolve().name if path.name == WEIGHTS else path.stem
+    return path.resolve().name if path.is_dir() else str(lora)
 
 
 def fuse(pipe: Any, lora: Path) -> str:

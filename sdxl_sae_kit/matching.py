@@ -50,7 +50,8 @@ def match(
     - `untrained`: `untrained()` of both, with two seeds, at the same latents: what matching finds among random
       directions of the same tokens.
 
-    With codes of 5,120 latents each, matrices of similarities take 0.2 GB apiece and the six matchings about a minute.
+    Nothing is kept: every call matches anew, in seconds for a few hundred latents. With codes of 5,120 latents each,
+    matrices of similarities take 0.2 GB apiece and the six matchings about a minute.
 
     Args:
         one, other: SAEs of different seeds, k, blocks or models.

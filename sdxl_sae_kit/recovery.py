@@ -176,9 +176,9 @@ def _search(
     return questions, training, found
 
 
-def spread(images: Int[np.ndarray, " image"]) -> NDArray[np.integer]:
-    """At most 2,048 of these images, spread over all of them."""
-    chosen: NDArray[np.integer] = images[np.linspace(0, len(images) - 1, min(len(images), MAX_IMAGES)).astype(int)]
+def spread(images: Int[np.ndarray, " image"], n: int = MAX_IMAGES) -> NDArray[np.integer]:
+    """At most n of these images, spread over all of them."""
+    chosen: NDArray[np.integer] = images[np.linspace(0, len(images) - 1, min(len(images), n)).astype(int)]
     return chosen
 
 

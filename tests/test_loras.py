@@ -60,6 +60,14 @@ def test_pictures_and_names_tell_them_apart(pipe, tuned, folder, tmp_path):
     assert weaker.revision not in (base.revision, model.revision)
 
 
+def test_a_relative_path_is_called_by_its_folder(tmp_path, monkeypatch):
+    (tmp_path / "neon" / "inner").mkdir(parents=True)
+    (tmp_path / "neon" / loras.WEIGHTS).touch()
+    monkeypatch.chdir(tmp_path / "neon" / "inner")
+    assert [loras.label(name) for name in (".", "..", f"../{loras.WEIGHTS}")] == ["inner", "neon", "neon"]
+    assert loras.label("owner/neon") == "owner/neon"
+
+
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [

@@ -10,7 +10,7 @@ import pytest
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.judges import EmbeddingJudge, WorldJudge
 from sdxl_sae_kit.similarity import WorldEmbed
-from sdxl_sae_kit.studies import selectivity
+from sdxl_sae_kit.studies import labelled, selectivity
 from sdxl_sae_kit.studies.labelled import Labelled, log_odds
 from sdxl_sae_kit.studies.selected import CONDITIONS, Outcome, Selectivity
 from sdxl_sae_kit.studies.selectivity import compare, screen
@@ -37,7 +37,7 @@ class Breaking(WorldJudge):
 @pytest.fixture
 def strict(monkeypatch):
     """Only what tells a value almost perfectly is tried, so that tests are quick."""
-    monkeypatch.setattr(selectivity, "_LEAST_AREA", 0.95)
+    monkeypatch.setattr(labelled, "LEAST_AREA", 0.95)
     monkeypatch.setattr(selectivity, "_POOL", 60)
     monkeypatch.setattr(selectivity, "_FEWEST", 3)
 
@@ -115,7 +115,7 @@ def test_held_out_prompts_confirm_and_training_prompts_do_not(
     assert all(not set(images) & held_out for images in seen[2 : -2 * len(CONDITIONS)] if set(images) - held_out)
 
 
-def test_what_cannot_be_screened_is_refused(pipe, small_cache, small_saes, store, unchecked_types) -> None:
+def test_what_cannot_be_screened_is_refused(pipe, small_cache, small_saes, store, unchecked_types, monkeypatch):
     sae = small_saes["up.0.1", "k8"]
     with pytest.raises(KitError, match="saes are one or more SAEs"):
         screen(pipe, [], small_cache, store=store)
@@ -125,6 +125,9 @@ def test_what_cannot_be_screened_is_refused(pipe, small_cache, small_saes, store
         screen(pipe, sae, small_cache, judge=EmbeddingJudge(WorldEmbed()), store=store)
     with pytest.raises(KitError, match="trials must be an integer of at least"):
         screen(pipe, sae, small_cache, trials=1, store=store)
+    with monkeypatch.context() as patch, pytest.raises(ArtifactError, match="holds updates of m .* Pass a cache of"):
+        patch.setitem(small_cache.recipe, "model", "m")
+        screen(pipe, sae, small_cache, store=store)
     other, sae.site = sae.site, replace(sae.site, model="stabilityai/sdxl-turbo")
     try:
         with pytest.raises(ArtifactError, match="was trained on stabilityai/sdxl-turbo"):

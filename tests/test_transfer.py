@@ -23,6 +23,7 @@ from sdxl_sae_kit.prompts import load_prompts
 from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.similarity import WorldEmbed
 from sdxl_sae_kit.studies.distances import draw
+from sdxl_sae_kit.studies.labelled import gain
 from sdxl_sae_kit.studies.lines import Lines
 from sdxl_sae_kit.studies.transfer import THIRDS, Change, draw_changes, transfer_edits, windows_of
 from sdxl_sae_kit.studies.transferred import ALL, CONDITIONS, FILE, Transfer
@@ -92,6 +93,22 @@ def test_planted_edits_are_found_and_their_success_is_1_here_and_there(pipe, two
     assert "tiny-turbo, 4 steps" in study.sentence() and study._repr_html_().count("<img") == 2
 
 
+def test_source_and_target_are_each_told_by_their_own_pipeline(pipe, two_backgrounds, planted, store) -> None:
+    base, few = load_pipeline("tiny-base", device="cpu", dtype="float32"), {"n": 1, "prompts": 2, "trials": 3}
+    study = transfer_edits(pipe, planted, two_backgrounds, base, num_inference_steps=2, windows={}, **few, store=store)
+    (edit,), prompts = study.edits, two_backgrounds.prompts
+    given = prompts.take([prompts.texts.index(text) for text in edit.texts])
+    for place, each in (("source", pipe), ("target", base)):
+        recipe = study.artifact.recipe["found"]["source"] if place == "source" else study.artifact.recipe["target"]
+        settings = {name: recipe[name] for name in SETTINGS}
+        before = draw(each, given, settings)
+        with warnings.catch_warnings(), steer(each, planted, **{edit.verb: {edit.labelled.latent: edit.dose}}):
+            after = draw(each, given, settings)
+        told = [WorldJudge().factors(pictures) for pictures in (before, after)]
+        moved, _ = gain(edit.labelled, *told, up=edit.verb == "add")
+        assert edit.outcomes[place][ALL]["feature"]["moved"] == pytest.approx(moved, abs=0.01)
+
+
 def test_windows_are_those_that_hold_some_steps_but_not_all() -> None:
     thirds = [[name, *ends] for name, ends in THIRDS.items()]
     assert list(windows_of(thirds, 1)) == [ALL]
@@ -105,13 +122,14 @@ def test_each_change_is_what_steer_makes_alone_in_its_steps_and_the_first_is_unt
     sae, prompts = small_saes["up.0.1", "k8"], load_prompts("world", 2)
     with torch.no_grad():
         latent = int(sae.mean_activation.argmax())
-    random = np.random.default_rng(0).standard_normal(sae.d_in)
+    random = np.random.default_rng(0).standard_normal((len(prompts), sae.d_in))
     changes = [Change(15.0), Change(15.0, (0.0, 1 / 3)), Change(15.0, (2 / 3, 1.0), random)]
     drawn = draw_changes(pipe, sae, "add", latent, changes, prompts, SETTINGS)
-    for at, edit in enumerate([{}, {"steps": [0, 1]}, {"steps": [3], "along": {latent: random}}], 1):
-        with steer(pipe, sae, add={latent: 15.0}, **edit):
-            assert np.allclose(drawn[:, at], draw(pipe, prompts, SETTINGS), atol=1e-3)
-        assert np.abs(drawn[:, at] - drawn[:, 0]).max() > 0.02
+    for i in range(len(prompts)):
+        for at, edit in enumerate([{}, {"steps": [0, 1]}, {"steps": [3], "along": {latent: random[i]}}], 1):
+            with steer(pipe, sae, add={latent: 15.0}, **edit):
+                assert np.allclose(drawn[i, at], draw(pipe, prompts[i : i + 1], SETTINGS)[0], atol=1e-3)
+            assert np.abs(drawn[i, at] - drawn[i, 0]).max() > 0.02
     assert np.allclose(drawn[:, 0], draw(pipe, prompts, SETTINGS), atol=1e-3)
 
 
@@ -138,18 +156,22 @@ def test_what_a_break_leaves_is_gone_on_with_and_gives_the_same(pipe, two_backgr
     assert study("whole", num_inference_steps=3, n=1)[1] < calls / 2, "edits are found once for all targets"
 
 
-def made_up(folder, moved: dict[str, list[list[float]]]) -> Transfer:
-    """A finished study of edits with these changes of log-odds, by condition, the same at both places."""
+def made_up(folder, moved: dict[str, list[list[float]]], at_source: dict[str, list[list[float]]]) -> Transfer:
+    """A finished study of edits with these changes of log-odds, by condition, at the target and at the source."""
     place = {"model": "m", **SETTINGS}
     found = {"source": place | {"num_inference_steps": 1}, "saes": [["mid.0", "s", "d"]]}
     artifact = Store.at(folder).artifact("studies", "made_up", {"study": "transfer", "found": found, "target": place})
     with artifact.lock():
         lines = Lines(artifact, FILE)
         for at in range(len(moved["feature"])):
-            told = {c: {"moved": m[at], "follows": [x > 2 for x in m[at]], "pixel": m[at]} for c, m in moved.items()}
+            outcomes = {
+                place: {
+                    ALL: {c: {"moved": m[at], "follows": [x > 2 for x in m[at]], "pixel": m[at]} for c, m in of.items()}
+                }
+                for place, of in (("source", at_source), ("target", moved))
+            }
             label = {"place": 0, "latent": at, "factor": "colour", "value": "<red>", "area": 0.9}
             texts = [f"{at} <b>{i}</b>" for i in range(len(moved["feature"][at]))]
-            outcomes = dict.fromkeys(("source", "target"), {ALL: told})
             lines.add(f"edit {at}", {"labelled": label, "verb": "add", "dose": 5.0, "texts": texts, **outcomes})
             artifact.file(f"edit-{at}.webp").write_bytes(b"")
         artifact.seal(facts={})
@@ -159,16 +181,13 @@ def made_up(folder, moved: dict[str, list[list[float]]]) -> Transfer:
 def test_numbers_are_those_of_their_formulas(tmp_path) -> None:
     rng = np.random.default_rng(0)
     signs = rng.choice([-1.0, 1.0], size=(20, 10))
-    study = made_up(
-        tmp_path,
-        {
-            "feature": np.full((20, 10), 3.0).tolist(),
-            "random direction": signs.tolist(),
-            "other feature": np.full((20, 10), 0.009).tolist(),
-        },
-    )
+    moved = {"feature": np.full((20, 10), 3.0), "random direction": signs, "other feature": np.full((20, 10), 0.009)}
+    moved |= {"untrained SAE": np.full((20, 10), 4.0)}
+    there = {condition: values.tolist() for condition, values in moved.items()}
+    here = {condition: (values * (np.arange(20) % 2)[:, None]).tolist() for condition, values in moved.items()}
+    study = made_up(tmp_path, there, here)
     rows = {row["condition"]: row for row in study.rows() if row["place"] == "target"}
-    own, random, other = (rows[condition] for condition in CONDITIONS)
+    own, random, other, untrained = (rows[condition] for condition in CONDITIONS)
     z, n = norm.ppf(0.975), 200
     assert own["success"] == 1 and own["success interval"] == pytest.approx((1 / (1 + z**2 / n), 1))
     assert (
@@ -179,15 +198,30 @@ def test_numbers_are_those_of_their_formulas(tmp_path) -> None:
     assert random["log-odds, feature − it"] == pytest.approx(3 - signs.mean())
     assert other["success"] == 0, "a change of less than 0.01 is none"
     assert (own["log-odds"], own["answer follows"], random["answer follows"]) == (3, 1, 0)
+    assert own["answer follows interval"] == own["success interval"]
     assert own["prompts"] == n and own["edits"] == 20 and np.isnan(own["feature − it"])
+    assert own["source − it"] == -0.5 and -0.6 < own["source − it interval"][0] < own["source − it interval"][1] < -0.4
+    source = next(row for row in study.rows() if row["place"] == "source")
+    assert (source["success"], source["log-odds"]) == (0.5, 1.5) and np.isnan(source["source − it"])
+    assert untrained["feature − it"] == 0 and untrained["log-odds, feature − it"] == -1
     assert "do better than random directions" in study.sentence()
-    assert study.plot().layout.meta["alt"].count("feature 1.00") == 2
+    assert "source less target is -0.5" in study.sentence()
+    alt = study.plot().layout.meta["alt"]
+    assert "source: all steps feature 0.50" in alt and "target: all steps feature 1.00" in alt
+    for at, row in enumerate(study.by_edit()):
+        assert (row["source"], row["target"]) == (at % 2, 1), "every other edit does nothing at the source"
+        assert (row["source, log-odds"], row["target, log-odds"]) == (3 * (at % 2), 3)
+        assert row["target, random"] == (signs[at] > 0).mean()
+        assert row["target, random, log-odds"] == pytest.approx(signs[at].mean())
+        assert row["edit"] == f"mid.0 {at} + 5 × mean" and row["prompts"] == 10
 
 
-def test_no_difference_is_called_none(tmp_path) -> None:
-    signs = np.random.default_rng(1).choice([-1.0, 1.0], size=(3, 5, 10))
-    study = made_up(tmp_path, dict(zip(CONDITIONS, signs.tolist(), strict=True)))
-    assert "do not stand apart from random directions there, and do not stand apart from" in study.sentence()
+def test_no_difference_is_called_none_and_a_lesser_success_worse(tmp_path) -> None:
+    signs = np.random.default_rng(1).choice([-1.0, 1.0], size=(4, 5, 10))
+    signs[2] = 1.0
+    moved = dict(zip(CONDITIONS, signs.tolist(), strict=True))
+    said = made_up(tmp_path, moved, moved).sentence()
+    assert "do not stand apart from random directions" in said and "do worse than other features (100.0%" in said
 
 
 def test_the_plot_leaves_out_what_is_not_there() -> None:
@@ -208,7 +242,7 @@ def test_another_model_is_the_question_and_no_warning(pipe, small_saes) -> None:
     assert np.allclose(drawn[:, 1], alone, atol=1e-3)
 
 
-def test_what_cannot_be_tried_is_refused(pipe, small_cache, small_saes, store, unchecked_types) -> None:
+def test_what_cannot_be_tried_is_refused(pipe, small_cache, small_saes, store, unchecked_types, monkeypatch) -> None:
     sae = small_saes["up.0.1", "k8"]
 
     def tried(to=pipe, **settings):
@@ -231,6 +265,9 @@ def test_what_cannot_be_tried_is_refused(pipe, small_cache, small_saes, store, u
     for windows in ([0.0, 0.5], {ALL: (0.0, 0.5)}):
         with pytest.raises(KitError, match="windows are named fractions"):
             tried(windows=windows)
+    with monkeypatch.context() as patch, pytest.raises(ArtifactError, match="holds updates of m .* Pass a cache of"):
+        patch.setitem(small_cache.recipe, "model", "m")
+        tried()
     site = sae.site
     for error, other in ((ArtifactError, {"model": "m"}), (HookpointError, {"hookpoint": "up.0.7"})):
         sae.site = replace(site, **other)

@@ -11,10 +11,12 @@ import torch
 from jaxtyping import Float, Int
 
 from sdxl_sae_kit.activations import Activations
-from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.interventions import check_model
 from sdxl_sae_kit.metrics import areas_under_curve
+from sdxl_sae_kit.pipelines import describe
 from sdxl_sae_kit.questions import ask_of, expected
-from sdxl_sae_kit.recovery import strongest
+from sdxl_sae_kit.recovery import spread, strongest
 from sdxl_sae_kit.sae import FIRES, SAE
 from sdxl_sae_kit.tiny.world import FACTORS
 
@@ -48,11 +50,11 @@ class Labels:
 
     def __init__(self, saes: Sequence[SAE], cache: Activations) -> None:
         self._saes, self._cache = saes, cache
-        self._images = _spread(cache.images("train"), _IMAGES)
+        self._images = spread(cache.images("train"), _IMAGES)
         self._strengths = [measure_strengths(sae, cache, self._images) for sae in saes]
         self._share_firing = [(strength > FIRES).mean(axis=0) for strength in self._strengths]
 
-    def best(self, per_value: int, least_area: float = LEAST_AREA) -> Iterator[Labelled]:
+    def best(self, per_value: int) -> Iterator[Labelled]:
         """Of every value of every factor the features, of all SAEs together, that tell it best."""
         n = len(self._images)
         for question in ask_of(self._cache, self._images, np.arange(n) < n * 4 // 5):
@@ -66,19 +68,22 @@ class Labels:
                     for latent in np.argsort(-np.nan_to_num(area[at]))[:per_value]
                 ]
                 found.sort(key=lambda each: -each.area)
-                yield from (each for each in found[:per_value] if each.area >= least_area)
+                yield from (each for each in found[:per_value] if each.area >= LEAST_AREA)
 
-    def directions(self, labelled: Labelled, seed: int) -> dict[str, Float[np.ndarray, " d_in"]]:
-        """Directions as long as the feature's: a random one, that of the feature that fires on most nearly as many
-        images, and that of the untrained SAE's latent."""
+    def directions(self, labelled: Labelled, seed: int, n: int) -> dict[str, Float[np.ndarray, "n d_in"]]:
+        """Directions as long as the feature's: n random ones, and n times that of the feature that fires on most nearly
+        as many images, and that of the untrained SAE's latent."""
         sae, latent = self._saes[labelled.place], labelled.latent
         rows, share = sae.directions.detach().cpu().numpy(), self._share_firing[labelled.place]
         others = np.flatnonzero((share > 0) & (np.arange(len(share)) != latent))
         other = int(others[np.abs(share[others] - share[latent]).argmin()])
-        random = np.random.default_rng([seed, labelled.place, latent]).standard_normal(sae.d_in)
+        random = np.random.default_rng([seed, labelled.place, latent]).standard_normal((n, sae.d_in))
         untrained, length = sae.untrained().directions[latent].cpu().numpy(), np.linalg.norm(rows[latent])
         vectors = {"random direction": random, "other feature": rows[other], "untrained SAE": untrained}
-        return {name: vector * (length / np.linalg.norm(vector)) for name, vector in vectors.items()}
+        return {
+            name: np.broadcast_to(vector * (length / np.linalg.norm(vector, axis=-1, keepdims=True)), (n, sae.d_in))
+            for name, vector in vectors.items()
+        }
 
 
 class Pool:
@@ -111,11 +116,13 @@ def measure_strengths(
     return torch.cat([strongest(sae, x).cpu() for x in read]).numpy()
 
 
-def read_saes(asked: str, saes: Any) -> list[SAE]:
+def read_saes(asked: str, pipe: Any, saes: Any, cache: Activations) -> list[SAE]:
     """One SAE, several, or a mapping, of which the values are taken, as a list.
 
     Raises:
         KitError: there are none, one is there twice, or things of another kind.
+        ArtifactError: an SAE or the cache is of another model than the pipeline holds.
+        HookpointError: the cache does not have an SAE's hookpoint.
     """
     several = saes.values() if isinstance(saes, Mapping) else saes if isinstance(saes, Iterable) else [saes]
     chosen: list[Any] = list(several)
@@ -123,6 +130,16 @@ def read_saes(asked: str, saes: Any) -> list[SAE]:
         raise KitError(f"{asked}: saes are one or more SAEs, such as [saes['up.0.1', 'k10']]. Pass nothing else.")
     if len({sae.digest for sae in chosen}) < len(chosen):
         raise KitError(f"{asked}: an SAE is there twice. Pass each once.")
+    for sae in chosen:
+        check_model(asked, pipe, sae)
+        cache.grid(sae.hookpoint)
+        _ = sae.directions  # refuses an SAE that has none
+    model, of = describe(pipe), (cache.recipe["model"], cache.recipe["revision"])
+    if of != (model.name, model.revision):
+        raise ArtifactError(
+            f"{asked}: {cache.name} holds updates of {of[0]} (revision {of[1]}), but the pipeline is {model.name} "
+            f"(revision {model.revision}). Pass a cache of the same model."
+        )
     return chosen
 
 
@@ -144,7 +161,3 @@ def log_odds(told: Float[np.ndarray, "image answer"], column: int) -> Float[np.n
     """ln p / (1 − p) of an answer, 1 − p being the sum of the others: it does not saturate where p rounds to 1."""
     p = np.maximum(told.astype(np.float64), 1e-30)
     return np.asarray(np.log(p[:, column]) - np.log(np.delete(p, column, axis=1).sum(axis=1)))
-
-
-def _spread(images: Int[np.ndarray, " image"], n: int) -> Int[np.ndarray, " image"]:
-    return np.asarray(images[np.linspace(0, len(images) - 1, min(len(images), n)).astype(int)])

@@ -19,16 +19,16 @@ from tqdm.auto import tqdm
 from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
 from sdxl_sae_kit.errors import KitError
-from sdxl_sae_kit.interventions import check_model, steer
+from sdxl_sae_kit.interventions import steer
 from sdxl_sae_kit.judges import PictureJudge, chosen_judge
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.studies.distances import draw, drawing, made_by
-from sdxl_sae_kit.studies.labelled import DOSES, LEAST_AREA, Answers, Labelled, Labels, Pool, gain, read_saes
+from sdxl_sae_kit.studies.labelled import DOSES, Answers, Labelled, Labels, Pool, gain, read_saes
 from sdxl_sae_kit.studies.lines import Lines
 from sdxl_sae_kit.studies.selected import CONDITIONS, CONTROLS, FILE, KEPT, Outcome, Selectivity
 
-_LEAST_AREA, _POOL, _FEWEST = LEAST_AREA, 240, 6
+_POOL, _FEWEST = 240, 6
 _BATCH = 48
 
 
@@ -70,17 +70,13 @@ def screen(
         store: folder of artifacts.
 
     Raises:
-        ArtifactError: an SAE of another model.
+        ArtifactError: an SAE or a cache of another model.
         HookpointError: the cache does not have an SAE's hookpoint.
         KitError: no SAE, prompts without factors, or a judge that names none.
 
     >>> screen(pipe, saes, cache).plot()                                                           # doctest: +SKIP
     """
-    chosen = read_saes("screen", saes)
-    for sae in chosen:
-        check_model("screen", pipe, sae)
-        cache.grid(sae.hookpoint)
-        _ = sae.directions  # refuses an SAE that has none
+    chosen = read_saes("screen", pipe, saes, cache)
     judge = chosen_judge("screen", pipe, judge)
     if judge is None:
         raise KitError("screen: this model has no judge that names factors. Pass judge=, such as WorldJudge().")
@@ -124,7 +120,7 @@ class _Screening:
         self.labels = Labels(saes, cache)
 
     def run(self) -> None:
-        candidates = list(self.labels.best(self.recipe["per_value"], _LEAST_AREA))
+        candidates = list(self.labels.best(self.recipe["per_value"]))
         n = min(self.recipe["n"], len({(each.place, each.latent) for each in candidates}))
         cost = len(candidates) * len(DOSES) * self.recipe["trials"] + n * len(CONDITIONS) * self.recipe["prompts"]
         tqdm.write(
@@ -163,8 +159,8 @@ class _Screening:
 
     def _directions(self, labelled: Labelled) -> dict[str, dict[int, Float[np.ndarray, " d_in"]]]:
         """What `steer` is to write along in each condition."""
-        vectors = self.labels.directions(labelled, self.recipe["seed"])
-        return {"feature": {}} | {control: {labelled.latent: vectors[control]} for control in CONTROLS}
+        vectors = self.labels.directions(labelled, self.recipe["seed"], 1)
+        return {"feature": {}} | {control: {labelled.latent: vectors[control][0]} for control in CONTROLS}
 
     def _edit(
         self, labelled: Labelled, verb: str, dose: float, pool: _Read, n: int, along: Mapping[int, Any]

@@ -23,7 +23,7 @@ from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
 from sdxl_sae_kit.edits import Edit
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.files import write_atomically
-from sdxl_sae_kit.interventions import check_fit, check_model, steer
+from sdxl_sae_kit.interventions import check_fit, steer
 from sdxl_sae_kit.judges import PictureJudge, chosen_judge
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.sae import SAE
@@ -40,11 +40,15 @@ _NEUTRAL = {"scale": 1.0, "add": 0.0}
 
 
 class Change(NamedTuple):
-    """One way to edit a latent: how much, in which steps, and along what if not its own direction."""
+    """One way to edit a latent: how much, in which steps, and along what if not its own direction, by prompt."""
 
     dose: float
     steps: tuple[float, float] | None = None
-    along: Float[np.ndarray, " d_in"] | None = None
+    along: Float[np.ndarray, "prompt d_in"] | None = None
+
+    def on(self, prompts: slice) -> Change:
+        """The same on some of the prompts."""
+        return self if self.along is None else self._replace(along=self.along[prompts])
 
 
 class _Chosen(NamedTuple):
@@ -70,7 +74,7 @@ def transfer_edits(
     windows: Mapping[str, tuple[float, float]] = THIRDS,
     judge: PictureJudge | EllipsisType | None = ...,
     seed: int = 0,
-    batch_size: int = 40,
+    batch_size: int = 44,
     store: Store | Path | str | None = None,
 ) -> Transfer:
     """Find edits that work where the SAEs were trained, and try the same edits elsewhere, window by window of steps.
@@ -82,9 +86,10 @@ def transfer_edits(
     deviation, are taken; targets that are tried later find them done. Each is then tried on `prompts` held-out prompts,
     which no other edit gets, at the source and at the target: over all steps, and in each window alone that holds some
     of the steps but not all. Beside it stands the same edit, of the same amounts at the same tokens, along a random
-    direction as long and, over all steps, along that of the feature which fires on most nearly as many images. All
-    pictures of a prompt are made in one batch. It is told how often the log-odds of the value move as expected (by more
-    than 0.01), how far, how often the likeliest answer follows, and how far the picture moves.
+    direction as long, another one for every prompt, and, over all steps, along those of the feature which fires on most
+    nearly as many images and of the untrained SAE's latent. All pictures of a prompt are made in one batch. It is told
+    how often the log-odds of the value move as expected (by more than 0.01), how far, how often the likeliest answer
+    follows, and how far the picture moves.
 
     With guidance what is added goes to the cond half and is subtracted from the uncond half (`cfg="both"` of `steer`);
     a scaled latent is scaled in each half by its own activation.
@@ -108,7 +113,7 @@ def transfer_edits(
         store: folder of artifacts.
 
     Raises:
-        ArtifactError: an SAE of another model than the source, or of another width than the target.
+        ArtifactError: an SAE or a cache of another model than the source, or an SAE of another width than the target.
         HookpointError: the cache or the target does not have an SAE's hookpoint.
         KitError: no SAE or one twice, prompts without factors, no edit that can be tried, no judge that names factors,
             impossible windows, or a target that is the source itself.
@@ -117,8 +122,11 @@ def transfer_edits(
         >>> transfer_edits(pipe, saes_by_hookpoint, cache, pipe, num_inference_steps=4)           # doctest: +SKIP
     """
     asked = "transfer_edits"
-    chosen = read_saes(asked, saes)
-    _check_places(asked, pipe, to, chosen, cache)
+    chosen = read_saes(asked, pipe, saes, cache)
+    with warnings.catch_warnings():
+        _expect_another_model()
+        for sae in chosen:
+            check_fit(to, sae)
     judge = chosen_judge(asked, pipe, judge)
     if judge is None:
         raise KitError(
@@ -152,17 +160,6 @@ def transfer_edits(
 
 
 # What is asked --------------------------------------------------------------------------------------------------------
-
-
-def _check_places(asked: str, pipe: Any, to: Any, saes: Sequence[SAE], cache: Activations) -> None:
-    """Refuse SAEs that are not of the source, or cannot be put into the target."""
-    for sae in saes:
-        check_model(asked, pipe, sae)
-        cache.grid(sae.hookpoint)
-        _ = sae.directions  # refuses an SAE that has none
-        with warnings.catch_warnings():
-            _expect_another_model()
-            check_fit(to, sae)
 
 
 def _expect_another_model() -> None:
@@ -228,7 +225,7 @@ class _Trying:
     def _say_cost(self, chosen: Sequence[_Chosen]) -> None:
         n = sum(len(each.prompts) for each in chosen)
         here, there = (
-            n * (2 + 2 * len(windows_of(self.recipe["windows"], place["num_inference_steps"])))
+            n * (len(CONDITIONS) - 1 + 2 * len(windows_of(self.recipe["windows"], place["num_inference_steps"])))
             for place in (self.found["source"], self.recipe["target"])
         )
         steps = self.recipe["target"]["num_inference_steps"]
@@ -289,7 +286,7 @@ class _Trying:
     ) -> tuple[dict[str, dict[str, Any]], list[Float[np.ndarray, "y x 3"]]]:
         """By window and condition what the edit does; and pictures: as it is, and edited in every window."""
         labelled, verb, dose, prompts = chosen
-        along = {"feature": None} | dict(self.labels.directions(labelled, self.found["seed"]))
+        along = {"feature": None} | dict(self.labels.directions(labelled, self.found["seed"], len(prompts)))
         windows = windows_of(self.recipe["windows"], settings["num_inference_steps"])
         tried = {
             (window, condition): Change(dose, steps, along[condition])
@@ -311,8 +308,12 @@ class _Trying:
     ) -> Float[np.ndarray, "prompt change y x 3"]:  # fmt: skip
         sae, given = self.saes[labelled.place], {name: settings[name] for name in SETTINGS}
         size = max(1, self.found["batch_size"] // (1 + len(changes)))
-        parts = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-        return np.concatenate([draw_changes(pipe, sae, verb, labelled.latent, changes, p, given) for p in parts])
+        parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
+        drawn = (
+            draw_changes(pipe, sae, verb, labelled.latent, [each.on(part) for each in changes], prompts[part], given)
+            for part in parts
+        )
+        return np.concatenate(list(drawn))
 
     def _pool(self, split: str) -> Pool:
         return Pool(self.saes, self.cache, split, _POOL, self.found["seed"])
@@ -339,18 +340,20 @@ def draw_changes(
 ) -> Float[np.ndarray, "prompt change y x 3"]:
     """Every prompt as it is and with each change, in one batch: one `steer` for each, which is neutral to the others.
 
-    So nothing that a batch of another size rounds otherwise counts as a change.
+    So nothing that a batch of another size rounds otherwise counts as a change. A change along vectors of its own takes
+    one `steer` for each prompt.
     """
     width = 1 + len(changes)
     rows = prompts.take(np.repeat(np.arange(len(prompts)), width).tolist())
     with ExitStack() as stack, warnings.catch_warnings():
         _expect_another_model()
         for at, change in enumerate(changes, 1):
-            strengths = np.full(len(rows), _NEUTRAL[verb])
-            strengths[at::width] = change.dose
-            edit: dict[str, Any] = {verb: {latent: strengths}, "steps": change.steps}
-            edit["along"] = {} if change.along is None else {latent: change.along}
-            stack.enter_context(steer(pipe, sae, **edit))
+            along = [{}] if change.along is None else [{latent: vector} for vector in change.along]
+            for first, vectors in enumerate(along):
+                strengths = np.full((len(prompts), width), _NEUTRAL[verb])
+                strengths[first :: len(along), at] = change.dose
+                edit: dict[str, Any] = {verb: {latent: strengths.ravel()}, "steps": change.steps, "along": vectors}
+                stack.enter_context(steer(pipe, sae, **edit))
         pictures = draw(pipe, rows, settings)
     return pictures.reshape(len(prompts), width, *pictures.shape[1:])
 

@@ -21,8 +21,8 @@ from sdxl_sae_kit.studies.statistics import share
 
 FILE, PICTURE = "transfer.jsonl", "edit-{}.webp"
 ALL = "all steps"
-CONDITIONS = ("feature", "random direction", "other feature")
-"""The last over all steps only."""
+CONDITIONS = ("feature", "random direction", "other feature", "untrained SAE")
+"""The last two over all steps only."""
 SETTINGS = ("num_inference_steps", "guidance_scale", "height", "width")
 
 Place = Literal["source", "target"]
@@ -97,10 +97,12 @@ class Transfer:
 
         `success` is the share of prompts on which the log-odds of the label's value move as expected by more than 0.01,
         with Wilson's 95 % interval; `feature − it`, in the rows of controls, how much greater that of the feature is on
-        the same prompts; `log-odds` the mean change as expected, in nats (log-odds are cut at ±69), and `log-odds,
-        feature − it` how much greater the feature's is; `answer follows` the share on which the likeliest answer comes
-        to be the value or ceases to be; then mean distances from the picture as it is. Intervals other than Wilson's
-        are 95 % bootstrap intervals over prompts. All hold for these edits on other prompts.
+        the same prompts; `source − it`, in the rows of the target over all steps, how much greater that at the source
+        is; `log-odds` the mean change as expected, in nats (log-odds are cut at ±69), and `log-odds, feature − it` how
+        much greater the feature's is; `answer follows` the share on which the likeliest answer comes to be the value or
+        ceases to be, with Wilson's interval; then mean distances from the picture as it is. Intervals other than
+        Wilson's are 95 % bootstrap intervals over prompts, each of which has a random direction of its own. All hold
+        for these edits on other prompts.
         """
         return self._rows
 
@@ -115,18 +117,15 @@ class Transfer:
 
     def _row(self, place: Place, window: str, condition: str) -> dict[str, Any]:
         moved = self._values(place, window, condition, "moved")
-        own = self._values(place, window, CONDITIONS[0], "moved")
+        own, here = (self._values(*of, "moved") for of in ((place, window, CONDITIONS[0]), ("source", ALL, condition)))
         row: dict[str, Any] = {"place": place, "setting": self.setting(place), "window": window, "condition": condition}
-        row |= {"success" + name[5:]: value for name, value in share(moved > NOTHING).items()}
-        apart = {
-            "feature − it": (own > NOTHING).astype(np.float64) - (moved > NOTHING),
-            "log-odds, feature − it": own - moved,
-        }
-        row |= estimate("log-odds", moved)
-        for name, difference in apart.items():
-            itself = {name: np.nan, f"{name} interval": (np.nan, np.nan)}
-            row |= itself if condition == CONDITIONS[0] else estimate(name, difference)
-        row |= {"answer follows": float(self._values(place, window, condition, "follows").mean())}
+        success = moved > NOTHING
+        row |= _share("success", success)
+        control, carried = condition != CONDITIONS[0], (place, window) == ("target", ALL)
+        row |= _apart("feature − it", (own > NOTHING).astype(np.float64) - success, control)
+        row |= _apart("source − it", (here > NOTHING).astype(np.float64) - success, carried)
+        row |= estimate("log-odds", moved) | _apart("log-odds, feature − it", own - moved, control)
+        row |= _share("answer follows", self._values(place, window, condition, "follows") > 0)
         told = self.edits[0].outcomes[place][window][condition]
         for measure in (measure for measure in MEASURES if measure in told):
             row |= estimate(measure, self._values(place, window, condition, measure))
@@ -155,22 +154,25 @@ class Transfer:
     def sentence(self) -> str:
         """What the numbers say."""
         by = {(row["place"], row["window"], row["condition"]): row for row in self.rows()}
-        own, random, other = (by["target", ALL, condition] for condition in CONDITIONS)
+        own, *controls = (by["target", ALL, condition] for condition in CONDITIONS)
+        random = controls[0]
         found, by_chance = (written(by["source", ALL, each], "success", share=True) for each in CONDITIONS[:2])
         told = "; ".join(f"{window} {self._compared(by, window)}" for window in self.windows("target"))
         measure = next(m for m in reversed(MEASURES) if m in own)
-        stands = "do better than" if random["feature − it interval"][0] > 0 else "do not stand apart from"
-        against = "do better than" if other["feature − it interval"][0] > 0 else "do not stand apart from"
+        against = (
+            f"{_verdict(row)} {name} ({written(row, 'success', share=True)})"
+            for name, row in zip(("random directions", "other features", "untrained latents"), controls, strict=True)
+        )
         return (
             f"{len(self.edits)} edits found on {self.setting('source')} move the log-odds of their label's value as "
-            f"expected on {found} of {self.n_prompts} held-out prompts there (along a random direction {by_chance}). "
-            f"On {self.setting('target')}: {told}. So over all steps they {stands} random directions there, and "
-            f"{against} another feature's ({written(other, 'success', share=True)}). The mean change of log-odds there "
-            f"is {written(own, 'log-odds')} nats, along random directions {written(random, 'log-odds')}, difference "
-            f"{written(random, 'log-odds, feature − it')}; the answer itself follows on "
-            f"{own['answer follows']:.1%}, against {random['answer follows']:.1%}; the {measure} "
-            f"distance from the picture as it is is {written(own, measure)}, against {written(random, measure)}. In "
-            "brackets 95 % intervals over prompts; they hold for these edits."
+            f"expected on {found} of {self.n_prompts} held-out prompts there (along as many random directions, one for "
+            f"each prompt, {by_chance}). On {self.setting('target')}: {told}. So over all steps there they "
+            f"{', '.join(against)}; source less target is {written(own, 'source − it')}. The mean change of log-odds "
+            f"there is {written(own, 'log-odds')} nats, along random directions {written(random, 'log-odds')}, "
+            f"difference {written(random, 'log-odds, feature − it')}; the answer itself follows on "
+            f"{written(own, 'answer follows', share=True)}, against {written(random, 'answer follows', share=True)}; "
+            f"the {measure} distance from the picture as it is is {written(own, measure)}, against "
+            f"{written(random, measure)}. In brackets 95 % intervals over prompts; they hold for these edits."
         )
 
     def _compared(self, by: Mapping[tuple[str, str, str], Mapping[str, Any]], window: str) -> str:
@@ -195,8 +197,8 @@ class Transfer:
 
     def _repr_html_(self) -> str:
         caption = (
-            "Success: share of held-out prompts on which the log-odds of the label's value move as expected, with "
-            "Wilson's 95 % interval; the other intervals are bootstrap intervals over prompts"
+            "Success: share of held-out prompts on which the log-odds of the label's value move as expected; of shares "
+            "Wilson's 95 % interval, the other intervals are bootstrap intervals over prompts"
         )
         each = "Success and mean change of log-odds over all steps, edit by edit: too few prompts each for an interval"
         return html.fragment(
@@ -209,9 +211,8 @@ class Transfer:
     def _readable(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row of the table people see."""
         shown = {name: row[name] for name in ("place", "window", "condition")}
-        shown |= {"success": written(row, "success"), "feature − it": written(row, "feature − it")}
-        shown |= {name: written(row, name) for name in ("log-odds", "log-odds, feature − it")}
-        shown |= {"answer follows": row["answer follows"]}
+        told = ("success", "feature − it", "source − it", "log-odds", "log-odds, feature − it", "answer follows")
+        shown |= {name: written(row, name) for name in told}
         return shown | {m: written(row, m) for m in MEASURES if m in row} | {"prompts": row["prompts"]}
 
     def _picture(self, place: int) -> str:
@@ -222,3 +223,18 @@ class Transfer:
 
     def __repr__(self) -> str:
         return f"Transfer of {len(self.edits)} edits: {self.sentence()}"
+
+
+def _share(name: str, hits: NDArray[np.bool_]) -> dict[str, Any]:
+    return {name + key.removeprefix("share"): value for key, value in share(hits).items()}
+
+
+def _apart(name: str, difference: NDArray[np.float64], told: bool) -> dict[str, Any]:
+    """A mean difference, NaN where there is nothing to compare."""
+    return estimate(name, difference) if told else {name: np.nan, f"{name} interval": (np.nan, np.nan)}
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    """How features do beside a control."""
+    low, high = row["feature − it interval"]
+    return "do better than" if low > 0 else "do worse than" if high < 0 else "do not stand apart from"
