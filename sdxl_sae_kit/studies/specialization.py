@@ -51,7 +51,7 @@ CONTROLS = ("untrained", "channels")
 _MEASURED: tuple[Kind, ...] = ("response", "space", "look", "time")
 _COMPARED: tuple[tuple[str, tuple[str, ...], tuple[Kind, ...], str], ...] = (
     (TRAINED, CONTROLS, _MEASURED, "those of controls"),
-    (SAME_PROMPT, (RANDOM,), ("cause",), "causes, one prompt each"),
+    (SAME_PROMPT, (RANDOM,), ("cause",), "causes"),
 )
 """Features, what is compared with them, by which descriptors, and what these are called."""
 _SHOWN, _TILE = 3, 56
@@ -356,7 +356,7 @@ def _effects(pools: Mapping[str, Pool], seed: int) -> list[dict[str, Any]]:
     """A row per descriptor and block, the controls' numbers beside the features'."""
     rows = {(row["descriptor"], row["block"]): row for row in contrasts(pools[TRAINED], seed)}
     for name, pool in pools.items():
-        if name != TRAINED:
+        if name not in (TRAINED, SAME_PROMPT):
             for beside in contrasts(pool, seed):
                 if row := rows.get((beside["descriptor"], beside["block"])):
                     row |= {f"{name} {key}": beside[key] for key in ("mean", "effect", "effect interval")}

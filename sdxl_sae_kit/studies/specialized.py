@@ -216,7 +216,7 @@ class Specialization:
         if all(row["kind"] != "cause" for row in self.effects):
             raise KitError("plot_causes: no causes were measured. Call specialize with prompts_per_feature=1 or more.")
         title = "What turning a feature off changes: mean over features"
-        return self._map(("cause",), ("", f"{tests.SAME_PROMPT} ", f"{tests.RANDOM} "), title)
+        return self._map(("cause",), ("", f"{tests.RANDOM} "), title)
 
     def _map(self, kinds: Sequence[str], prefixes: Sequence[str], title: str) -> Any:
         told = {(row["descriptor"], row["block"]): row for row in self.effects if row["kind"] in kinds}
@@ -328,7 +328,7 @@ def _verdict(control: Mapping[str, Any]) -> str:
 
 def _strongest_control(row: Mapping[str, Any]) -> str | None:
     """The key of the control's effect that goes furthest the same way, if there is any control."""
-    keys = [key for key in row if key.endswith(" effect") and key != f"{tests.SAME_PROMPT} effect"]
+    keys = [key for key in row if key.endswith(" effect")]
     return max(keys, key=lambda key: float(row[key] * np.sign(row["effect"])), default=None)
 
 
