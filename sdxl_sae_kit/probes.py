@@ -109,7 +109,7 @@ def _probe(
         seen, tested = question.asked & training, question.asked & ~training
         drawn, areas, samples = draws[:, question.asked[~training]], list[float](), list[NDArray[np.float64]]()
         for shows in question.shows.T:
-            fitted = LogisticRegression(C=0.1, max_iter=200).fit(x[seen], shows[seen])
+            fitted = LogisticRegression(C=0.1, tol=0.01).fit(x[seen], shows[seen])
             told = fitted.decision_function(x[tested])
             areas.append(float(areas_under_curve(told[:, None], shows[tested])[0]))
             samples.append(resampled_areas(told, shows[tested], drawn))
