@@ -197,7 +197,9 @@ def test_figures_tell_the_same_numbers(different) -> None:
     assert list(responses.data[0].x[:4]) == ["down.2.1", "up.0.0", "up.0.1", "untrained down.2.1"]
     rows = {(row["descriptor"], row["block"]): row for row in different.rows()}
     at = list(responses.data[0].y).index(COLOUR)
-    assert responses.data[0].z[at][0] == pytest.approx(rows[COLOUR, "down.2.1"]["mean"])
+    assert float(responses.data[0].text[at][0]) == pytest.approx(rows[COLOUR, "down.2.1"]["mean"], rel=0.05)
+    other = rows[COLOUR, "up.0.0"]["mean"] / rows[COLOUR, "down.2.1"]["mean"]  # colours are shares of the row's largest
+    assert responses.data[0].z[at][1] / responses.data[0].z[at][0] == pytest.approx(other)
     causes = different.plot_causes()
     assert "random direction up.0.1" in causes.data[0].x
     assert all(made.layout.meta["alt"] for made in (responses, causes))

@@ -142,6 +142,7 @@ def test_turbo_sees_only_the_timesteps_of_four_steps_and_mostly_the_first(monkey
     assert (timesteps[: 2 * recipe.pairs] == 999).all() and recipe.pairs == 3
 
 
+@pytest.mark.slow
 def test_judge_resumes_bit_for_bit(tmp_path, monkeypatch):
     for name in ("unbroken", "stopped"):
         shutil.copytree(WEIGHTS / "vae", tmp_path / name / "vae")
