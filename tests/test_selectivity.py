@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from breaking import Breaking
 
 from sdxl_sae_kit.errors import ArtifactError, KitError
-from sdxl_sae_kit.judges import EmbeddingJudge, WorldJudge
+from sdxl_sae_kit.judges import EmbeddingJudge
 from sdxl_sae_kit.similarity import WorldEmbed
 from sdxl_sae_kit.studies import labelled, selectivity
 from sdxl_sae_kit.studies.labelled import Labelled, log_odds
@@ -18,20 +19,6 @@ from sdxl_sae_kit.tiny.world import FACTORS
 
 RED = Labelled(0, 7, "colour", "red", 0.9)
 FEW = {"n": 2, "per_value": 1, "trials": 4, "prompts": 4}
-
-
-class Breaking(WorldJudge):
-    """A judge that is interrupted after so many calls."""
-
-    def __init__(self, calls: int) -> None:
-        super().__init__()
-        self.left = calls
-
-    def factors(self, pictures):
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
-        return super().factors(pictures)
 
 
 @pytest.fixture

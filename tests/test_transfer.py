@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from breaking import Breaking
 from scipy.stats import norm
 
 from sdxl_sae_kit.artifacts import Store
@@ -30,20 +31,6 @@ from sdxl_sae_kit.studies.transferred import ALL, CONDITIONS, FILE, Transfer
 from sdxl_sae_kit.tiny.world import FACTORS
 
 SETTINGS = {"num_inference_steps": 4, "guidance_scale": 0.0, "height": 64, "width": 64}
-
-
-class Breaking(WorldJudge):
-    """A judge that is interrupted after so many calls."""
-
-    def __init__(self, calls: int) -> None:
-        super().__init__()
-        self.left = calls
-
-    def factors(self, pictures):
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
-        return super().factors(pictures)
 
 
 @pytest.fixture(scope="module")
