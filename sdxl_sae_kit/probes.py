@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit.activations import Activations
@@ -60,7 +61,9 @@ def probe(cache: Activations, hookpoints: Iterable[str] | None = None, *, step: 
     )
     rows = list[Row]()
     for hookpoint in tqdm(chosen, desc="probe", unit="hookpoint"):
-        rows += _probe(hookpoint, _quadrants(cache, hookpoint, images, row), questions, training, draws)
+        means = _quadrants(cache, hookpoint, images, row)
+        with threadpool_limits(1):  # the products are so small that more threads wait for each other
+            rows += _probe(hookpoint, means, questions, training, draws)
     return rows
 
 
@@ -109,7 +112,7 @@ def _probe(
         seen, tested = question.asked & training, question.asked & ~training
         drawn, areas, samples = draws[:, question.asked[~training]], list[float](), list[NDArray[np.float64]]()
         for shows in question.shows.T:
-            fitted = LogisticRegression(C=0.1, tol=0.01).fit(x[seen], shows[seen])
+            fitted = LogisticRegression(C=0.1, max_iter=200).fit(x[seen], shows[seen])
             told = fitted.decision_function(x[tested])
             areas.append(float(areas_under_curve(told[:, None], shows[tested])[0]))
             samples.append(resampled_areas(told, shows[tested], drawn))
