@@ -34,6 +34,7 @@ from sdxl_sae_kit.studies.scoring import Scoring
 from sdxl_sae_kit.studies.transport import METHODS, Setting, Source, Transport
 
 _ASKED = "riebench"
+_DRAWING = ("num_inference_steps", "guidance_scale", "height", "width")
 
 Picture = UInt8[np.ndarray, "y x 3"]
 
@@ -191,9 +192,8 @@ class _Bench:
         self.pipe, self.saes, self.items, self.settings = pipe, saes, items, settings
         self.masks, self.judge, self.artifact = masks, judge, artifact
         self.lines = Lines(artifact, FILE)
-        steps_and_size = ("num_inference_steps", "guidance_scale", "height", "width")
         self.drawing, self.moving = (
-            {name: artifact.recipe[name] for name in names} for names in (steps_and_size, ("spatial", "seed"))
+            {name: artifact.recipe[name] for name in names} for names in (_DRAWING, ("spatial", "seed"))
         )
 
     def run(self, size: int) -> None:
@@ -228,10 +228,8 @@ class _Bench:
 
     def _try(self, places: Sequence[int], source: Source, masks: Sequence[Any]) -> None:
         items = [self.items[place] for place in places]
-        score, transport = (
-            Scoring(self.judge, items, masks, source.original, source.edited),
-            source.masked(masks, **self.moving),
-        )
+        score = Scoring(self.judge, items, masks, source.original, source.edited)
+        transport = source.masked(masks, **self.moving)
         scores: list[dict[str, Any]] = [{} for _ in items]
         chosen: list[dict[str, Any]] = [{} for _ in items]
         tiles = [[_as_bytes(picture) for picture in pair] for pair in zip(source.original, source.edited, strict=True)]
