@@ -151,6 +151,30 @@ def share_map(
     return made
 
 
+def gain_map(
+    rows: Sequence[str], columns: Sequence[str], gains: Float[np.ndarray, "row column 3"], *, title: str
+) -> go.Figure:
+    """A heat map of gains (value, low, high), blue above 0 and red below, with the numbers written in."""
+    told = "; ".join(
+        f"{name}: "
+        + ", ".join(f"{block} {v:.2f} [{a:.2f}, {b:.2f}]" for block, (v, a, b) in zip(columns, line, strict=True))
+        for name, line in zip(rows, gains.tolist(), strict=True)
+    )
+    made = figure(
+        f"{title}: heat map of {len(rows)} rows and {len(columns)} columns, with 95 % intervals. {told}.",
+        title=title, height=200 + 30 * len(rows),
+    )  # fmt: skip
+    largest = float(np.nanmax(np.abs(gains[..., 0]), initial=1e-9))
+    texts = [[f"{v:.2f}<br>[{a:.2f}, {b:.2f}]" for v, a, b in line] for line in gains.tolist()]
+    made.add_heatmap(
+        z=gains[..., 0], x=list(columns), y=list(rows), text=texts, texttemplate="%{text}", hoverinfo="x+y+text",
+        colorscale="RdBu", zmin=-largest, zmax=largest, textfont={"size": 10}, xgap=1, ygap=1,
+    )  # fmt: skip
+    made.update_yaxes(autorange="reversed", automargin=True, dtick=1)
+    made.update_xaxes(automargin=True, dtick=1)
+    return made
+
+
 def selectivity_map(points: Mapping[str, Sequence[tuple[float, float, str]]], moved: float, kept: float) -> go.Figure:
     """Points (least share kept, share moved, name) of several conditions; the corner that passes is framed."""
     told = "; ".join(

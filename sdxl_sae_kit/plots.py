@@ -301,6 +301,69 @@ def shares_by_group(
     return made
 
 
+def bars_by_group(
+    groups: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float]]], *, title: str, y: str
+) -> go.Figure:
+    """Bars (value, low, high) with their intervals, the series side by side in every group."""
+    told = "; ".join(
+        f"{group}: " + ", ".join(f"{name} {value:.2f} [{low:.2f}, {high:.2f}]" for name, (value, low, high) in there)
+        for at, group in enumerate(groups)
+        for there in ([(name, points[at]) for name, points in series.items()],)
+    )
+    made = figure(f"{title}: bars of {y}, with 95 % intervals. {told}.", title=title, y=y, height=480)
+    for name, points in series.items():
+        values, low, high = np.array(points, dtype=float).reshape(-1, 3).T
+        made.add_bar(
+            x=list(groups), y=values, name=name, hoverinfo="x+y+name",
+            error_y={
+                "type": "data", "symmetric": False, "array": high - values, "arrayminus": values - low,
+                "thickness": 1, "width": 2,
+            },
+        )  # fmt: skip
+    made.update_layout(barmode="group")
+    made.update_xaxes(automargin=True)
+    return made
+
+
+def pareto(
+    lines: Mapping[str, Sequence[tuple[float, float, float, float, float, float, str]]],
+    marked: Sequence[str],
+    *,
+    title: str,
+    x: str,
+    y: str,
+) -> go.Figure:
+    """A line per name through its points (x, low, high, y, low, high, text) with both intervals; some are only marked.
+
+    Points are joined in the order of x.
+    """
+    told = "; ".join(f"{name} {_reach(points)}" for name, points in lines.items())
+    alt = f"{title}: {y} over {x} with 95 % intervals in both. {told}."
+    made = figure(alt, title=title, x=x, y=y, height=520)
+    for at, (name, points) in enumerate(lines.items()):
+        numbers = np.array([point[:6] for point in sorted(points)], dtype=float).reshape(-1, 6).T
+        errors = [
+            {
+                "type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low,
+                "thickness": 1, "width": 0,
+            }
+            for value, low, high in (numbers[:3], numbers[3:])
+        ]  # fmt: skip
+        alone = {"symbol": ("star", "x")[marked.index(name)], "size": 13, "color": "#444"} if name in marked else None
+        made.add_scatter(
+            x=numbers[0], y=numbers[3], error_x=errors[0], error_y=errors[1], name=name, hoverinfo="text+x+y",
+            mode="markers" if alone else "lines+markers", hovertext=[point[6] for point in sorted(points)],
+            marker=alone or {"symbol": at, "size": 8, "color": COLOURS[at % len(COLOURS)]},
+        )  # fmt: skip
+    return made
+
+
+def _reach(points: Sequence[tuple[float, float, float, float, float, float, str]]) -> str:
+    """From the least x to the greatest, in numbers."""
+    ends = [f"{point[3]:.3g} [{point[4]:.3g}, {point[5]:.3g}] at {point[0]:.3g}" for point in sorted(points)]
+    return f"in {len(ends)} points from {ends[0]} to {ends[-1]}" if len(ends) > 1 else f"{ends[0]}"
+
+
 def distributions(series: Mapping[str, Float[np.ndarray, " value"]], *, title: str, x: str) -> go.Figure:
     """Histograms as lines, one per name: the share of its values in each of 40 bins of common width."""
     told = "; ".join(f"{name} median {np.median(values):.3g} of {len(values)}" for name, values in series.items())
