@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.icons import draw_icons as draw_icons
     from sdxl_sae_kit.interventions import replay as replay
     from sdxl_sae_kit.interventions import steer as steer
+    from sdxl_sae_kit.items import load_items as load_items
     from sdxl_sae_kit.label_tests import auto_label as auto_label
     from sdxl_sae_kit.label_tests import score_label as score_label
     from sdxl_sae_kit.label_tests import test_label as test_label
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.studies.block_ranking import rank_blocks as rank_blocks
     from sdxl_sae_kit.studies.causes import measure_causes as measure_causes
     from sdxl_sae_kit.studies.generalization import generalize as generalize
+    from sdxl_sae_kit.studies.riebench import riebench as riebench
     from sdxl_sae_kit.studies.selectivity import screen as screen
     from sdxl_sae_kit.studies.specialization import specialize as specialize
     from sdxl_sae_kit.studies.splicing import splice as splice
@@ -92,6 +94,7 @@ _NAMES = {
     "html": ["show_images", "show_table"],
     "icons": ["draw_icons"],
     "interventions": ["replay", "steer"],
+    "items": ["load_items"],
     "label_tests": ["auto_label", "score_label", "test_label"],
     "labellers": ["EndpointLabeller", "TransformersLabeller", "WorldLabeller"],
     "labels": ["LabelStore"],
@@ -114,6 +117,7 @@ _NAMES = {
     "studies.block_ranking": ["rank_blocks"],
     "studies.causes": ["measure_causes"],
     "studies.generalization": ["generalize"],
+    "studies.riebench": ["riebench"],
     "studies.selectivity": ["screen"],
     "studies.specialization": ["specialize"],
     "studies.splicing": ["splice"],

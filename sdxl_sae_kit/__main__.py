@@ -1,4 +1,4 @@
-"""The command line: `sdxl-sae-kit report`, `sdxl-sae-kit artifacts list|verify`, `sdxl-sae-kit tiny train|measure`."""
+"""The command line: `sdxl-sae-kit report`, `riebench`, `artifacts list|verify` and `tiny train|measure`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_store(report)
     report.set_defaults(command=_report)
 
+    _add_riebench(commands)
+
     artifacts = commands.add_parser("artifacts", help="what the store holds").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -92,6 +94,44 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_riebench(commands: Any) -> None:
+    text = "edit pictures while they are drawn, by every method on the same items, and measure what comes out"
+    about = (
+        f"{text[0].upper()}{text[1:]}. Updates are collected and SAEs trained as in the notebooks, unless the store "
+        "has them. Interrupted, it goes on when run again with the same settings."
+    )
+    bench = commands.add_parser("riebench", help=text, description=about)
+    bench.add_argument("--model", default="tiny-turbo", help="as load_pipeline takes it (default: %(default)s)")
+    bench.add_argument(
+        "--scale", default="demo", help="how much SAEs are trained: smoke or demo (default: %(default)s)"
+    )
+    bench.add_argument(
+        "--items", help="world, natural, or the published JSON file (default: world for tiny models, else natural)"
+    )
+    bench.add_argument(
+        "-n", type=int, metavar="PER_TYPE", help="items of each type (default: 20 of world, else all there are)"
+    )
+    bench.add_argument("--saes", metavar="NAME", help="which of the scale's SAEs, such as k10 (default: the first)")
+    bench.add_argument(
+        "--methods",
+        type=_words,
+        help="some of sae, sae_adaptive, steering, neurons and random, by commas (default: all)",
+    )
+    bench.add_argument(
+        "--hookpoints", type=_words, help="blocks whose features are moved, by commas (default: the four of the paper)"
+    )
+    bench.add_argument("--seed", type=int, default=0, help="of items and random features (default: %(default)s)")
+    bench.add_argument("--batch-size", type=int, default=20, help="items drawn at once (default: %(default)s)")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
+    bench.add_argument("--plan", action="store_true", help="only say what it costs")
+    _add_store(bench)
+    bench.set_defaults(command=_riebench)
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
 def _add_store(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--store", type=Path, help="folder of artifacts (default: $SDXL_SAE_KIT_STORE, else artifacts/ of the checkout)"
@@ -104,6 +144,77 @@ def _report(options: argparse.Namespace) -> None:
     given = options.notebooks
     notebooks = given[0] if len(given) == 1 else given or None
     print(report(notebooks, scale=options.scale, model=options.model, out=options.out, store=options.store))
+
+
+def _riebench(options: argparse.Namespace) -> None:
+    from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
+    from sdxl_sae_kit.items import load_items
+    from sdxl_sae_kit.pipelines import load_pipeline
+    from sdxl_sae_kit.studies.distances import written
+    from sdxl_sae_kit.studies.grids import forecast_riebench
+    from sdxl_sae_kit.studies.riebench import METHODS, riebench, time_drawing
+    from sdxl_sae_kit.tiny import NAMES
+
+    source = options.items or ("world" if options.model in NAMES else "natural")
+    items = load_items(source, 20 if options.n is None and source == "world" else options.n, seed=options.seed)
+    methods, hookpoints = options.methods or METHODS, options.hookpoints or DEFAULT_HOOKPOINTS
+    pipe = load_pipeline(options.model)
+    if options.plan:
+        seconds = time_drawing(pipe, items[: options.batch_size])
+        print(forecast_riebench(len(items), methods, hookpoints=hookpoints, seconds_per_picture=seconds))
+        print("The time is that of drawing on this machine; edits and the judge come on top.")
+        return
+    result = riebench(
+        pipe, _trained(options, pipe, hookpoints), items, methods=methods, **_finders(options.model),
+        seed=options.seed, batch_size=options.batch_size, store=options.store,
+    )  # fmt: skip
+    measures = [measure for measure in result.scores.measures if result.n]
+    rows = [
+        {"setting": setting.key} | {measure: written(row, measure) for measure in measures}
+        for setting, row in zip(result.settings, result.rows(), strict=True)
+    ]
+    print(f"Means over {result.n} items, with 95 % intervals\n{_table(rows)}\n\n{result.sentence()}")
+    if result.failed:
+        print(f"\nFailed items\n{_table(result.failed)}")
+    if options.json:
+        result.write_json(options.json)
+    print(f"\n{result.artifact.folder}")
+
+
+def _trained(options: argparse.Namespace, pipe: Any, hookpoints: Sequence[str]) -> dict[str, Any]:
+    """One SAE for each hookpoint, collected and trained as the notebooks do."""
+    from sdxl_sae_kit.collection import collect
+    from sdxl_sae_kit.errors import did_you_mean
+    from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
+    from sdxl_sae_kit.scales import load_scale
+    from sdxl_sae_kit.training import train
+
+    scale = load_scale(options.model, options.scale)
+    name = options.saes or next(iter(scale.configs))
+    if name not in scale.configs:
+        hint = did_you_mean(name, scale.configs)
+        raise KitError(f"--saes: this scale trains {', '.join(scale.configs)}, not {name!r}.{hint}")
+    usual = set(hookpoints) <= set(DEFAULT_HOOKPOINTS)  # whose updates the notebooks collect together
+    cache = collect(pipe, scale.prompts(), DEFAULT_HOOKPOINTS if usual else hookpoints, store=options.store)
+    config, size = {name: scale.configs[name]}, {"batch_size": scale.batch_size, "epochs": scale.epochs}
+    saes = train(cache, config, hookpoints=hookpoints, **size, store=options.store)
+    return {hookpoint: saes[hookpoint, name] for hookpoint in hookpoints}
+
+
+def _finders(model: str) -> dict[str, Any]:
+    """What finds masks and judges pictures of a real model; the tiny ones have their own."""
+    from sdxl_sae_kit.grounding import GroundedSegmenter
+    from sdxl_sae_kit.judges import EmbeddingJudge
+    from sdxl_sae_kit.perceptual import Lpips
+    from sdxl_sae_kit.similarity import ClipEmbed
+    from sdxl_sae_kit.tiny import NAMES
+
+    if model in NAMES:
+        return {}
+    return {
+        "segmenter": GroundedSegmenter(),
+        "judge": EmbeddingJudge(ClipEmbed("openai/clip-vit-large-patch14"), Lpips()),
+    }
 
 
 def _list(options: argparse.Namespace) -> None:
