@@ -32,15 +32,15 @@ class KeptMasks:
             artifact.check(FILE)
 
     @contextmanager
-    def open(self) -> Iterator[None]:
+    def open(self) -> Iterator[KeptMasks]:
         """Hold what is not finished for writing, and finish it once every item is there."""
         if self._artifact.finished:
             self._lines = Lines(self._artifact, FILE)
-            yield
+            yield self
             return
         with self._artifact.lock():
             self._lines = Lines(self._artifact, FILE)
-            yield
+            yield self
             if len(self._lines) == self._n_items:
                 self._artifact.seal(facts={"items": self._n_items})
 

@@ -126,11 +126,8 @@ def riebench(
     if not artifact.finished:
         with artifact.lock():
             if not artifact.finished:
-                masks = place.artifact(
-                    "studies", f"riebench_masks_{len(items)}items", {"study": "riebench masks", **pictures}
-                )
-                kept = KeptMasks(masks, finds, len(items))
-                with kept.open():
+                masks = place.artifact("studies", f"masks_{len(items)}items", {"study": "riebench masks", **pictures})
+                with KeptMasks(masks, finds, len(items)).open() as kept:
                     _Bench(pipe, placed, items, settings, kept, tells, artifact).run(size)
     return RIEBench.open(artifact.folder)
 

@@ -1,0 +1,317 @@
+"""RIEBench: every method on the same items, whatever the batches and breaks; nothing drawn twice, nothing dropped."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from breaking import Breaking
+from PIL import Image
+
+from sdxl_sae_kit.artifacts import Store
+from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.items import Items, load_items
+from sdxl_sae_kit.judges import WorldJudge
+from sdxl_sae_kit.segmenters import WorldSegmenter
+from sdxl_sae_kit.studies import kept_masks, transport
+from sdxl_sae_kit.studies import riebench as module
+from sdxl_sae_kit.studies.benchmarked import FILE, RIEBench
+from sdxl_sae_kit.studies.kept_masks import KeptMasks
+from sdxl_sae_kit.studies.lines import Lines
+from sdxl_sae_kit.studies.riebench import riebench
+from sdxl_sae_kit.studies.scoring import MEASURES
+
+METHODS = {"sae": {"k": [4], "strength": [2]}, "steering": {"strength": [1]}, "random": {"k": [4], "strength": [2]}}
+SETTINGS = ["none", "prompt", "sae, k 4, strength 2", "steering, strength 1", "random, k 4, strength 2"]
+FEW = {"num_inference_steps": 2, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def items() -> Items:
+    return load_items("world", 2).of("change object", "change background", "add object")
+
+
+@pytest.fixture(scope="module")
+def saes(small_saes):
+    return [small_saes["up.0.1", "k8"], small_saes["down.2.1", "k8"]]
+
+
+@pytest.fixture(scope="module")
+def bench(pipe, saes, items, tmp_path_factory) -> RIEBench:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # SAEs of one step are tried at others: that is the question
+        return riebench(pipe, saes, items, methods=METHODS, **FEW, store=tmp_path_factory.mktemp("bench"))
+
+
+def lines(result: RIEBench) -> dict:
+    return dict(Lines(result.artifact, FILE))
+
+
+def same(one: RIEBench, other: RIEBench) -> None:
+    """The same up to how batches of another size are rounded; an answer next to a tie may turn."""
+    mine, theirs = lines(one), lines(other)
+    assert mine.keys() == theirs.keys()
+    for name, line in mine.items():
+        assert {**line, "scores": 0} == {**theirs[name], "scores": 0}
+        for setting, scores in line.get("scores", {}).items():
+            for measure, value in scores.items():
+                again = theirs[name]["scores"][setting][measure]
+                assert (value is None) == (again is None)
+                assert value is None or measure in ("reached", "kept") or value == pytest.approx(again, abs=2e-3)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[int]:
+    """How many pictures were drawn, call by call."""
+    counts = []
+    for place in (module, transport):
+        draws = place.generate
+        monkeypatch.setattr(
+            place,
+            "generate",
+            lambda *given, _draws=draws, **more: counts.append(len(given[1])) or _draws(*given, **more),
+        )
+    return counts
+
+
+def test_every_item_is_measured_in_every_setting_between_floor_and_ceiling(bench, items) -> None:
+    found = lines(bench)
+    assert sorted(found) == sorted(item.name for item in items) and not bench.failed
+    blocks = "down.2.1+up.0.1"  # in the order of the forward pass, whatever that of the SAEs
+    keys = [*SETTINGS[:2], *(f"{each}, {blocks}" for each in SETTINGS[2:])]
+    assert [setting.key for setting in bench.settings] == keys
+    for item in items:
+        line = found[item.name]
+        about = {name: line[name] for name in ("kind", "original", "edited", "seed", "failed")}
+        assert about == {name: getattr(item, name, None) for name in about} and line["target"] == list(item.target)
+        assert items[line["place"]] == item
+        floor, ceiling, sae, steering, random = (line["scores"][key] for key in keys)
+        assert all(tuple(scores) == MEASURES for scores in line["scores"].values())
+        assert (floor["pixel"], floor["to original"], floor["kept"]) == (0, 0, 1)
+        assert ceiling["to edited"] == 0 and ceiling["image similarity"] == pytest.approx(1, abs=1e-5)
+        assert floor["to edited"] == pytest.approx(ceiling["to original"])
+        assert min(edited["pixel"] for edited in (sae, steering, random)) > 0
+        assert list(line["chosen"]) == keys[2:] and all(sum(n) <= 8 for n in line["chosen"][keys[2]].values())
+        sheet = Image.open(io.BytesIO(bench.artifact.file(f"item-{line['place']}.webp").read_bytes()))
+        assert sheet.size == (5 * 100 - 4, 96), "original, edited prompt, and every setting that edits"
+    bench.artifact.verify()
+
+
+def test_the_recipe_says_all_that_results_depend_on(bench, items, saes) -> None:
+    recipe = bench.artifact.recipe
+    assert recipe["items"] == {"digest": items.digest, "counts": dict.fromkeys(items.counts(), 2)}
+    assert recipe["settings"][0] == ["none", None, 0.0, []]
+    assert recipe["settings"][2] == ["sae", 4, 2.0, ["down.2.1", "up.0.1"]]
+    assert {(hookpoint, digest) for hookpoint, _, digest in recipe["saes"]} == {(s.hookpoint, s.digest) for s in saes}
+    told = {"model": "tiny-turbo", "num_inference_steps": 2, "guidance_scale": 0.0, "height": 64, "width": 64}
+    told |= {"judge": WorldJudge().name, "segmenter": WorldSegmenter().name, "spatial": True, "seed": 0}
+    assert {name: recipe[name] for name in told} == told
+    assert recipe["features"] == {sae.hookpoint: sae.d_sae for sae in saes}
+
+
+def test_a_finished_study_is_opened_without_drawing(pipe, bench, saes, items, drawn) -> None:
+    again = riebench(pipe, saes[::-1], list(items), methods=METHODS, **FEW, store=bench.artifact.folder.parent.parent)
+    assert not drawn and again.artifact.folder == bench.artifact.folder and again.rows()[0] == bench.rows()[0]
+
+
+def test_batches_of_another_size_give_the_same(pipe, bench, saes, items, drawn, tmp_path) -> None:
+    other = riebench(pipe, saes, items, methods=METHODS, **FEW | {"batch_size": 1}, store=tmp_path)
+    assert set(drawn) == {1} and len(drawn) == len(items) * len(SETTINGS)
+    assert other.artifact.name == bench.artifact.name
+    same(bench, other)
+
+
+def test_what_a_break_leaves_is_gone_on_with_and_gives_the_same(pipe, bench, saes, items, drawn, tmp_path) -> None:
+    with pytest.raises(KeyboardInterrupt):  # in the second batch, which has two of six items
+        judge = Breaking(100)
+        judge.left = calls_of_a_batch() + 2
+        riebench(pipe, saes, items, methods=METHODS, judge=judge, **FEW, store=tmp_path)
+    (artifact,) = (each for each in Store.at(tmp_path).artifacts() if each.name == bench.artifact.name)
+    assert not artifact.finished and len(Lines(artifact, FILE)) == 4
+    assert (artifact.folder / "item-3.webp").exists() and not (artifact.folder / "item-4.webp").exists()
+    drawn.clear()
+    same(bench, riebench(pipe, saes, items, methods=METHODS, **FEW, store=tmp_path))
+    assert sum(drawn) == 2 * len(SETTINGS), "only what was left"
+
+
+def calls_of_a_batch() -> int:
+    """Times that the judge is asked for factors: once of the originals, and for every setting once, and twice more."""
+    return 1 + 3 * len(SETTINGS)
+
+
+@pytest.mark.slow
+def test_killed_after_any_item_it_goes_on_with_the_others(
+    pipe, bench, saes, items, drawn, monkeypatch, tmp_path
+) -> None:
+    child = os.fork()
+    if not child:
+        add, added = Lines.add, []
+
+        def add_some(self, unit, line):
+            add(self, unit, line)
+            added.append(unit)
+            if "scores" in line and len([each for each in added if each == unit]) == 2 and len(self) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(Lines, "add", add_some)
+        riebench(pipe, saes, items, methods=METHODS, **FEW, store=tmp_path)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    folder = tmp_path / "studies" / bench.artifact.name
+    assert len((folder / FILE).read_text().splitlines()) == 3
+    with open(folder / FILE, "a") as file:
+        file.write('["add object 1", {"kind"')  # as a power cut leaves it
+    same(bench, riebench(pipe, saes, items, methods=METHODS, **FEW, store=tmp_path))
+    assert drawn == [3] * len(SETTINGS), "one batch of what was left"
+
+
+class Counting(WorldSegmenter):
+    """Counts what it is asked, and finds nothing on pictures of some items."""
+
+    def __init__(self, *empty: str) -> None:
+        super().__init__()
+        self.empty, self.asked = empty, []
+        self.name += f" but {empty}"
+
+    def __call__(self, shots, asked):
+        self.asked += [(shot.item, shot.side) for shot in shots]
+        found = super().__call__(shots, asked)
+        return [mask & (shot.item not in self.empty) for mask, shot in zip(found, shots, strict=True)]
+
+
+def test_masks_are_asked_once_and_items_without_are_told_with_reasons(pipe, saes, items, tmp_path) -> None:
+    bad = next(item.name for item in items if item.kind == "change object")
+    segmenter = Counting(bad)
+    first = riebench(pipe, saes, items, methods={}, segmenter=segmenter, **FEW, store=tmp_path)
+    asked = len(segmenter.asked)
+    assert asked == len(set(segmenter.asked)) == 2 * 4 + 2, "both pictures, and of added objects the edited one"
+    second = riebench(
+        pipe, saes, items, methods={"steering": {"strength": [1]}}, segmenter=segmenter, **FEW, store=tmp_path
+    )
+    assert len(segmenter.asked) == asked and second.artifact.name != first.artifact.name
+    for result in (first, second):
+        (failed,) = result.failed
+        assert failed["item"] == bad and "the mask of the original picture is empty" in failed["reason"]
+        assert result.n == len(items) - 1
+        assert result.artifact.stamp["facts"] == {"items": len(items), "failed": 1}
+        line = lines(result)[bad]
+        assert "scores" not in line and line["kind"] == "change object"
+        assert result.artifact.file(f"item-{line['place']}.webp").exists()
+    alone = riebench(
+        pipe, saes, [each for each in items if each.name != bad], methods={"steering": {"strength": [1]}},
+        segmenter=segmenter, **FEW, store=tmp_path,
+    )  # fmt: skip
+    for name, line in lines(alone).items():
+        for setting, scores in line["scores"].items():
+            there = lines(second)[name]["scores"][setting]
+            assert scores["to original"] == pytest.approx(there["to original"], abs=2e-3), (
+                "the failed one changes nothing"
+            )
+
+
+def test_where_all_items_fail_nothing_is_edited(pipe, saes, items, drawn, tmp_path) -> None:
+    result = riebench(
+        pipe,
+        saes,
+        items[:2],
+        methods=METHODS,
+        segmenter=Counting(*(each.name for each in items)),
+        **FEW,
+        store=tmp_path,
+    )
+    assert result.n == 0 and len(result.failed) == 2 and drawn == [2, 2]
+
+
+def test_masks_of_any_size_are_kept_bit_by_bit(tmp_path, items) -> None:
+    rng = np.random.default_rng(0)
+    masks = {item.name: (rng.random((5, 7)) < 0.5, rng.random((3, 3)) < 0.5) for item in items}
+    artifact = Store.at(tmp_path).artifact("studies", "masks", {"study": "riebench masks"})
+    shots = np.zeros((len(items), 4, 4, 3), dtype=np.float32)
+
+    def find(_, asked, *__):
+        return [masks[item.name] for item in asked]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_masks, "find_masks", find)
+        with KeptMasks(artifact, WorldSegmenter(), len(items)).open() as kept:
+            kept.of(items[:2], shots[:2], shots[:2])
+            kept.of(items, shots, shots)
+    assert artifact.finished
+    with KeptMasks(artifact, WorldSegmenter(), len(items)).open() as kept:
+        for item, pair in zip(items, kept.of(items, shots, shots), strict=True):
+            assert all(
+                (one == other).all() and one.shape == other.shape
+                for one, other in zip(pair, masks[item.name], strict=True)
+            )
+    artifact.file("masks.jsonl").write_text("[]")
+    with pytest.raises(ArtifactError, match=r"masks.jsonl is missing or has changed"):
+        KeptMasks(artifact, WorldSegmenter(), len(items))
+
+
+def test_numbers_that_are_not_finite_are_refused_and_what_was_measured_is_kept(pipe, saes, items, tmp_path) -> None:
+    class Bad(WorldJudge):
+        def semantic(self, before, after):
+            return super().semantic(before, after) * np.nan
+
+    with pytest.raises(KitError, match="is not finite, so it is not kept"):
+        riebench(pipe, saes, items[:1], methods={}, judge=Bad(), **FEW, store=tmp_path)
+
+
+def test_random_features_depend_on_the_seed(pipe, saes, items, tmp_path) -> None:
+    few = {"methods": {"random": METHODS["random"]}, **FEW, "store": tmp_path}
+    one, other = (lines(riebench(pipe, saes, items[:2], seed=seed, **few)) for seed in (0, 1))
+    key = next(key for key in one[items[0].name]["scores"] if key.startswith("random"))
+    assert any(one[name]["scores"][key]["pixel"] != other[name]["scores"][key]["pixel"] for name in one)
+
+
+def test_what_cannot_be_measured_is_refused(pipe, saes, items, tmp_path, unchecked_types, monkeypatch) -> None:
+    def asked(**settings):
+        given = {"saes": saes, "items": items[:1], **FEW, "store": tmp_path} | settings
+        return riebench(pipe, given.pop("saes"), given.pop("items"), **given)
+
+    for nothing in ([], "world", [1], None):
+        with pytest.raises(KitError, match=r"riebench: items are one or more, such as load_items\('world', 20\)"):
+            asked(items=nothing)
+    with pytest.raises(KitError, match="Items need different names"):
+        asked(items=[items[0], items[0]])
+    with pytest.raises(KitError, match="2 of these 2 saes are of up.0.1"):
+        asked(saes=[saes[0], saes[0]])
+    with pytest.raises(KitError, match="Did you mean 'steering'"):
+        asked(methods=["steerng"])
+    with pytest.raises(KitError, match="segmenter is one such as AttentionSegmenter"):
+        asked(segmenter=WorldSegmenter)
+    with pytest.raises(KitError, match="judge is one such as WorldJudge"):
+        asked(judge=WorldJudge)
+    with pytest.raises(KitError, match="batch_size must be an integer of at least 1"):
+        asked(batch_size=0)
+    with pytest.raises(KitError, match="seed must be an integer of at least 0"):
+        asked(seed=-1)
+    with monkeypatch.context() as patch, pytest.raises(ArtifactError, match="was trained on tiny-turbo"):
+        patch.setattr("sdxl_sae_kit.interventions.describe", lambda _: SimpleNamespace(name="m", revision="1"))
+        asked()
+    with monkeypatch.context() as patch, pytest.raises(KitError, match=r"Pass segmenter=AttentionSegmenter\(pipe\)"):
+        patch.setattr(module, "segmenter_of", lambda _: None)
+        asked()
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(KitError, match=r"Pass judge=EmbeddingJudge\(ClipEmbed\('openai"),
+    ):
+        patch.setattr("sdxl_sae_kit.judges.judge_of", lambda _: None)
+        asked()
+    assert not list(tmp_path.iterdir()), "nothing was made"
+
+
+def test_without_a_judge_only_pixels_are_told(pipe, saes, items, tmp_path) -> None:
+    result = riebench(pipe, saes, items[:1], methods={"steering": {}}, judge=None, **FEW, store=tmp_path)
+    (line,) = lines(result).values()
+    assert {name for scores in line["scores"].values() for name, value in scores.items() if value is not None} <= {
+        "pixel",
+        "outside",
+    }
+    assert json.dumps(result.to_json())
