@@ -1,11 +1,12 @@
 """Judges of what an edit changed in a picture: how different it looks, and what it shows that it did not.
 
 `WorldJudge` reads pictures of the embedded model. For real images `EmbeddingJudge` takes any embedding, such as a CLIP;
-how different they look is then told in pixels only.
+how different they look is then told by a measure such as LPIPS or, without one, in pixels only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -46,6 +47,26 @@ class PictureJudge(Protocol):
 
     def factors(self, pictures: Pictures) -> dict[str, Float[np.ndarray, "image answer"]] | None:
         """The probability of every value of every factor and, last, of none."""
+
+
+@runtime_checkable
+class TextJudge(Protocol):
+    """A judge that reads texts too, as `EmbeddingJudge` does where its embedding has `texts`."""
+
+    def textual(self, pictures: Pictures, texts: Sequence[str]) -> Float[np.ndarray, " image"]:
+        """How well each picture fits its text, −1 to 1: the cosine of the two embeddings."""
+
+
+@runtime_checkable
+class Perceptual(Protocol):
+    """A measure of how different pictures look, such as `Lpips`."""
+
+    @property
+    def name(self) -> str:
+        """Which measure this is, weights included."""
+
+    def __call__(self, before: Before, after: Pictures) -> Float[np.ndarray, "image y x"]:
+        """How different each place looks: 0 where it looks the same."""
 
 
 class WorldJudge:
@@ -89,21 +110,40 @@ class WorldJudge:
 
 
 class EmbeddingJudge:
-    """What an embedding tells, such as `ClipEmbed`: `semantic` is 1 − the cosine; it knows no places and no factors."""
+    """What an embedding tells, such as `ClipEmbed`: `semantic` is 1 − the cosine; it knows no factors.
 
-    def __init__(self, embed: Embed) -> None:
-        self._embed, self.name = embed, embed.name
+    Where the embedding reads texts this is a `TextJudge`: it has `textual`.
 
-    def perceptual(self, before: Before, after: Pictures) -> None:
-        """None: an embedding is of a whole picture."""
+    Args:
+        embed: the embedding.
+        perceptual: tells how different places look, such as `Lpips()`; an embedding knows no places.
+    """
+
+    def __init__(self, embed: Embed, perceptual: Perceptual | None = None) -> None:
+        self._embed, self._perceptual = embed, perceptual
+        self.name = embed.name if perceptual is None else f"{embed.name} + {perceptual.name}"
+        if hasattr(embed, "texts"):  # else there is no such method, and this is no TextJudge
+            self.textual = self._textual
+
+    def perceptual(self, before: Before, after: Pictures) -> Float[np.ndarray, "image y x"] | None:
+        """What the measure tells, or None where there is none."""
+        return None if self._perceptual is None else self._perceptual(before, after)
 
     def factors(self, pictures: Pictures) -> None:
         """None: an embedding names nothing."""
 
     def semantic(self, before: Before, after: Pictures) -> Float[np.ndarray, " image"]:
         """1 − the cosine of the two embeddings."""
-        one, other = (self._embed([Image.fromarray(p) for p in _as_bytes(pictures)]) for pictures in (before, after))
+        one, other = (self._rows(pictures) for pictures in (before, after))
         return np.asarray(1 - (one * other).sum(axis=1), dtype=np.float32)
+
+    def _textual(self, pictures: Pictures, texts: Sequence[str]) -> Float[np.ndarray, " image"]:
+        """The cosine of each picture's embedding and its text's."""
+        read = self._embed.texts(texts)  # type: ignore[attr-defined]
+        return np.asarray((self._rows(pictures) * read).sum(axis=1), dtype=np.float32)
+
+    def _rows(self, pictures: Before) -> Float[np.ndarray, "image d"]:
+        return self._embed([Image.fromarray(picture) for picture in _as_bytes(pictures)])
 
 
 def chosen_judge(asked: str, pipe: Any, judge: PictureJudge | EllipsisType | None) -> PictureJudge | None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sdxl_sae_kit.errors import KitError
-from sdxl_sae_kit.judges import EmbeddingJudge, PictureJudge, WorldJudge, chosen_judge, judge_of
+from sdxl_sae_kit.judges import EmbeddingJudge, PictureJudge, TextJudge, WorldJudge, chosen_judge, judge_of
 from sdxl_sae_kit.pipelines import describe
 from sdxl_sae_kit.similarity import WorldEmbed
 from sdxl_sae_kit.tiny.world import Scene, object_mask, render
@@ -52,6 +52,26 @@ def test_factors_are_those_of_the_world(judge) -> None:
     told = judge.factors(BEFORE)
     assert np.allclose(told["colour"].sum(axis=1), 1, atol=1e-5)
     assert (told["colour"].argmax(axis=1) == [0, 2, 1]).all()
+
+
+class Reading:
+    """An embedding whose picture and text rows are known."""
+
+    name = "reading"
+
+    def __call__(self, images):
+        return np.eye(4, dtype=np.float32)[: len(images)]
+
+    def texts(self, texts):
+        return np.array([[0.6, 0.8, 0, 0], [0, 0, 0, 1], [0, 0, -1, 0]], dtype=np.float32)[: len(texts)]
+
+
+def test_only_a_judge_that_reads_texts_says_so(judge) -> None:
+    reading = EmbeddingJudge(Reading())
+    assert isinstance(reading, TextJudge) and isinstance(reading, PictureJudge)
+    assert reading.textual(BEFORE, ["a", "b", "c"]) == pytest.approx([0.6, 0, -1])
+    for deaf in (EmbeddingJudge(WorldEmbed()), judge):
+        assert isinstance(deaf, PictureJudge) and not isinstance(deaf, TextJudge)
 
 
 def test_only_the_embedded_model_brings_a_judge(pipe, monkeypatch) -> None:
