@@ -8,7 +8,7 @@ there changes the block's output by the same amount. Nothing here knows what an 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -69,6 +69,10 @@ class Recording:
         """`["cond"]`, or both halves when guidance was on."""
         present = {half for _, _, half in self._parts}
         return [half for half in ("uncond", "cond") if half in present]
+
+    def take(self, images: Sequence[int]) -> Recording:
+        """The same of some of the images, by their places."""
+        return Recording({key: [torch.cat(parts)[list(images)]] for key, parts in self._parts.items()})
 
     def add(self, update: Tensor, call: Call) -> None:
         """Keep what one call of a hook saw, as the halves that it has."""

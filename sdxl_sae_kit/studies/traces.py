@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,6 +24,7 @@ Chosen = Bool[Tensor, "item feature"]
 Written = Float[Tensor, "item token width"]
 
 
+@runtime_checkable
 class Trace(Protocol):
     """Features of a batch of items at one place, at every step."""
 

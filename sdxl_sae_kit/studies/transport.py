@@ -188,14 +188,28 @@ class Source:
         texts = [item.original for item in items], [item.edited for item in items]
         return cls(pipe, seeds, encoders, [_watch(pipe, each, seeds, list(saes), settings, neurons) for each in texts])
 
+    def take(self, items: Sequence[int]) -> Source:
+        """What some of the items did, by their places."""
+        kept = list(items)
+        sides = [
+            _Side(each.pictures[kept], each.updates.take(kept), each.neurons and each.neurons.take(kept))
+            for each in self._sides
+        ]
+        return Source(self.pipe, [self.seeds[at] for at in kept], self._encoders, sides)
+
     def masked(
-        self, masks: Sequence[tuple[Bool[np.ndarray, "_y _x"], Bool[np.ndarray, "_y2 _x2"]]], *, spatial: bool = True
+        self,
+        masks: Sequence[tuple[Bool[np.ndarray, "_y _x"], Bool[np.ndarray, "_y2 _x2"]]],
+        *,
+        spatial: bool = True,
+        seed: int = 0,
     ) -> Transport:
         """What counts in each item's original and edited picture: masks of any size that cover the whole picture.
 
         Args:
             masks: for each item; see `token_masks`.
             spatial: whether every token gets its own features rather than their mean over the mask.
+            seed: of the choice of random features, beside the item's own.
 
         Raises:
             KitError: not as many as items.
@@ -211,7 +225,7 @@ class Source:
             )
             for block, grid in self.blocks.items()
         }
-        return Transport(self, fitted, spatial)
+        return Transport(self, fitted, spatial, seed)
 
     def places(self, method: str, block: str) -> list[str]:
         """Where a method changes something at a hookpoint: there itself, or in each of its layers."""
@@ -272,8 +286,8 @@ class Transport:
         ...     pictures = generate(pipe, texts, seeds, num_inference_steps=4)
     """
 
-    def __init__(self, source: Source, masks: Mapping[str, tuple[Mask, ...]], spatial: bool) -> None:
-        self.source, self.masks, self.spatial = source, masks, spatial
+    def __init__(self, source: Source, masks: Mapping[str, tuple[Mask, ...]], spatial: bool, seed: int) -> None:
+        self.source, self.masks, self.spatial, self.seed = source, masks, spatial, seed
         self._means: dict[str, tuple[Means, Means]] = {}
         self._ranked: dict[Any, list[Pair]] = {}
         self._choices: dict[Any, Choice] = {}
@@ -346,7 +360,7 @@ class Transport:
         sides = [np.concatenate(each, axis=1) for each in means]
         pairs = [[each[: setting.k] for each in ranked] for ranked in self._rank(setting, sides)]
         if setting.method == "random":
-            texts = [f"{seed} {setting.k} {setting.blocks}" for seed in self.source.seeds]
+            texts = [f"{self.seed} {seed} {setting.k} {setting.blocks}" for seed in self.source.seeds]
             seeds = [int(sha256(text.encode())[:16], 16) for text in texts]
             pairs = [draw_alike(pair, [side[i] for side in sides], seeds[i]) for i, pair in enumerate(pairs)]
         return Choice.of(widths, pairs, self.source.device)
