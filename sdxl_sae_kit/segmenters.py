@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.items import Item
 
 EVERYTHING, FOREGROUND = "#everything", "foreground"
-GRID = 128
-"""Rows and columns of a mask given by hand: twice the tokens of SDXL's finest hookpoints at 1,024 pixels."""
+GRID = 64
+"""Rows and columns of a mask given by hand: the tokens of SDXL's finest hookpoints at 1,024 pixels."""
 WHOLE = 0.75
 """Share of an object's pixels in a half of the picture from which on it counts to it whole."""
 
@@ -205,7 +205,8 @@ class WorldSegmenter:
                 )
         pictures = [np.clip(shot.picture * 255, 0, 255).round().astype(np.uint8) for shot in shots]
         masks = self._judge.read([Image.fromarray(picture) for picture in pictures]).mask
-        return [_in_half(mask, _HALVES[words]) if words in _HALVES else mask for mask, words in zip(masks, asked)]
+        pairs = zip(masks, asked, strict=True)
+        return [_in_half(mask, _HALVES[words]) if words in _HALVES else mask for mask, words in pairs]
 
 
 def _in_half(mask: Bool[np.ndarray, "64 64"], half: tuple[slice, slice]) -> Bool[np.ndarray, "64 64"]:
@@ -237,7 +238,7 @@ class GivenMasks:
     """
 
     def __init__(self, masks: Mapping[str, Where | tuple[Where, Where]]) -> None:
-        self._masks = {item: (_filled(item, one), _filled(item, other)) for item, (one, other) in _both(masks)}
+        self._masks = {str(item): _pair(str(item), given) for item, given in masks.items()}
         bits = b"".join(
             f"{item}\n".encode() + np.packbits(pair).tobytes() for item, pair in sorted(self._masks.items())
         )
@@ -258,11 +259,11 @@ class GivenMasks:
         return [self._masks[shot.item][shot.side == "edited"] for shot in shots]
 
 
-def _both(masks: Mapping[str, Any]) -> list[tuple[str, tuple[Any, Any]]]:
-    return [
-        (str(item), given if isinstance(given, tuple) and len(given) == 2 else (given, given))
-        for item, given in masks.items()
-    ]
+def _pair(item: str, given: Any) -> tuple[Mask, Mask]:
+    if isinstance(given, tuple) and len(given) == 2:
+        return _filled(item, given[0]), _filled(item, given[1])
+    both = _filled(item, given)
+    return both, both
 
 
 def _filled(item: str, where: Any) -> Mask:
