@@ -69,7 +69,9 @@ def made_up(
     names = [f"{kind} {i:03}" for kind in kinds for i in range(per_kind)]
     with artifact.lock():
         lines = Lines(artifact, FILE)
-        found = {name: line(name, place, settings, score, seed, words, failed or {}) for place, name in enumerate(names)}
+        found = {
+            name: line(name, place, settings, score, seed, words, failed or {}) for place, name in enumerate(names)
+        }
         for name in order(names):
             lines.add(name, found[name])
         if pictures:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sdxl_sae_kit.errors import KitError
-from sdxl_sae_kit.studies.benchmark_scores import Row, Scores, estimates_of
+from sdxl_sae_kit.studies.benchmark_scores import Row, Scores, estimates, named
 from sdxl_sae_kit.studies.rank_agreement import spearman
 
 ALL = "all"
@@ -23,21 +23,18 @@ def gains(scores: Scores, measure: str) -> list[Row]:
     without this block than with all of them. Paired, with 95 % bootstrap intervals over items; NaN where that was not
     tried. No rows where no block was tried by itself.
     """
-    by_blocks = _by_blocks(scores)
-    everything = frozenset(scores.blocks)
-    rows = []
-    for kind, some in _kinds(scores):
-        floor = some.floor(measure)
-        for block in scores.blocks if len(by_blocks) > 1 else ():
-            alone, rest, whole = (
-                some.values[measure][:, by_blocks[blocks]] if blocks in by_blocks else np.full(len(some), np.nan)
-                for blocks in (frozenset({block}), everything - {block}, everything)
-            )
-            row: Row = {"kind": kind, "block": block, "n": len(some)}
-            for name, difference in (("alone", alone - floor), ("left out", whole - rest)):
-                row |= estimates_of(name, difference[:, None])[0]
-            rows.append(row)
-    return rows
+    by_blocks, blocks = _by_blocks(scores), scores.blocks
+    if len(by_blocks) < 2:
+        return []
+    values, floor = scores.values[measure], scores.floor(measure)
+
+    def at(those: frozenset[str]) -> Float[np.ndarray, " item"]:
+        return values[:, by_blocks[those]] if those in by_blocks else np.full(len(scores), np.nan)
+
+    everything = frozenset(blocks)
+    alone = [at(frozenset({block})) - floor for block in blocks]
+    lost = [at(everything) - at(everything - {block}) for block in blocks]
+    return _by_kind(scores, ("alone", "left out"), np.stack([alone, lost], axis=-1).transpose(1, 0, 2))
 
 
 def chosen_shares(
@@ -55,13 +52,18 @@ def chosen_shares(
     total = sum(sizes.get(block, np.nan) for block in scores.blocks)
     with np.errstate(invalid="ignore"):
         shares = (counts / counts.sum(axis=2, keepdims=True)).mean(axis=1)  # (item, block, 2)
+    rows = _by_kind(scores, ("added", "removed"), shares) if keys else []
+    return [row | {"expected": sizes.get(row["block"], np.nan) / total} for row in rows]
+
+
+def _by_kind(scores: Scores, names: tuple[str, str], values: Float[np.ndarray, "item block 2"]) -> list[Row]:
+    """A row per kind, and for all, and block, of two numbers of each item at each block."""
     rows = []
-    for kind, mine in _masks(scores) if keys else ():
+    for kind, mine in _masks(scores):
+        found = estimates(values[mine].reshape(int(mine.sum()), -1))
         for at, block in enumerate(scores.blocks):
             row: Row = {"kind": kind, "block": block, "n": int(mine.sum())}
-            for which, name in enumerate(("added", "removed")):
-                row |= estimates_of(name, shares[mine, at, which][:, None])[0]
-            rows.append(row | {"expected": sizes.get(block, np.nan) / total})
+            rows.append(row | named(names[0], found[2 * at]) | named(names[1], found[2 * at + 1]))
     return rows
 
 
@@ -123,10 +125,6 @@ def _by_blocks(scores: Scores) -> dict[frozenset[str], int]:
     partial = [s for s in settings if s.blocks and len(s.blocks) < len(scores.blocks)]
     tried = {(s.method, s.k, s.strength) for s in partial[:1]}
     return {frozenset(s.blocks): at for at, s in enumerate(settings) if (s.method, s.k, s.strength) in tried}
-
-
-def _kinds(scores: Scores) -> list[tuple[str, Scores]]:
-    return [(kind, scores.of(mask)) for kind, mask in _masks(scores)]
 
 
 def _masks(scores: Scores) -> list[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.metrics import bootstrap_intervals
 from sdxl_sae_kit.studies.equal_damage import Trade, compare_at_equal_damage, cross_fitted, halves
 from sdxl_sae_kit.studies.statistics import wilson
@@ -18,11 +19,17 @@ from sdxl_sae_kit.studies.transport import Setting
 MEASURES = (
     "reached", "target", "kept", "outside", "pixel", "to original", "to edited", "image similarity", "text similarity",
 )  # fmt: skip
+OUTCOMES = ("reached", "to edited", "image similarity")
+"""What tells whether an edit succeeded, the first that was told."""
+NEARNESS = {"to edited": -1, "image similarity": 1}
+"""Measures that tell of no success by themselves, only beside no edit, and which way is nearer."""
 CEILING, FLOOR = "prompt", "none"
 """The changed prompt itself, and no edit at all."""
 
 Row = dict[str, Any]
 Line = Mapping[str, Any]
+Estimate = tuple[float, tuple[float, float], int]
+"""A mean, its interval and n."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +77,34 @@ class Scores:
         return [measure for measure in MEASURES if self.told(measure)]
 
     @property
+    def judged(self) -> bool:
+        """Whether anything tells that an edit succeeded."""
+        return any(self.told(measure) for measure in OUTCOMES)
+
+    @property
     def outcome(self) -> str:
-        """What tells whether an edit succeeded: `reached`, or `to edited` where the judge knows no factors."""
-        return "reached" if self.told("reached") else "to edited"
+        """What tells whether an edit succeeded: the first of `OUTCOMES` that was told.
+
+        Raises:
+            KitError: none was.
+        """
+        for measure in OUTCOMES:
+            if self.told(measure):
+                return measure
+        raise KitError(
+            f"Nothing here tells whether edits succeeded: {', '.join(self.measures) or 'no measure'} alone cannot. "
+            "Call riebench with a judge that names factors or compares pictures."
+        )
 
     @property
     def gain(self) -> str:
-        """The same in degrees: `target`, or `to edited`."""
-        return "target" if self.told("target") else "to edited"
+        """The same in degrees: `target` where that was told, else the outcome."""
+        return "target" if self.told("target") else self.outcome
+
+    @property
+    def harm(self) -> str:
+        """What damage is read off: what is kept, else how far it is from the original."""
+        return next(measure for measure in ("kept", "to original", "pixel") if self.told(measure))
 
     def told(self, measure: str) -> bool:
         """Whether it was told for some item."""
@@ -100,28 +127,29 @@ class Scores:
 
     def means(self) -> list[Row]:
         """A row per setting with every measure, over all items."""
-        estimates = {measure: estimates_of(measure, self.values[measure]) for measure in MEASURES}
-        return [
+        told = [
             {"method": s.method, "k": s.k, "strength": s.strength, "blocks": s.blocks, "n": len(self)}
-            | {name: value for measure in MEASURES for name, value in estimates[measure][at].items()}
-            for at, s in enumerate(self.settings)
+            for s in self.settings
         ]
+        for measure in MEASURES:
+            found = estimates(self.values[measure], shares=measure == "reached")
+            told = [row | named(measure, each) for row, each in zip(told, found, strict=True)]
+        return told
 
     # Methods at their best --------------------------------------------------------------------------------------------
 
     def trade(self, method: str, by: str) -> Trade:
         """What each of a method's settings reaches and what damage it does.
 
-        Damage is 1 − kept, and `reached` is the measure `by`; where nothing tells what is kept, damage is the distance
-        to the original. By `to edited` what is reached is how much nearer to the edited prompt's picture it comes than
-        without any edit.
+        Reached is the measure `by`; of `to edited` and `image similarity`, how much nearer to the edited prompt's
+        picture it comes than without any edit. Damage is 1 − kept; where nothing tells that, the distance to the
+        original.
         """
-        at = self.methods[method]
-        reached = self.values[by][:, at]
-        reached = self.floor(by)[:, None] - reached if by == "to edited" else reached
-        kept = self.told("kept")
-        damage = 1 - self.values["kept"][:, at] if kept else self.values["to original"][:, at]
-        return Trade(reached, damage, _times_kept if by != "to edited" and kept else np.subtract)
+        at, kept = self.methods[method], self.harm == "kept"
+        reached, harm = self.values[by][:, at], self.values[self.harm][:, at]
+        if by in NEARNESS:
+            reached = NEARNESS[by] * (reached - self.floor(by)[:, None])
+        return Trade(reached, 1 - harm if kept else harm, _times_kept if kept and by not in NEARNESS else np.subtract)
 
     def taken(self, method: str) -> Int[np.ndarray, " item"]:
         """The setting at which each item is scored: the method's best on the other half of the items."""
@@ -137,8 +165,11 @@ class Scores:
         taken = self.taken(method)
         row: Row = {"method": method, "settings": [self.settings[at].key for at in dict.fromkeys(taken.tolist())]}
         row["n"] = len(self)
-        for measure in MEASURES:
-            row |= estimates_of(measure, self.at(measure, taken)[:, None])[0]
+        columns = np.stack([self.at(measure, taken) for measure in MEASURES], axis=1)
+        found = dict(zip(MEASURES, estimates(columns), strict=True))
+        found["reached"] = estimates(columns[:, :1], shares=True)[0]
+        for measure, each in found.items():
+            row |= named(measure, each)
         return row
 
     def at(self, measure: str, taken: Int[np.ndarray, " item"]) -> Float[np.ndarray, " item"]:
@@ -158,38 +189,32 @@ class Scores:
         return compare_at_equal_damage(_only(mine, there), _only(curve, there), second)
 
 
-def estimates_of(measure: str, values: Float[np.ndarray, "item number"]) -> list[Row]:
-    """Means over the items for which something is told, their number, and 95 % intervals; all from the same samples.
+def estimates(values: Float[np.ndarray, "item number"], *, shares: bool = False) -> list[Estimate]:
+    """Means over the items for which each number is told, with 95 % intervals over items and how many items those are.
 
-    A bootstrap over items; of `reached`, which is 0 or 1, Wilson's.
+    Wilson's intervals of shares, whose values are 0 or 1; else bootstrap intervals, of all numbers from the same
+    samples.
     """
     there = np.isfinite(values)
-    n = there.sum(axis=0).tolist()
-    if measure == "reached":
-        shares = [wilson(int(column[mine].sum()), int(mine.sum())) if mine.any() else _UNKNOWN
-                  for column, mine in zip(values.T, there.T, strict=True)]  # fmt: skip
-    else:
-        shares = _bootstrapped(np.where(there, values, 0), there)
-    return [
-        {measure: mean, f"{measure} interval": interval, f"{measure} n": count}
-        for (mean, interval), count in zip(shares, n, strict=True)
-    ]
+    counts = there.sum(axis=0).tolist()
+    if shares:
+        hits = np.where(there, values, 0).sum(axis=0).round().astype(int).tolist()
+        return [(*(wilson(hit, n) if n else _UNKNOWN), n) for hit, n in zip(hits, counts, strict=True)]
+    if not len(values):
+        return [(*_UNKNOWN, 0)] * values.shape[1]
+    rows = np.stack([np.where(there, values, 0), there], axis=-1)
+    with np.errstate(invalid="ignore"):
+        means, ends = _ratio(rows.mean(axis=0)), bootstrap_intervals(rows, _ratio)
+    return [(mean, (low, high), n) for mean, low, high, n in zip(means.tolist(), *ends.tolist(), counts, strict=True)]
+
+
+def named(name: str, estimate: Estimate) -> Row:
+    """An estimate as a row of a table has it."""
+    value, interval, n = estimate
+    return {name: value, f"{name} interval": interval, f"{name} n": n}
 
 
 _UNKNOWN = (float("nan"), (float("nan"), float("nan")))
-
-
-def _bootstrapped(
-    filled: Float[np.ndarray, "item number"], there: Bool[np.ndarray, "item number"]
-) -> list[tuple[float, tuple[float, float]]]:
-    """Σ value / Σ told, over items, and its interval."""
-    if not len(filled):
-        return [_UNKNOWN] * filled.shape[1]
-    rows = np.stack([filled, there], axis=-1)
-    with np.errstate(invalid="ignore"):
-        means = _ratio(rows.mean(axis=0))
-        ends = bootstrap_intervals(rows, _ratio)
-    return [(mean, (low, high)) for mean, low, high in zip(means.tolist(), *ends.tolist(), strict=True)]
 
 
 def _ratio(means: Float[np.ndarray, "*draw number 2"]) -> Float[np.ndarray, "*draw number"]:

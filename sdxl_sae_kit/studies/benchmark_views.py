@@ -6,12 +6,14 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Int
 from PIL import Image
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import counted
-from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR, MEASURES, Line, Row, Scores
+from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR, NEARNESS, Line, Row, Scores
 from sdxl_sae_kit.studies.distances import written
+from sdxl_sae_kit.studies.transport import Setting
 
 EQUAL_DAMAGE = (
     "Each method at its best: items are cut into halves, every other one of each kind, and those of a half are scored "
@@ -33,21 +35,27 @@ CHOICES = (
     "Share of the features that sae adds and removes that are of each block, with 95 % bootstrap intervals over items; "
     "expected if they were spread by the blocks' numbers of features"
 )
-_UNITS = {"reached": "reaches the target on", "target": "gives the target a probability of"}
-_NEARER = "comes nearer to the edited prompt's picture by"
+_REACHES = {
+    "reached": "reaches the target on",
+    "target": "gives the target a probability of",
+    "to edited": "comes nearer to the edited prompt's picture, than no edit does, by",
+    "image similarity": "becomes more similar to the edited prompt's picture, than no edit is, by",
+}
 
 
 def damage_formula(scores: Scores) -> str:
     """What damage is."""
-    return "1 − kept" if scores.told("kept") else "distance to the original"
+    return {"kept": "1 − kept", "to original": "distance to the original"}.get(scores.harm, "pixels' change")
 
 
 def choice_formula(scores: Scores, by: str | None = None) -> str:
     """By what a method's settings are chosen; `by` is by default the outcome."""
     by = by or scores.outcome
     if by == "to edited":
-        return f"least mean(to edited) + {'mean(1 − kept)' if scores.told('kept') else 'mean(to original)'}"
-    return f"greatest mean({by}) {'× mean(kept)' if scores.told('kept') else '− mean(to original)'}"
+        return f"least mean(to edited) + {'mean(1 − kept)' if scores.harm == 'kept' else f'mean({scores.harm})'}"
+    if scores.harm == "kept":
+        return f"greatest mean({by}) {'−' if by in NEARNESS else '×'} mean({'1 − ' if by in NEARNESS else ''}kept)"
+    return f"greatest mean({by}) − mean({scores.harm})"
 
 
 # Sentences ------------------------------------------------------------------------------------------------------------
@@ -59,18 +67,20 @@ def sentence(scores: Scores, failed: int, best: Mapping[str, Row], pairs: Sequen
     counts = f"{counted(len(scores), 'items')} scored{lost}."
     if not len(scores):
         return f"{counts} So nothing can be told."
+    if not scores.judged:
+        return f"{counts} Nothing tells whether edits succeeded: that needs a judge."
     told = " ".join([_own(scores, *pairs[0])] + [_beside(*pair) for pair in pairs]) if pairs else ""
     ends = " and ".join(
         f"{name} {written(best[at], scores.outcome, share=scores.outcome == 'reached')}"
         for at, name in ((CEILING, "changing the prompt itself comes to"), (FLOOR, "no edit to"))
     )
-    whose = "" if scores.outcome == "reached" else " from the edited prompt's picture"
-    return f"{counts} {told} For comparison, {ends}{whose}. In brackets 95 % intervals over items."
+    what = "" if scores.outcome == "reached" else f" ({scores.outcome})"
+    return f"{counts} {told} For comparison, {ends}{what}. In brackets 95 % intervals over items."
 
 
 def _own(scores: Scores, row: Row, _: Row) -> str:
     return (
-        f"At its best {row['method']} {_UNITS.get(row['by'], _NEARER)} {_value(row, 'reached')} at a damage "
+        f"At its best {row['method']} {_REACHES[row['by']]} {_value(row, 'reached')} at a damage "
         f"({damage_formula(scores)}) of {written(row, 'damage')} (settings chosen on other items; {row['n']} items)."
     )
 
@@ -100,10 +110,20 @@ def _value(row: Row, name: str) -> str:
 
 def best_table(scores: Scores, best: Mapping[str, Row]) -> list[Row]:
     """A row per method."""
+    named = {setting.key: setting for setting in scores.settings}
+    measures = _measures(scores, list(best.values()))
     return [
-        {"method": method, "n": row["n"]} | _measures(scores, row) | {"settings taken": "; ".join(row["settings"])}
-        for method, row in best.items()
+        {"method": method, "settings taken": "; ".join(_dose(named[key]) for key in row["settings"]), "n": row["n"]}
+        | told
+        for (method, row), told in zip(best.items(), measures, strict=True)
     ]
+
+
+def _dose(setting: Setting) -> str:
+    """How strongly a method is used."""
+    if setting.method in (CEILING, FLOOR):
+        return "–"
+    return (f"k {setting.k}, " if setting.k is not None else "") + f"strength {setting.strength:g}"
 
 
 def grid_table(scores: Scores, rows: Sequence[Row]) -> list[Row]:
@@ -116,8 +136,8 @@ def grid_table(scores: Scores, rows: Sequence[Row]) -> list[Row]:
             "blocks": ", ".join(row["blocks"]) or "–",
             "n": row["n"],
         }
-        | _measures(scores, row)
-        for row in rows
+        | told
+        for row, told in zip(rows, _measures(scores, rows), strict=True)
     ]
 
 
@@ -143,7 +163,7 @@ def kind_table(rows: Sequence[Row], measure: str) -> list[Row]:
     found: dict[str, Row] = {}
     for row in rows:
         own = found.setdefault(row["kind"], {"kind": row["kind"], "n": row[f"{measure} n"]})
-        own[row["method"]] = written(row, measure, share=measure == "reached")
+        own[row["method"]] = written(row, measure)
     return list(found.values())
 
 
@@ -151,17 +171,23 @@ def block_table(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
     """A row per kind and block, with these columns."""
     return [
         {"kind": row["kind"], "block": row["block"], "n": row["n"]}
-        | {name: written(row, name) if f"{name} interval" in row else html.short(row[name]) for name in names}
+        | {name: written(row, name) if f"{name} interval" in row else _number(row[name]) for name in names}
         for row in rows
     ]
 
 
-def _measures(scores: Scores, row: Row) -> Row:
-    """Each that is told, with the number of items where that is not all."""
-    return {
-        measure: written(row, measure) + ("" if row[f"{measure} n"] == row["n"] else f" (n {row[f'{measure} n']})")
-        for measure in scores.measures
-    }
+def _number(value: float) -> str:
+    return "–" if np.isnan(value) else html.short(value)
+
+
+def _measures(scores: Scores, rows: Sequence[Row]) -> list[Row]:
+    """Those that are told; the head says for how many items where that is not all."""
+    heads = {}
+    for measure in scores.measures:
+        counts = sorted({row[f"{measure} n"] for row in rows})
+        few = "" if counts == [len(scores)] else f" (n {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))})"
+        heads[measure] = measure + few
+    return [{head: written(row, measure) for measure, head in heads.items()} for row in rows]
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
@@ -181,42 +207,47 @@ def contact_sheet(scores: Scores, lines: Sequence[tuple[str, Line]], picture: Ca
         taken = scores.taken(method)
         shown = []
         for name, at in _picked(_ranks(scores, taken)).items():
-            key, (item, line) = scores.settings[taken[at]].key, lines[at]
-            tiles = _cut(picture(line["place"]), [0, 1, 2 + drawn.index(key)], 2 + len(drawn))
-            pair = f"“{line['original']}” → “{line['edited']}”"
-            alt = f"{line['kind']}, {pair}: the original's picture, the edited prompt's, and the edit by {key}"
+            setting, (item, line) = scores.settings[taken[at]], lines[at]
+            tiles = _cut(picture(line["place"]), [0, 1, 2 + drawn.index(setting.key)], 2 + len(drawn))
+            about = f"{line['kind']}, “{line['original']}” → “{line['edited']}”"
+            alt = f"{about}: the original's picture, the edited prompt's, and the edit by {setting.key}"
             told = ", ".join(
-                f"{m} {html.short(v)}" for m in MEASURES if np.isfinite(v := scores.values[m][at, taken[at]])
+                f"{m} {html.short(scores.values[m][at, taken[at]])}" for m in _ranked_by(scores) if scores.told(m)
             )
-            shown.append((html.picture(tiles, alt), name, f"{item}, {line['kind']}: {pair}; {key}: {told}"))
+            shown.append((html.picture(tiles, alt), name, f"{item}: {about}; {_dose(setting)}: {told}"))
         parts.append(html.heading(method, "original, edited prompt's, this method's") + html.figures(shown))
     return html.fragment(*parts)
 
 
+def _ranked_by(scores: Scores) -> tuple[str, str, str]:
+    """By what items are ranked: success in degrees, what is spared, and what changes outside the masks."""
+    return scores.gain, scores.harm, "outside"
+
+
+def _multiplied(scores: Scores) -> bool:
+    return _ranked_by(scores)[:2] == ("target", "kept")
+
+
 def _ranking(scores: Scores) -> str:
-    by = "target × kept" if scores.told("target") and scores.told("kept") else "to edited + to original, least first"
-    return f"{by}, then by least change outside the masks"
+    gain, harm, outside = _ranked_by(scores)
+    sign = "− " if NEARNESS.get(gain) == -1 else ""
+    return f"{'target × kept' if _multiplied(scores) else f'{sign}{gain} − {harm}'}, then by least {outside}"
 
 
-def _ranks(scores: Scores, taken: np.ndarray) -> list[tuple[float, float, int]]:
+def _ranks(scores: Scores, taken: Int[np.ndarray, " item"]) -> list[tuple[float, float, int]]:
     """How good each item is, then how little changes outside, with its place; only of those that can be ranked."""
-    at = {measure: scores.at(measure, taken) for measure in MEASURES}
-    degrees = scores.told("target") and scores.told("kept")
-    goods = at["target"] * at["kept"] if degrees else -at["to edited"] - at["to original"]
-    inside = -np.nan_to_num(at["outside"])
-    told = enumerate(zip(goods.tolist(), inside.tolist(), strict=True))
-    return [(good, spared, place) for place, (good, spared) in told if np.isfinite(good)]
+    gain, harm, outside = (scores.at(measure, taken) for measure in _ranked_by(scores))
+    goods = gain * harm if _multiplied(scores) else NEARNESS.get(scores.gain, 1) * gain - harm
+    spared = -np.nan_to_num(outside)
+    told = enumerate(zip(goods.tolist(), spared.tolist(), strict=True))
+    return [(good, least, place) for place, (good, least) in told if np.isfinite(good)]
 
 
 def _picked(ranks: Sequence[tuple[float, float, int]]) -> dict[str, int]:
     """The best, the median and the worst item, none twice."""
     order = [place for *_, place in sorted(ranks, reverse=True)]
-    if not order:
-        return {}
-    found = {order[len(order) // 2]: "median", order[-1]: "worst", order[0]: "best"}
-    return {
-        name: found_at for wanted in ("best", "median", "worst") for found_at, name in found.items() if name == wanted
-    }
+    names = {len(order) // 2: "median", len(order) - 1: "worst", 0: "best"}  # of two the other is the worst
+    return {names[at]: order[at] for at in sorted(names) if order}
 
 
 def _cut(row: bytes, places: Sequence[int], tiles: int) -> bytes:

@@ -20,13 +20,13 @@ from sdxl_sae_kit.maps import gain_map
 from sdxl_sae_kit.plots import bars_by_group, pareto
 from sdxl_sae_kit.studies import benchmark_views as views
 from sdxl_sae_kit.studies.benchmark_blocks import agreement, chosen_shares, gains
-from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR, MEASURES, Line, Row, Scores, estimates_of
+from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR, MEASURES, Line, Row, Scores, estimates, named
 from sdxl_sae_kit.studies.lines import Lines, open_study
 from sdxl_sae_kit.studies.transport import Setting
 
 FILE, PICTURE = "items.jsonl", "item-{}.webp"
 FORMAT, VERSION, SCHEMA = "sdxl-sae-kit riebench", 1, "urn:sdxl-sae-kit:riebench:1"
-_BY = ("reached", "target", "to edited")
+_BY = ("reached", "target", "to edited", "image similarity")
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,11 @@ class RIEBench:
         Raises:
             KitError: no such method was run.
         """
-        return dict(self._best[self._method(method)])
+        return self.scores.best(self._method(method))
 
     @cached_property
     def _best(self) -> dict[str, Row]:
-        return {method: self.scores.best(method) for method in self.methods}
+        return {method: self.scores.best(method) for method in self.methods} if self.n and self.scores.judged else {}
 
     def compare(self, method: str, other: str, by: str | None = None) -> Row:
         """What a method at its best reaches, and the other at most at equal damage, on the same items.
@@ -126,8 +126,8 @@ class RIEBench:
         Args:
             method: its settings are cross-fitted, as in `best`.
             other: read off the upper concave hull of its settings' means over damage, no edit being at damage 0.
-            by: "reached", "target" (the probability) or "to edited" (how much nearer than without any edit); by default
-                the first that was told. The method's settings are chosen by it too.
+            by: "reached", "target" (the probability), "to edited" or "image similarity" (how much nearer than without
+                any edit); by default the first that was told, `target` aside. Settings are chosen by it too.
 
         Returns:
             `reached`, `damage`, `other reached` at that damage and `difference`, each with its 95 % bootstrap interval
@@ -151,17 +151,20 @@ class RIEBench:
         """The first method (`sae` if it was run) beside each other one, and each beside it."""
         edits = [method for method in self.methods if method not in (CEILING, FLOOR)]
         first = "sae" if "sae" in edits else next(iter(edits), "")
-        rivals = [method for method in edits if method != first] if self.n else []
+        rivals = [method for method in edits if method != first] if self._best else []
         return [(self.compare(first, other), self.compare(other, first)) for other in rivals]
 
     def kind_rows(self, measure: str | None = None) -> list[Row]:
         """A row per kind and method at its best: mean of a measure with its interval and n; by default the outcome."""
         measure = self._measure(measure or self.scores.outcome)
-        best = {method: self.scores.at(measure, self.scores.taken(method)) for method in self.methods}
+        columns = np.stack([self.scores.at(measure, self.scores.taken(method)) for method in self.methods], axis=1)
+        shares = measure == "reached"
         return [
-            {"kind": kind, "method": method} | estimates_of(measure, values[self.scores.of_kind(kind)][:, None])[0]
+            {"kind": kind, "method": method} | named(measure, each)
             for kind in dict.fromkeys(self.scores.kinds)
-            for method, values in best.items()
+            for method, each in zip(
+                self.methods, estimates(columns[self.scores.of_kind(kind)], shares=shares), strict=True
+            )
         ]
 
     def block_rows(self, measure: str | None = None) -> list[Row]:
@@ -211,8 +214,7 @@ class RIEBench:
 
         By default what is kept and what is reached, or, where the judge knows no factors, both distances.
         """
-        factors = self.scores.told("reached") and self.scores.told("kept")
-        x, y = self._measure(x or ("kept" if factors else "to original")), self._measure(y or self.scores.outcome)
+        x, y = self._measure(x or self.scores.harm), self._measure(y or self.scores.outcome)
         lines = {
             method: [
                 (
@@ -255,7 +257,8 @@ class RIEBench:
         kinds = list(dict.fromkeys(row["kind"] for row in rows))
         told = np.array([[row["alone"], *row["alone interval"]] for row in rows])
         told = told.reshape(len(kinds), len(self.scores.blocks), 3)
-        title = f"Gain in {measure or self.scores.gain} by each block alone, beside no edit"
+        of = measure or self.scores.gain
+        title = f"Change of {of} by each block alone, beside no edit{' (below 0 is nearer)' * (of == 'to edited')}"
         return gain_map(kinds, self.scores.blocks, told, title=title)
 
     def contact_sheet(self) -> str:
@@ -286,7 +289,7 @@ class RIEBench:
             "rows": self.rows(),
             "best": list(self._best.values()),
             "comparisons": [row for pair in self._pairs for row in pair],
-            "blocks": self.block_rows() if self.n else [],
+            "blocks": self.block_rows() if self._best else [],
         }  # fmt: skip
         plain: dict[str, Any] = _plain(told)
         return plain
@@ -325,37 +328,34 @@ class RIEBench:
 
     def sentence(self) -> str:
         """What the numbers say; that one method is better only where the interval of the difference does not hold 0."""
-        return views.sentence(self.scores, len(self.failed), self._best if self.n else {}, self._pairs)
+        return views.sentence(self.scores, len(self.failed), self._best, self._pairs)
 
     def _repr_html_(self) -> str:
         title = html.heading("RIEBench: editing while the picture is being made", html.escape(self.sentence()))
-        failed = html.table(self.failed, "They count nowhere, for no method") if self.failed else ""
-        lost = html.folded(f"Failed items ({len(self.failed)})", failed) if failed else ""
-        return html.fragment(title, *(self._told() if self.n else ()), lost)
+        grid = html.table(views.grid_table(self.scores, self._rows), views.GRID) if self.n else ""
+        folds = {"Every setting": grid} | (self._by_parts() if self._best else {})
+        if self.failed:
+            folds[f"Failed items ({len(self.failed)})"] = html.table(self.failed, "They count for no method")
+        best = self._at_best() if self._best else ""
+        return html.fragment(title, best, *(html.folded(name, part) for name, part in folds.items() if part))
 
-    def _told(self) -> list[str]:
-        """The parts that need a scored item."""
+    def _at_best(self) -> str:
+        caption = f"{views.BEST}. Best: {views.choice_formula(self.scores)}"
+        best = html.table(views.best_table(self.scores, self._best), caption)
+        return best + html.table(views.pair_table(self._pairs), views.EQUAL_DAMAGE) if self._pairs else best
+
+    def _by_parts(self) -> dict[str, str]:
+        """By kind, by block and item by item."""
         kinds, blocks, choices = self.kind_rows(), self.block_rows(), self.choices()
         by_kind = f"Mean of {self.scores.outcome}, each method at its best, with 95 % intervals over items"
-        measure = f"{views.BLOCKS}; of {self.scores.gain}"
-        folds = {
-            "Every setting": html.table(views.grid_table(self.scores, self._rows), views.GRID),
+        by_block = views.block_table(blocks, ("alone", "left out")), f"{views.BLOCKS}; of {self.scores.gain}"
+        by_choice = views.block_table(choices, ("added", "removed", "expected")), views.CHOICES
+        return {
             "Kinds of edits": html.table(views.kind_table(kinds, self.scores.outcome), by_kind),
-            "Blocks": html.table(views.block_table(blocks, ("alone", "left out")), measure) if blocks else "",
-            "Where features are chosen": html.table(
-                views.block_table(choices, ("added", "removed", "expected")), views.CHOICES
-            )
-            if choices
-            else "",
+            "Blocks": html.table(*by_block) if blocks else "",
+            "Where features are chosen": html.table(*by_choice) if choices else "",
             "Best, median and worst items": self.contact_sheet(),
         }
-        return [
-            html.table(
-                views.best_table(self.scores, self._best), f"{views.BEST}. By {views.choice_formula(self.scores)}"
-            ),
-            html.table(views.pair_table(self._pairs), views.EQUAL_DAMAGE),
-            *(html.folded(name, part) for name, part in folds.items() if part),
-        ]
 
     def __repr__(self) -> str:
         return f"RIEBench of {self.n} items and {len(self.settings)} settings: {self.sentence()}"
