@@ -170,8 +170,9 @@ def _riebench(options: argparse.Namespace) -> None:
     )  # fmt: skip
     measures = [measure for measure in result.scores.measures if result.n]
     rows = [
-        {"setting": setting.key} | {measure: written(row, measure) for measure in measures}
-        for setting, row in zip(result.settings, result.rows(), strict=True)
+        {name: "–" if row[name] is None else row[name] for name in ("method", "k", "strength")}
+        | {measure: written(row, measure) for measure in measures}
+        for row in result.rows()
     ]
     print(f"Means over {result.n} items, with 95 % intervals\n{_table(rows)}\n\n{result.sentence()}")
     if result.failed:

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from sdxl_sae_kit import __main__ as cli
 from sdxl_sae_kit.artifacts import Store, kit_version
+from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
 
 
 def finished_artifact(root):
@@ -22,6 +24,7 @@ def finished_artifact(root):
     (
         [],
         ["report"],
+        ["riebench"],
         ["artifacts"],
         ["artifacts", "list"],
         ["artifacts", "verify"],
@@ -138,3 +141,80 @@ def test_tiny_measure_prints_every_table(capsys):
     assert said.count("colour2") == 4 and "participation ratio" in said
     assert cli.main(["tiny", "measure", "--captions", "0"]) == 1
     assert "--captions must be an integer of at least 8, not 0" in capsys.readouterr().err
+
+
+def a_bench_of(monkeypatch, tmp_path, **facts):
+    """Calls that riebench got, instead of a long run: what it gives is made up."""
+    calls = []
+    row = {"method": "sae", "k": 8, "strength": 2.0, "reached": 0.5, "reached interval": (0.25, 0.75)}
+    none = {"method": "none", "k": None, "strength": 0.0, "reached": 0.0, "reached interval": (0.0, 0.1)}
+    told = {
+        "rows": lambda: [none, row],
+        "scores": SimpleNamespace(measures=["reached"]),
+        "n": 4,
+        "failed": [{"item": "change pose 1", "kind": "change pose", "reason": "the mask is empty"}],
+        "sentence": lambda: "4 items scored.",
+        "write_json": lambda path: path.write_text("{}"),
+        "artifact": SimpleNamespace(folder=tmp_path / "there"),
+    }
+    result = SimpleNamespace(**told | facts)
+    monkeypatch.setattr("sdxl_sae_kit.pipelines.load_pipeline", lambda name: name)
+    monkeypatch.setattr("sdxl_sae_kit.collection.collect", lambda *given, **more: calls.append((given, more)))
+    monkeypatch.setattr(
+        "sdxl_sae_kit.training.train",
+        lambda cache, configs, hookpoints, **_: {(h, name): f"{name} at {h}" for h in hookpoints for name in configs},
+    )
+    monkeypatch.setattr(
+        "sdxl_sae_kit.studies.riebench.riebench", lambda *given, **more: calls.append((given, more)) or result
+    )
+    return calls
+
+
+def test_riebench_passes_on_what_it_was_given_and_prints_rows_sentence_failures_and_folder(
+    monkeypatch, tmp_path, capsys
+):
+    calls = a_bench_of(monkeypatch, tmp_path)
+    chosen = ["--saes", "k10", "--methods", "sae,random", "--hookpoints", "mid.0,up.0.1", "-n", "2", "--seed", "3"]
+    kept = ["--json", str(tmp_path / "out.json"), "--store", str(tmp_path), "--batch-size", "5"]
+    assert cli.main(["riebench", *chosen, *kept]) == 0
+    (_, (pipe, saes, items), settings) = ("", *calls[1])
+    assert pipe == "tiny-turbo" and saes == {h: f"k10 at {h}" for h in ("mid.0", "up.0.1")}
+    assert len(items) == 18 and items[0].seed == 3
+    assert settings == {"methods": ["sae", "random"], "seed": 3, "batch_size": 5, "store": tmp_path}
+    assert calls[0][0][2] == DEFAULT_HOOKPOINTS, "what the notebooks collect, which the store may have"
+    said = capsys.readouterr().out
+    assert "Means over 4 items" in said and "none    –  0.000" in said and "0.50 [0.25, 0.75]" in said
+    assert "4 items scored." in said and "change pose 1  change pose  the mask is empty" in said
+    assert said.endswith(f"{tmp_path / 'there'}\n") and (tmp_path / "out.json").read_text() == "{}"
+
+
+def test_riebench_collects_other_hookpoints_by_themselves(monkeypatch, tmp_path, capsys):
+    calls = a_bench_of(monkeypatch, tmp_path, failed=[])
+    assert cli.main(["riebench", "--hookpoints", "up.1.0,up.1.1", "-n", "1"]) == 0
+    assert calls[0][0][2] == ["up.1.0", "up.1.1"] and "Failed" not in capsys.readouterr().out
+
+
+def test_riebench_plan_draws_one_batch_and_measures_nothing(monkeypatch, tmp_path, capsys):
+    calls = a_bench_of(monkeypatch, tmp_path)
+    monkeypatch.setattr("sdxl_sae_kit.studies.riebench.time_drawing", lambda pipe, items: len(items) / 10)
+    assert cli.main(["riebench", "--plan", "-n", "2", "--methods", "sae", "--batch-size", "5"]) == 0
+    assert not calls
+    assert capsys.readouterr().out.startswith(
+        "18 items in 10 settings: 180 pictures in 4 step(s) each, about 1.5 minutes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--saes", "k1"], "KitError: --saes: this scale trains k5, k10, k20-white, not 'k1'. Did you mean 'k10'?"),
+        (["--items", "wrld"], "Did you mean 'world'?"),
+        (["--methods", "sea", "--plan"], "not 'sea'. Did you mean 'sae'?"),
+        (["-n", "0"], "load_items: n must be an integer of at least 1, not 0"),
+    ],
+)
+def test_what_riebench_cannot_do_is_one_line(monkeypatch, tmp_path, capsys, arguments, message):
+    a_bench_of(monkeypatch, tmp_path)
+    monkeypatch.setattr("sdxl_sae_kit.studies.riebench.time_drawing", lambda pipe, items: 0.1)
+    assert cli.main(["riebench", *arguments]) == 1
+    assert message in capsys.readouterr().err
