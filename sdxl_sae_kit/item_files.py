@@ -62,7 +62,7 @@ def read_records(path: Path | str) -> list[Record]:
             if (first := places.setdefault(records[-1].name, number)) != number:
                 raise PromptError(f"item {first} has the same id. Give each its own.")
         except PromptError as cause:
-            raise PromptError(f"Item {number}{_called(key, record)} of {path}: {cause}") from None
+            raise PromptError(f"Item {number}{_called(key, record)} of the file {path}: {cause}") from None
     if not records:
         raise PromptError(f"{path} holds no items. Write at least one.")
     return records

@@ -234,7 +234,7 @@ def _world_edits(n: int, seed: int) -> dict[str, list[Edit]]:
 
     Each scene has random numbers of its own, so that what comes first is the same for any n.
     """
-    rng = np.random.RandomState([seed >> 32, seed % 2**32])
+    rng = np.random.RandomState([(seed >> 32) % 2**32, seed % 2**32])
     made: dict[str, list[Edit]] = {kind: [] for kind in EDIT_KINDS}
     seen = set()
     while wanting := [kind for kind in made if len(made[kind]) < n]:

@@ -392,6 +392,8 @@ def test_mistakes_say_what_to_do(tmp_path, world):
         load_items("natural", seed=-1)
     with pytest.raises(PromptError, match=r"seed 9223372036854775807 is too large: 81 items"):
         load_items("natural", seed=2**63 - 1)
+    with pytest.raises(PromptError, match="is too large: 9 items"):
+        load_items("world", 1, seed=2**70)
     with pytest.raises(PromptError, match="No kind of edit 'change color'.*Did you mean 'change colour'"):
         world.of("change color")
     with pytest.raises(PromptError, match="No kind of edit 'colour'"):
