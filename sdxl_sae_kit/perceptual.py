@@ -56,7 +56,9 @@ class Lpips:
         self, before: Float[np.ndarray, "#image y x 3"], after: Float[np.ndarray, "image y x 3"]
     ) -> Float[np.ndarray, "image y x"]:
         """How different each place looks, from 0 for the same; colours are 0 to 1."""
-        pairs = zip(*(_tensor(each).expand(len(after), -1, -1, -1).split(_BATCH) for each in (before, after)), strict=True)
+        pairs = zip(
+            *(_tensor(each).expand(len(after), -1, -1, -1).split(_BATCH) for each in (before, after)), strict=True
+        )
         return np.concatenate([self._compare(one, other) for one, other in pairs])
 
     @torch.no_grad()
