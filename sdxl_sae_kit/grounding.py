@@ -142,7 +142,7 @@ def _loaded(kind: str, model: Any, source: str | Path, device: str) -> tuple[Any
                 str(source), use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
         if missing := sorted(told["missing_keys"]):
-            raise ModelError(f"it has no weights for {missing[0]} and {len(missing) - 1} more")
+            raise ValueError(f"it has no weights for {missing[0]} and {len(missing) - 1} more")
         settings, _ = ImageProcessingMixin.get_image_processor_dict(str(source))
         mean, std = (np.array(settings[name], dtype=np.float32) for name in ("image_mean", "image_std"))
         reads = _Input(settings["size"], mean, std)
