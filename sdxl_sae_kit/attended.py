@@ -63,7 +63,7 @@ class AttentionSegmenter:
         model = describe(pipe)
         self._pipe, self._threshold = pipe, threshold
         self._hookpoints = [resolve(pipe.unet, name) for name in hookpoints]
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "num_inference_steps": chosen("num_inference_steps", num_inference_steps, 4),
             "guidance_scale": chosen_guidance(guidance_scale, 0.0),
         }

@@ -114,12 +114,12 @@ class _Input:
 
     size: dict[str, int]
     """"height" and "width", or "shortest_edge" and "longest_edge"; pixels."""
-    mean: Sequence[float]
-    std: Sequence[float]
+    mean: Float[np.ndarray, "3"]
+    std: Float[np.ndarray, "3"]
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "1 3 _row _column"]:
         scaled = np.asarray(image.resize(self.fitted(*image.size), Image.Resampling.BILINEAR), dtype=np.float32)
-        pixels = (scaled / np.float32(255) - np.float32(self.mean)) / np.float32(self.std)
+        pixels = (scaled / np.float32(255) - self.mean) / self.std
         return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
     def fitted(self, width: int, height: int) -> tuple[int, int]:
@@ -142,9 +142,10 @@ def _loaded(kind: str, model: Any, source: str | Path, device: str) -> tuple[Any
                 str(source), use_safetensors=True, dtype=torch.float32, output_loading_info=True
             )
         if missing := sorted(told["missing_keys"]):
-            raise ModelError(f"it has no weights for {missing[0]} and {len(missing) - 1} more")
+            raise ValueError(f"it has no weights for {missing[0]} and {len(missing) - 1} more")
         settings, _ = ImageProcessingMixin.get_image_processor_dict(str(source))
-        reads = _Input(settings["size"], settings["image_mean"], settings["image_std"])
+        mean, std = (np.array(settings[name], dtype=np.float32) for name in ("image_mean", "image_std"))
+        reads = _Input(settings["size"], mean, std)
     except Exception as cause:  # transformers raises whatever it trips over
         raise ModelError(
             f"{source} cannot be loaded as a {kind} ({type(cause).__name__}: {cause}). Pass a folder with safetensors "

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -39,7 +43,8 @@ class Lpips:
         try:
             from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-            self._lpips = LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="none", normalize=True)
+            with _no_code_in_weights():
+                self._lpips = LearnedPerceptualImagePatchSimilarity(net_type=net, reduction="none", normalize=True)
         except ImportError as cause:
             raise ModelError(f"LPIPS needs an extra ({cause}): pip install 'sdxl-sae-kit[riebench]'.") from None
         except Exception as cause:  # torchvision raises whatever downloading or its compiled part trips over
@@ -56,7 +61,9 @@ class Lpips:
         self, before: Float[np.ndarray, "#image y x 3"], after: Float[np.ndarray, "image y x 3"]
     ) -> Float[np.ndarray, "image y x"]:
         """How different each place looks, from 0 for the same; colours are 0 to 1."""
-        pairs = zip(*(_tensor(each).expand(len(after), -1, -1, -1).split(_BATCH) for each in (before, after)), strict=True)
+        pairs = zip(
+            *(_tensor(each).expand(len(after), -1, -1, -1).split(_BATCH) for each in (before, after)), strict=True
+        )
         return np.concatenate([self._compare(one, other) for one, other in pairs])
 
     @torch.no_grad()
@@ -67,6 +74,20 @@ class Lpips:
         self._lpips.reset()  # or it would keep every map
         count, _, height, width = after.shape
         return np.asarray(told.reshape(count, height, width).float().cpu().numpy())
+
+
+@contextmanager
+def _no_code_in_weights() -> Iterator[None]:
+    """Let torch read .pth files as weights only: torchvision would run what one brings."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _tensor(pictures: Float[np.ndarray, "image y x 3"]) -> Float[Tensor, "image 3 y x"]:

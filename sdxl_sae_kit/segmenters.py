@@ -1,4 +1,4 @@
-"""Where a picture shows what a mask prompt asks for: the segmenters of the benchmark of edits, and the rules they share.
+"""Where a picture shows what a mask prompt asks for: segmenters, and the rules of mask prompts that they share.
 
 A mask prompt is words such as "dog"; "#everything" is the whole picture, "background" what is no foreground, and "~dog"
 what is no dog.

@@ -1,4 +1,4 @@
-"""Attention is what diffusers' own scores say, its hooks leave nothing behind, and on the tiny model it tells a little."""
+"""Attention is what diffusers' own scores say, its hooks leave nothing behind; on the tiny model it tells a little."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,10 @@ WORDS, TOKENS = ["red star", "heart"], [[3, 4], [4]]  # after the token that sta
 def drawn(pipe, prompts, **settings):
     settings = {"num_inference_steps": 4, "guidance_scale": 0.0} | settings
     pictures = generate(pipe, prompts, list(range(len(prompts))), output_type="np", **settings)
-    return [Shot(str(i), "original", p, i, x.astype(np.float32)) for i, (p, x) in enumerate(zip(prompts, pictures, strict=True))]
+    return [
+        Shot(str(i), "original", p, i, x.astype(np.float32))
+        for i, (p, x) in enumerate(zip(prompts, pictures, strict=True))
+    ]
 
 
 def scores(pipe, hookpoint, draw):

@@ -40,16 +40,14 @@ def dino_folder(tmp_path_factory):
         image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
         out_indices=[2, 3, 4],
     )  # fmt: skip
-    bert = BertConfig(
-        vocab_size=1030, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
+    bert = BertConfig(vocab_size=1030, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     config = GroundingDinoConfig(
         backbone_config=swin, text_config=bert, d_model=32, encoder_layers=1, decoder_layers=2, num_queries=9,
         encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
     )  # fmt: skip
     torch.manual_seed(0)
     GroundingDinoForObjectDetection(config).save_pretrained(folder)
-    GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(folder)
+    GroundingDinoImageProcessorPil(size={"shortest_edge": 128, "longest_edge": 192}).save_pretrained(folder)
     return folder
 
 
@@ -59,12 +57,19 @@ def sam_folder(tmp_path_factory):
 
 
 def save_sam(folder, video):
-    from transformers import Sam2Config, Sam2HieraDetConfig, Sam2Model, Sam2VideoConfig, Sam2VideoModel, Sam2VisionConfig
+    from transformers import (
+        Sam2Config,
+        Sam2HieraDetConfig,
+        Sam2Model,
+        Sam2VideoConfig,
+        Sam2VideoModel,
+        Sam2VisionConfig,
+    )
 
     trunk = Sam2HieraDetConfig(
-        hidden_size=8, image_size=[SAM_SIDE, SAM_SIDE], blocks_per_stage=[1, 1, 1, 1], num_attention_heads=1,
+        hidden_size=8, image_size=[SAM_SIDE, SAM_SIDE], blocks_per_stage=[1, 1, 2, 1], num_attention_heads=1,
         embed_dim_per_stage=[8, 16, 24, 32], num_attention_heads_per_stage=[1, 1, 2, 2],
-        window_size_per_stage=[4, 4, 4, 4], global_attention_blocks=[2],
+        window_size_per_stage=[4, 4, 4, 4], global_attention_blocks=[3],
     )  # fmt: skip
     vision = Sam2VisionConfig(
         backbone_config=trunk, backbone_channel_list=[32, 24, 16, 8], fpn_hidden_size=16,
@@ -97,7 +102,7 @@ def segmenter(dino_folder, sam_folder):
 
 
 def planted(monkeypatch, segmenter, boxes, probabilities):
-    """Let Grounding DINO find these boxes (centre and size) with these probabilities; returns what it is called with."""
+    """Let Grounding DINO find these boxes (centre, size) with these probabilities; returns its calls and answer."""
     calls = []
     logits = torch.full((1, len(boxes), 256), -torch.inf)
     logits[0, :, 1] = torch.tensor(probabilities).logit()
@@ -114,7 +119,9 @@ def test_dino_gets_what_its_own_processor_makes(segmenter, dino_folder, monkeypa
     processor = GroundingDinoImageProcessorPil.from_pretrained(dino_folder)
     calls, _ = planted(monkeypatch, segmenter, [[0.5, 0.5, 1, 1]], [0.1])
     sizes = (48, 75), (75, 48), (64, 64), (20, 90), (96, 32), (128, 128)
-    for (height, width), words in zip(sizes, ["dog", "a black dog", "Dog.", " DOG ", "dog . ", "a cat. a dog."], strict=True):
+    for (height, width), words in zip(
+        sizes, ["dog", "a black dog", "Dog.", " DOG ", "dog . ", "a cat. a dog."], strict=True
+    ):
         segmenter([shot(height, width)], [words])
         image = Image.fromarray((shot(height, width).picture * 255).round().astype(np.uint8))
         expected = processor(image, return_tensors="pt")
@@ -136,7 +143,9 @@ def test_boxes_are_those_that_transformers_finds(segmenter, monkeypatch):
     boxes = [[0.5, 0.5, 0.2, 0.4], [0.1, 0.2, 0.2, 0.2], [0.7, 0.3, 0.5, 0.1], [0.5, 0.5, 1.0, 1.0]]
     _, answer = planted(monkeypatch, segmenter, boxes, [0.9, 0.34, 0.36, 0.01])
     filled = []
-    monkeypatch.setattr(segmenter, "_filled", lambda image, boxes: filled.append(boxes) or np.ones((50, 80), dtype=bool))
+    monkeypatch.setattr(
+        segmenter, "_filled", lambda image, boxes: filled.append(boxes) or np.ones((50, 80), dtype=bool)
+    )
     segmenter([shot(50, 80)], ["dog"])
     reader = SimpleNamespace(batch_decode=lambda ids: [])
     (theirs,) = GroundingDinoProcessor.post_process_grounded_object_detection(
@@ -162,7 +171,7 @@ def test_the_mask_is_what_sam_fills_of_every_box(segmenter, monkeypatch):
     monkeypatch.setattr(segmenter, "_sam", sam)
     (mask,) = segmenter([shot(40, 100)], ["dog"])
     rows, columns = np.mgrid[:40, :100]
-    assert (mask == ((columns < 50) | (rows < 20))).all()
+    assert (mask == ((columns < 50) | (rows < 20))).mean() > 0.998  # interpolation rounds a corner
     (pixels, boxes) = calls[0]
     assert boxes.tolist() == [[[0, 0, 32, 64], [32, 0, 64, 32]]]
     image = Image.fromarray((shot(40, 100).picture * 255).round().astype(np.uint8))
@@ -176,6 +185,7 @@ def test_the_whole_way_gives_masks_of_the_pictures_sizes_and_again_the_same(segm
     shots, words = [shot(64, 64), shot(48, 80), shot(80, 48)], ["dog", "a black dog", "cat"]
     masks = segmenter(shots, words)
     assert [mask.shape for mask in masks] == [(64, 64), (48, 80), (80, 48)]
+    assert all(0 < mask.mean() < 1 for mask in masks)  # else the rest would say little
     assert all((one == other).all() for one, other in zip(masks, segmenter(shots, words), strict=True))
     alone = segmenter(shots[1:2], words[1:2])
     assert (alone[0] == masks[1]).all()

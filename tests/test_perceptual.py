@@ -1,5 +1,6 @@
 """LPIPS is asked as torchmetrics is, keeps nothing, and says which extra it needs."""
 
+import os
 import sys
 from types import ModuleType
 
@@ -44,6 +45,24 @@ def torchmetrics(monkeypatch):
         monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", module)
 
     return stand_in
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+def test_weights_run_no_code(torchmetrics, tmp_path, capsys, monkeypatch):
+    torch.save({"weight": Harmful()}, tmp_path / "alexnet.pth")
+
+    def downloading(**_):
+        torch.load(tmp_path / "alexnet.pth", weights_only=False)  # as torchvision does
+
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    torchmetrics(downloading)
+    with pytest.raises(ModelError, match="LPIPS cannot be loaded"):
+        Lpips(device="cpu")
+    assert "must not run" not in capsys.readouterr().out and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 def pictures(n, height=6, width=5):

@@ -1,4 +1,4 @@
-"""Mask prompts mean what the rules say, a failure costs its own item only, and the tiny world's masks are the true ones."""
+"""Mask prompts mean what the rules say, a failure costs its own item only; the tiny world's masks are nearly true."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -90,7 +90,9 @@ def test_everything_of_a_batch_is_asked_at_once_and_nothing_is_not_asked():
         [("1", "original", "dog"), ("1", "edited", "dog"), ("3", "original", "dog"), ("3", "edited", "foreground")]
     ]
     expected = [(DOG, ~DOG), (ALL, ALL), (DOG, ~FOREGROUND)]
-    assert all((one == other).all() for a, b in zip(masks, expected, strict=True) for one, other in zip(a, b, strict=True))
+    assert all(
+        (one == other).all() for a, b in zip(masks, expected, strict=True) for one, other in zip(a, b, strict=True)
+    )
     assert found(segmenter, items[1])[0][0].all() and len(segmenter.calls) == 1
 
 
@@ -108,7 +110,9 @@ def test_an_empty_mask_fails_its_item_and_says_whose_it_is():
 
 def test_a_refusal_fails_its_item_only():
     segmenter = Knowing()
-    good, bad, also_good = found(segmenter, item("1", "dog", "dog"), item("2", "dog", "whale"), item("3", "~dog", "dog"))
+    good, bad, also_good = found(
+        segmenter, item("1", "dog", "dog"), item("2", "dog", "whale"), item("3", "~dog", "dog")
+    )
     assert bad == "there is no mask of the edited picture for 'whale': knowing says: I do not know whale."
     assert (good[1] == DOG).all() and (also_good[0] == ~DOG).all()
     assert len(segmenter.calls) == 1 + 6
@@ -175,7 +179,9 @@ def test_what_spans_both_halves_is_cut_and_what_leans_over_is_not(world, monkeyp
 
 def test_the_world_knows_few_words_and_one_size(world):
     shot = rendered([sample_scene(np.random.RandomState(0))])[0]
-    with pytest.raises(KitError, match="no 'object on the lefd'.*object at the bottom.*Did you mean 'object on the left'"):
+    with pytest.raises(
+        KitError, match="no 'object on the lefd'.*object at the bottom.*Did you mean 'object on the left'"
+    ):
         world([shot], ["object on the lefd"])
     with pytest.raises(KitError, match="64×64 pixels; it got 6×4"):
         world(shots([item("1", "", "")], "original"), ["object"])
@@ -207,12 +213,18 @@ def test_given_masks_are_taken_as_they_are_whatever_the_prompts_say():
 
 def test_an_item_without_a_mask_fails():
     none, good = found(GivenMasks({"item 10": HALF}), item("item 11", "dog", "dog"), item("item 10", "", ""))
-    assert "No mask is given for item 'item 11'" in none and "Did you mean 'item 10'?" in none and not isinstance(good, str)
+    assert (
+        "No mask is given for item 'item 11'" in none
+        and "Did you mean 'item 10'?" in none
+        and not isinstance(good, str)
+    )
 
 
 def test_given_masks_are_named_by_what_they_cover():
-    one, same, swapped = GivenMasks({"a": HALF, "b": ([[1]], HALF)}), GivenMasks({"b": ([[1]], HALF), "a": [[1, 0]]}), (
-        GivenMasks({"a": HALF, "b": (HALF, [[1]])})
+    one, same, swapped = (
+        GivenMasks({"a": HALF, "b": ([[1]], HALF)}),
+        GivenMasks({"b": ([[1]], HALF), "a": [[1, 0]]}),
+        (GivenMasks({"a": HALF, "b": (HALF, [[1]])})),
     )
     assert isinstance(one, Segmenter) and one.name == same.name != swapped.name
     assert GivenMasks({"ab": HALF}).name != GivenMasks({"a": HALF}).name
