@@ -70,7 +70,8 @@ class Recording:
         present = {half for _, _, half in self._parts}
         return [half for half in ("uncond", "cond") if half in present]
 
-    def _add(self, update: Tensor, call: Call) -> None:
+    def add(self, update: Tensor, call: Call) -> None:
+        """Keep what one call of a hook saw, as the halves that it has."""
         halves: list[tuple[Half, Tensor]] = [("cond", update)]
         if call.guided:
             uncond, cond = update.chunk(2)
@@ -161,7 +162,7 @@ def _readers(
 
     def read(update: Tensor, call: Call) -> None:
         if steps is None or call.step in steps:
-            recording._add(update.detach().to("cpu", dtype or update.dtype, copy=True), call)
+            recording.add(update.detach().to("cpu", dtype or update.dtype, copy=True), call)
         if stop_early and call.hookpoint == last and call.step == (max(steps) if steps else call.n_steps - 1):
             raise _Stopped
 
@@ -182,20 +183,35 @@ def rewrite(pipe: Any, edits: Mapping[str, Callable[[Update, Call], Tensor | Non
         yield
 
 
-@contextmanager
 def _hooked(
     pipe: Any, functions: Mapping[str, Callable[[Tensor, Call], Tensor | None]], *, first: bool
-) -> Iterator[None]:
-    """Hold the hooks for as long as the with block lasts, and remove them however it ends."""
-    unet, clock, handles = getattr(pipe.unet, "_orig_mod", pipe.unet), _Clock(pipe), []  # a compiled one wraps it
+) -> AbstractContextManager[None]:
+    """Let functions see the updates of hookpoints inside the with block."""
+
+    def register(unet: Any, clock: Clock) -> Iterator[Any]:
+        for name, function in functions.items():
+            block = unet.get_submodule(resolve(unet, name).path)
+            tap = _Tap(name, function, clock)
+            yield block.register_forward_pre_hook(tap.see_input, with_kwargs=True)
+            yield block.proj_out.register_forward_hook(tap.see_update, prepend=first)
+
+    return hooked(pipe, register)
+
+
+@contextmanager
+def hooked(pipe: Any, register: Callable[[Any, Clock], Iterator[Any]]) -> Iterator[None]:
+    """Hold hooks for as long as the with block lasts, and remove them however it ends.
+
+    Args:
+        pipe: the pipeline that is called inside the with block.
+        register: gets the U-Net and a clock that knows the step it is at, registers hooks and yields their handles.
+    """
+    unet, clock, handles = getattr(pipe.unet, "_orig_mod", pipe.unet), Clock(pipe), []  # a compiled one wraps it
     try:
         with _uncompiled(unet, wrapped=unet is not pipe.unet):
             handles.append(unet.register_forward_pre_hook(clock, with_kwargs=True))
-            for name, function in functions.items():
-                block = unet.get_submodule(resolve(unet, name).path)
-                tap = _Tap(name, function, clock)
-                handles.append(block.register_forward_pre_hook(tap.see_input, with_kwargs=True))
-                handles.append(block.proj_out.register_forward_hook(tap.see_update, prepend=first))
+            for handle in register(unet, clock):
+                handles.append(handle)  # one by one: those before a failure are removed too
             yield
     finally:
         for handle in handles:
@@ -224,7 +240,7 @@ def _is_compiled(module: nn.Module) -> bool:
     )
 
 
-class _Clock:
+class Clock:
     """Knows the denoising step from the timestep the U-Net was called with, so that it can never drift."""
 
     def __init__(self, pipe: Any) -> None:
@@ -233,6 +249,7 @@ class _Clock:
         self._first = self._last = 0
 
     def __call__(self, _unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at the timestep, before the U-Net runs."""
         timestep = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]).flatten()[0]
         scheduler, timesteps = self.pipe.scheduler, self.pipe.scheduler.timesteps
         (found,) = (timesteps.cpu() == timestep.cpu()).nonzero(as_tuple=True)
@@ -255,11 +272,15 @@ class _Clock:
         self.n_steps = getattr(self.pipe, "num_timesteps", None) or len(timesteps) - start
         self.guided = bool(getattr(self.pipe, "do_classifier_free_guidance", False))
 
+    def call(self, hookpoint: str) -> Call:
+        """Where a hook is called that is called now."""
+        return Call(hookpoint, self.step, self.n_steps, self.guided)
+
 
 class _Tap:
     """One hookpoint's pair of hooks: the block's input gives the grid, its proj_out gives the update."""
 
-    def __init__(self, name: str, function: Callable[[Tensor, Call], Tensor | None], clock: _Clock) -> None:
+    def __init__(self, name: str, function: Callable[[Tensor, Call], Tensor | None], clock: Clock) -> None:
         self.name, self.function, self.clock = name, function, clock
         self.grid = (0, 0)
 
@@ -268,8 +289,7 @@ class _Tap:
         self.grid = (height, width)
 
     def see_update(self, _module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        call = Call(self.name, self.clock.step, self.clock.n_steps, self.clock.guided)
-        changed = self.function(output.unflatten(1, self.grid), call)
+        changed = self.function(output.unflatten(1, self.grid), self.clock.call(self.name))
         return None if changed is None else changed.to(output.dtype).flatten(1, 2)
 
 

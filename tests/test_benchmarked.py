@@ -279,7 +279,9 @@ def by_gain(gains: dict[tuple[str, str], float], noise: float = 0.0) -> Any:
     return score
 
 
-GAINS = {(kind, block): 0.05 * (1 + (3 * i + 2 * j) % 5) for i, kind in enumerate(KINDS) for j, block in enumerate(BLOCKS)}
+GAINS = {
+    (kind, block): 0.05 * (1 + (3 * i + 2 * j) % 5) for i, kind in enumerate(KINDS) for j, block in enumerate(BLOCKS)
+}
 
 
 def test_blocks_are_measured_alone_and_left_out(tmp_path) -> None:
