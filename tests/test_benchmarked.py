@@ -1,4 +1,4 @@
-"""Results of RIEBench: choosing does not flatter, equal damage is equal, blocks agree or do not, and all is exported."""
+"""Results of RIEBench: choosing does not flatter, damage is equal, blocks agree or do not, all is exported."""
 
 from __future__ import annotations
 
