@@ -44,7 +44,7 @@ class Recording:
 
     _parts: dict[tuple[str, int, Half], list[Tensor]] = field(default_factory=dict)
 
-    def update(self, hookpoint: str, step: int = 0, half: Half = "cond") -> Update:
+    def update(self, hookpoint: str, step: int = 0, half: Half = "cond") -> Float[Tensor, "batch *grid d_in"]:
         """The update of every image made, (batch, height, width, d_in).
 
         Raises:

@@ -8,7 +8,7 @@ usual hookpoints, 4 · 10 · 5,120 = 204,800 neurons. Unlike the activations of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from jaxtyping import Float
@@ -64,7 +64,7 @@ def record_neurons(pipe: Any, hookpoints: Iterable[str]) -> Iterator[Recording]:
     def read(neurons: Tensor, call: Call) -> None:
         recording.add(neurons.detach().to("cpu", copy=True), call)
 
-    with rewrite_neurons(pipe, dict.fromkeys(hookpoints, read)):
+    with _hooked(pipe, dict.fromkeys(hookpoints, read)):
         yield recording
 
 
@@ -81,14 +81,17 @@ def rewrite_neurons(pipe: Any, edits: Mapping[str, Callable[[Neurons, Call], Ten
     Raises:
         HookpointError: the U-Net has no such hookpoint.
     """
+    with _hooked(pipe, edits):
+        yield
 
+
+def _hooked(pipe: Any, edits: Mapping[str, Callable[[Tensor, Call], Tensor | None]]) -> AbstractContextManager[None]:
     def register(unet: Any, clock: Clock) -> Iterator[Any]:
         for hookpoint, edit in edits.items():
             for name, path in list_layers(unet, hookpoint).items():
                 yield unet.get_submodule(path).register_forward_hook(_hook(name, edit, clock))
 
-    with hooked(pipe, register):
-        yield
+    return hooked(pipe, register)
 
 
 def _hook(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,20 +23,6 @@ Chosen = Bool[Tensor, "item feature"]
 Written = Float[Tensor, "item token width"]
 
 
-class Trace(Protocol):
-    """Features of a batch of items at one place, at every step."""
-
-    @property
-    def n_features(self) -> int:
-        """How many there are."""
-
-    def means(self, mask: Mask) -> Float[Tensor, "item feature"]:
-        """Mean magnitude of every feature over an item's tokens in the mask, at the first step; 0 where it has none."""
-
-    def written(self, step: int, chosen: Chosen) -> Written:
-        """What each item's chosen features amount to at this step, as the place itself would hold it, in float32."""
-
-
 @dataclass(frozen=True)
 class Values:
     """Dense features, each its own coordinate of what the place holds: neurons, or the channels of an update."""
@@ -48,15 +33,15 @@ class Values:
 
     @property
     def n_features(self) -> int:
-        """See `Trace`."""
+        """How many there are."""
         return self.steps[0].shape[2]
 
     def means(self, mask: Mask) -> Float[Tensor, "item feature"]:
-        """See `Trace`."""
+        """Mean magnitude of every feature over an item's tokens in the mask, at the first step; 0 where it has none."""
         return mean_under(self._at(0).abs(), mask)[:, 0]
 
     def written(self, step: int, chosen: Chosen) -> Written:
-        """See `Trace`."""
+        """What each item's chosen features amount to at this step, as the place itself holds it, in float32."""
         return self._at(step) * chosen[:, None]
 
     def _at(self, step: int) -> Float[Tensor, "item token feature"]:
@@ -92,22 +77,26 @@ class Codes:
 
     @property
     def n_features(self) -> int:
-        """See `Trace`."""
+        """How many there are."""
         return self.encoder.sae.d_sae
 
     def means(self, mask: Mask) -> Float[Tensor, "item feature"]:
-        """See `Trace`."""
+        """Mean magnitude of every feature over an item's tokens in the mask, at the first step; 0 where it has none."""
         indices, values = self.steps[0]
         sums = values.new_zeros(len(values), self.encoder.sae.d_sae)
         sums.scatter_add_(1, indices.flatten(1), (values * mask).flatten(1))
         return sums / mask.sum(dim=1).clamp_min(1)
 
     def written(self, step: int, chosen: Chosen) -> Written:
-        """See `Trace`; only entries of chosen features are decoded."""
+        """What each item's chosen features amount to at this step: only these are decoded."""
         indices, values = self.steps[step]
         kept = (chosen.gather(1, indices.flatten(1)) & (values.flatten(1) > 0)).flatten()
         entries = active(indices.flatten(0, 1), self.encoder.sae.d_sae).where(kept)
         return combine(entries, values.flatten()[kept], self.encoder.directions).view(*indices.shape[:2], -1)
+
+
+Trace = Values | Codes
+"""Features of a batch of items at one place, at every step."""
 
 
 def mean_under(values: Written, mask: Mask) -> Float[Tensor, "item 1 width"]:
