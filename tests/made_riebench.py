@@ -13,7 +13,6 @@ from sdxl_sae_kit.artifacts import Store
 from sdxl_sae_kit.studies.benchmark_scores import MEASURES
 from sdxl_sae_kit.studies.benchmarked import FILE, PICTURE, RIEBench
 from sdxl_sae_kit.studies.distances import sheet
-from sdxl_sae_kit.studies.lines import Lines
 from sdxl_sae_kit.studies.transport import Setting
 
 BLOCKS = ("down.2.1", "mid.0", "up.0.0")
@@ -63,17 +62,14 @@ def made_up(
     kinds: Sequence[str] = KINDS,
 ) -> RIEBench:
     """A finished benchmark; items are named by kind and number, and written in this order."""
-    told = {"study": "riebench", "settings": [[s.method, s.k, s.strength, list(s.blocks)] for s in settings], "seed": 0}
-    told |= {"saes": [[block, "k8", "0" * 64] for block in BLOCKS], "features": dict.fromkeys(BLOCKS, 64)}
-    artifact = Store.at(folder).artifact("studies", "made_up", told | dict(recipe or {}))
+    made = {"study": "riebench", "settings": [[s.method, s.k, s.strength, list(s.blocks)] for s in settings], "seed": 0}
+    made |= {"saes": [[block, "k8", "0" * 64] for block in BLOCKS], "features": dict.fromkeys(BLOCKS, 64)}
+    artifact = Store.at(folder).artifact("studies", "made_up", made | dict(recipe or {}))
     names = [f"{kind} {i:03}" for kind in kinds for i in range(per_kind)]
     with artifact.lock():
-        lines = Lines(artifact, FILE)
-        found = {
-            name: line(name, place, settings, score, seed, words, failed or {}) for place, name in enumerate(names)
-        }
-        for name in order(names):
-            lines.add(name, found[name])
+        places = {name: place for place, name in enumerate(names)}
+        told = {name: line(name, places[name], settings, score, seed, words, failed or {}) for name in order(names)}
+        artifact.file(FILE).write_text("".join(f"{json.dumps(each, allow_nan=False)}\n" for each in told.items()))
         if pictures:
             drawn = sum(bool(s.blocks) for s in settings)
             for place in range(len(names)):
