@@ -183,7 +183,7 @@ def test_riebench_passes_on_what_it_was_given_and_prints_rows_sentence_failures_
     assert settings == {"methods": ["sae", "random"], "seed": 3, "batch_size": 5, "store": tmp_path}
     assert calls[0][0][2] == DEFAULT_HOOKPOINTS, "what the notebooks collect, which the store may have"
     said = capsys.readouterr().out
-    assert "Means over 4 items" in said and "none    –  0.000" in said and "0.50 [0.25, 0.75]" in said
+    assert "Means over 4 items" in said and "none    –  0.000" in said and "0.500 [0.250, 0.750]" in said
     assert "4 items scored." in said and "change pose 1  change pose  the mask is empty" in said
     assert said.endswith(f"{tmp_path / 'there'}\n") and (tmp_path / "out.json").read_text() == "{}"
 
