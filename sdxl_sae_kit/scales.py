@@ -31,28 +31,34 @@ class Scale:
     """Prompts on which whole blocks and screened features are measured."""
     n_elsewhere: int
     """Images made in another setting or by another model, to see what carries over."""
+    n_items: int
+    """Items of each type of edit that RIEBench is made of."""
 
     def prompts(self) -> Prompts:
         """The prompts, each with its seed."""
         return load_prompts(self.source, self.n_images)
 
 
-def _tiny(n_images: int, epochs: int, sweep_epochs: int, n_features: int, n_prompts: int, n_elsewhere: int) -> Scale:
+def _tiny(
+    n_images: int, epochs: int, sweep_epochs: int, n_features: int, n_prompts: int, n_elsewhere: int, n_items: int
+) -> Scale:
     # Steps are few and tokens narrow here, so the learning rate is higher and death comes sooner than in the paper.
     configs = {f"k{k}": SAEConfig(k=k, lr=3e-3, dead_after=50_000) for k in (5, 10)}
     # Colours and shapes are told in directions in which updates vary little: see what recovery says of its latents.
     configs["k20-white"] = SAEConfig(k=20, normalize="whiten", lr=3e-3, dead_after=50_000)
-    return Scale("world", n_images, configs, 1024, epochs, sweep_epochs, n_features, n_prompts, n_elsewhere)
+    return Scale("world", n_images, configs, 1024, epochs, sweep_epochs, n_features, n_prompts, n_elsewhere, n_items)
 
 
-def _real(n_images: int, epochs: int, sweep_epochs: int, n_features: int, n_prompts: int, n_elsewhere: int) -> Scale:
+def _real(
+    n_images: int, epochs: int, sweep_epochs: int, n_features: int, n_prompts: int, n_elsewhere: int, n_items: int
+) -> Scale:
     configs = {f"k{k}": SAEConfig(k=k, dead_after=1_000_000) for k in (10, 20)}
-    return Scale("scenes", n_images, configs, 4096, epochs, sweep_epochs, n_features, n_prompts, n_elsewhere)
+    return Scale("scenes", n_images, configs, 4096, epochs, sweep_epochs, n_features, n_prompts, n_elsewhere, n_items)
 
 
 SCALES = {
-    "tiny": {"smoke": _tiny(240, 4, 1, 3, 12, 48), "demo": _tiny(2048, 10, 3, 10, 24, 160)},
-    "real": {"smoke": _real(64, 1, 1, 3, 8, 24), "demo": _real(4000, 2, 1, 10, 24, 160)},
+    "tiny": {"smoke": _tiny(240, 4, 1, 3, 12, 48, 2), "demo": _tiny(2048, 10, 3, 10, 24, 160, 20)},
+    "real": {"smoke": _real(64, 1, 1, 3, 8, 24, 1), "demo": _real(4000, 2, 1, 10, 24, 160, 9)},
 }
 
 
