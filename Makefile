@@ -31,10 +31,10 @@ report: $(READY)  ## run every notebook, write one offline HTML file, print its 
 	$(BIN)/python -m sdxl_sae_kit report --scale $(SCALE) --model $(MODEL)
 
 test: $(READY)  ## run the tests, without the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
 test-all: $(READY)  ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)  ## check style, types, import contracts and that notebooks carry no outputs
 	$(BIN)/ruff check .
