@@ -152,7 +152,8 @@ def _riebench(options: argparse.Namespace) -> None:
     from sdxl_sae_kit.pipelines import load_pipeline
     from sdxl_sae_kit.studies.distances import written
     from sdxl_sae_kit.studies.grids import forecast_riebench
-    from sdxl_sae_kit.studies.riebench import METHODS, riebench, time_drawing
+    from sdxl_sae_kit.studies.riebench import riebench, time_drawing
+    from sdxl_sae_kit.studies.transport import METHODS
     from sdxl_sae_kit.tiny import NAMES
 
     source = options.items or ("world" if options.model in NAMES else "natural")
@@ -197,8 +198,10 @@ def _trained(options: argparse.Namespace, pipe: Any, hookpoints: Sequence[str]) 
         raise KitError(f"--saes: this scale trains {', '.join(scale.configs)}, not {name!r}.{hint}")
     usual = set(hookpoints) <= set(DEFAULT_HOOKPOINTS)  # whose updates the notebooks collect together
     cache = collect(pipe, scale.prompts(), DEFAULT_HOOKPOINTS if usual else hookpoints, store=options.store)
-    config, size = {name: scale.configs[name]}, {"batch_size": scale.batch_size, "epochs": scale.epochs}
-    saes = train(cache, config, hookpoints=hookpoints, **size, store=options.store)
+    saes = train(
+        cache, {name: scale.configs[name]}, hookpoints=hookpoints,
+        batch_size=scale.batch_size, epochs=scale.epochs, store=options.store,
+    )  # fmt: skip
     return {hookpoint: saes[hookpoint, name] for hookpoint in hookpoints}
 
 

@@ -9,11 +9,20 @@ from jaxtyping import install_import_hook
 
 install_import_hook("sdxl_sae_kit", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+import checking  # noqa: E402
+import hypothesis  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+checking.check_first_calls()
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+hypothesis.settings.register_profile("kit", deadline=None)  # how long an example takes depends on what else runs
+hypothesis.settings.load_profile("kit")
+
+
+def pytest_runtest_setup():
+    checking.calls.clear()
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from launching import Forked
 from reading_html import read_safely
 
 from sdxl_sae_kit.errors import ArtifactError, KitError
@@ -126,43 +126,21 @@ def test_a_prompt_a_pair_of_words_and_a_function_will_do(pipe, chosen, tmp_path,
     np.testing.assert_allclose(bright.totals("up.0.1") * 3**0.5, whole.totals("up.0.1"), rtol=1e-3, atol=1e-7)
 
 
-KILLED = """
-import os, signal, sys, torch
-torch.set_num_threads(1)
-from sdxl_sae_kit.pipelines import load_pipeline
-from sdxl_sae_kit.prompts import Prompts
-from sdxl_sae_kit.sae import SAE
-from sdxl_sae_kit.studies import attribution
-from sdxl_sae_kit.targets import RegionColour
-
-turned_off, made = attribution._turned_off, []
-
-def dying(*arguments):
-    if len(made) == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    made.append(arguments)
-    return turned_off(*arguments)
-
-attribution._turned_off = dying
-pipe = load_pipeline("tiny-turbo", device="cpu", dtype="float32")
-saes, prompts = [SAE.load(path) for path in sys.argv[3:]], Prompts.from_jsonl(open(sys.argv[2]).read())
-attribution.attribute(
-    pipe, saes, prompts, RegionColour((1, -0.5, -0.5)), checked=2, batch_size=2, store=sys.argv[1]
-)
-"""
-
-
 def test_killed_it_goes_on_at_the_latent_in_hand_and_ends_the_same(
     pipe, chosen, prompts, result, tmp_path, monkeypatch
 ) -> None:
-    (tmp_path / "prompts.jsonl").write_text(prompts.to_jsonl())
-    files = [str(tmp_path / f"{sae.hookpoint}.safetensors") for sae in chosen]
-    for sae, file in zip(chosen, files, strict=True):
-        sae.save(file)
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "store"), str(tmp_path / "prompts.jsonl"), *files]
-    killed = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-    assert killed.returncode == -9, killed.stderr.decode()
     turned_off, left = attribution._turned_off, []
+
+    def dying(*arguments):
+        if len(left) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left.append(arguments)
+        return turned_off(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(attribution, "_turned_off", dying)
+        killed = Forked(lambda: attribute(pipe, chosen, prompts, TARGET, **CHECKED, store=tmp_path / "store"))
+    assert killed.wait() == -signal.SIGKILL
     monkeypatch.setattr(attribution, "_turned_off", lambda *a: left.append(a[2]) or turned_off(*a))
     monkeypatch.setattr(attribution, "_differentiate", lambda *a: pytest.fail("gradients were there already"))
     again = attribute(pipe, chosen, prompts, TARGET, **CHECKED, store=tmp_path / "store")

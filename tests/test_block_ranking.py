@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from launching import Forked
 from reading_html import read_safely
 
 from sdxl_sae_kit.errors import ArtifactError, HookpointError, KitError, PromptError
@@ -124,38 +124,23 @@ def test_too_few_prompts_do_not_tell_how_stable_the_ranking_is(pipe, store) -> N
         made.plot_damage()
 
 
-KILLED = """
-import os, signal, sys, torch
-torch.set_num_threads(1)
-from sdxl_sae_kit.pipelines import load_pipeline
-from sdxl_sae_kit.prompts import load_prompts
-from sdxl_sae_kit.studies import block_ranking
-
-measure, made = block_ranking._measure, []
-
-def dying(*arguments):
-    if len(made) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    made.append(arguments)
-    return measure(*arguments)
-
-block_ranking._measure = dying
-pipe = load_pipeline("tiny-turbo", device="cpu", dtype="float32")
-prompts = load_prompts("world", 5)
-blocks = ["up.0.1", "down.2.1", "up.2.resnet.0"]
-block_ranking.rank_blocks(pipe, prompts, blocks=blocks, batch_size=2, store=sys.argv[1])
-"""
-
-
 def test_killed_it_goes_on_at_the_batch_in_hand_and_ends_the_same(pipe, prompts, result, tmp_path, monkeypatch) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, capture_output=True)
-    assert killed.returncode == -9, killed.stderr.decode()
+    measure, calls = block_ranking._measure, []
+
+    def dying(*arguments):
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls.append(arguments)
+        return measure(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(block_ranking, "_measure", dying)
+        killed = Forked(lambda: rank_blocks(pipe, prompts, blocks=BLOCKS, batch_size=2, store=tmp_path))
+    assert killed.wait() == -signal.SIGKILL
     (lines,) = tmp_path.rglob("blocks.jsonl")
     assert lines.read_bytes().count(b"\n") == 2
     with lines.open("ab") as file:
         file.write(b'["images 4 to 4", {"texts": ["a ')  # what a kill in the middle of writing leaves
-    measure, calls = block_ranking._measure, []
 
     def counted(*arguments):
         calls.append(list(arguments[1].texts))

@@ -1,10 +1,7 @@
 """Icons: what steer(add=…) draws on the empty prompt; killed for real, they go on and end the same."""
 
 import io
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from launching import Forked
 from PIL import Image
 
 from sdxl_sae_kit import icons
@@ -107,32 +105,17 @@ def test_the_page_shows_every_strength(drawn):
     assert Image.open(io.BytesIO(row)).size == (3 * 88 + 2 * 4, 88)
 
 
-KILLED = """
-import sys, torch
-torch.set_num_threads(1)
-from sdxl_sae_kit.features import FeatureStats
-from sdxl_sae_kit.icons import draw_icons
-from sdxl_sae_kit.pipelines import load_pipeline
-from sdxl_sae_kit.sae import SAE
-pipe = load_pipeline("tiny-turbo", device="cpu", dtype="float32")
-stats = FeatureStats.open(sys.argv[2])
-draw_icons(pipe, SAE.load(sys.argv[1]), stats, stats.alive[:12], batch_size=6, store=sys.argv[3])
-"""
-
-
-def test_killed_it_goes_on_and_ends_bit_identical(pipe, sae, small_stats, store, tmp_path):
-    (file,) = store.root.glob(f"saes/{sae.name}*/sae.safetensors")
-    command = [sys.executable, "-c", KILLED, str(file), str(small_stats.artifact.folder), str(tmp_path / "killed")]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+def test_killed_it_goes_on_and_ends_bit_identical(pipe, sae, small_stats, tmp_path):
+    chosen = small_stats.alive[:12]
+    process = Forked(lambda: draw_icons(pipe, sae, small_stats, chosen, batch_size=6, store=tmp_path / "killed"))
     deadline = time.monotonic() + 120
-    while len(list((tmp_path / "killed").rglob("part-*.h5"))) < 2 and process.poll() is None:
+    while len(list((tmp_path / "killed").rglob("part-*.h5"))) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     assert process.wait() == -signal.SIGKILL
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("part-*.h5")}
     assert 2 <= len(made) < 6 and not list((tmp_path / "killed").rglob("stamp.json"))
-    chosen = small_stats.alive[:12]
     resumed = draw_icons(pipe, sae, small_stats, chosen, batch_size=6, store=tmp_path / "killed")
     assert all(path.stat().st_mtime_ns == time_made for path, time_made in made.items())
     whole = draw_icons(pipe, sae, small_stats, chosen, batch_size=6, store=tmp_path / "whole")

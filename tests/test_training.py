@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from launching import LAUNCHERS
+from launching import LAUNCHERS, Forked
 
 from sdxl_sae_kit import runs
 from sdxl_sae_kit.collection import collect
@@ -95,32 +95,17 @@ def test_a_second_call_loads_instead_of_training(small_saes, small_cache, store,
     assert {key: sae.digest for key, sae in again.items()} == {key: sae.digest for key, sae in small_saes.items()}
 
 
-TRAINER = """
-    import sys, torch
-    torch.set_num_threads(1)
-    from sdxl_sae_kit import runs, training, SAEConfig, ActivationCache
-    runs._CHECKPOINT_STEPS = int(sys.argv[3])
-    print("ready", flush=True)
-    common = dict(lr=3e-3, dead_after=3000, auxk=16)
+def trainer(cache, store, checkpoint_steps):
+    """A process that trains every kind with every schedule."""
+    common = {"lr": 3e-3, "dead_after": 3000, "auxk": 16}
     configs = {
         "a": SAEConfig(k=4, expansion=2, resample_every=20_000, warmup_steps=30, decay_steps=60, **common),
         "b": SAEConfig(k=8, kind="batchtopk", k_start=16, anneal_steps=120, prefixes=(0.5,), **common),
         "c": SAEConfig(k=4, kind="jumprelu", normalize="channels", **common),
     }
-    saes = training.train(ActivationCache.open(sys.argv[1]), configs, hookpoints=["up.0.1"], batch_size=512, epochs=16,
-                          store=sys.argv[2])
-"""
-
-
-def run_trainer(cache, store, checkpoint_steps):
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(TRAINER), cache.artifact.folder, store, str(checkpoint_steps)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout.readline() == b"ready\n"
-    return process
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(runs, "_CHECKPOINT_STEPS", checkpoint_steps)
+        return Forked(lambda: train(cache, configs, hookpoints=["up.0.1"], batch_size=512, epochs=16, store=store))
 
 
 def checkpoints(store):
@@ -130,18 +115,18 @@ def checkpoints(store):
 def test_two_hundred_steps_are_a_hundred_a_kill_and_a_hundred_bit_for_bit(small_cache, tmp_path):
     """Every kind, with every schedule: weights, thresholds, Adam, random draws and the place in the data go on."""
     assert small_cache.steps("up.0.1", 512) * 16 == 224
-    whole = run_trainer(small_cache, tmp_path / "whole", 1000)
-    killed = run_trainer(small_cache, tmp_path / "killed", 100)
+    whole = trainer(small_cache, tmp_path / "whole", 1000)
+    killed = trainer(small_cache, tmp_path / "killed", 100)
     deadline = time.monotonic() + 100
     while len(checkpoints(tmp_path / "killed")) < 2 and time.monotonic() < deadline:
         time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait(timeout=30)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
     assert checkpoints(tmp_path / "killed") and not list((tmp_path / "killed").rglob("stamp.json"))
     for path in checkpoints(tmp_path / "killed"):
         assert SAE.load(path).hookpoint == "up.0.1"  # a checkpoint is an SAE too
-    assert run_trainer(small_cache, tmp_path / "killed", 1000).wait(timeout=200) == 0
-    assert whole.wait(timeout=200) == 0
+    assert trainer(small_cache, tmp_path / "killed", 1000).wait() == 0
+    assert whole.wait() == 0
     made = [p for p in (tmp_path / "whole").rglob("*") if p.name in ("sae.safetensors", "training.jsonl")]
     assert len(made) == 6 and not checkpoints(tmp_path / "killed")
     for path in made:

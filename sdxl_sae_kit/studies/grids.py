@@ -150,7 +150,7 @@ def _example(grid: Mapping[str, Any]) -> dict[str, list[int]]:
 
 def _setting(method: str, k: Any, strength: Any, blocks: tuple[str, ...], there: Mapping[str, int]) -> Setting:
     """One setting, if these blocks have as many as it takes."""
-    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 < strength < math.inf:
+    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 < float(strength) < math.inf:
         raise KitError(f"riebench: strength of {method} is a finite number above 0, not {strength!r}.")
     if method == "steering":
         if k is not None:
@@ -168,10 +168,11 @@ def _by_block(asked: Any, n_features: Mapping[str, int], n_neurons: Mapping[str,
             f"riebench: by_block is a method, k and strength, such as ('sae', 8, 2.0) or ('steering', None, 1.0), not "
             f"{asked!r}."
         )
+    method, k, strength = asked
     blocks = tuple(n_features)
     if len(blocks) < 2:
         raise KitError(f"riebench: by_block compares blocks, and there is only {blocks[0]}. Pass SAEs of others too.")
     alone = [(block,) for block in blocks]
     without = [tuple(each for each in blocks if each != block) for block in blocks]
-    there = n_neurons if asked[0] == "neurons" else n_features
-    return [_setting(*asked, used, there) for used in (blocks, *alone, *without)]
+    there = n_neurons if method == "neurons" else n_features
+    return [_setting(method, k, strength, used, there) for used in (blocks, *alone, *without)]

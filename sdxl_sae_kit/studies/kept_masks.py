@@ -14,11 +14,11 @@ from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.errors import ArtifactError
 from sdxl_sae_kit.items import Item
 from sdxl_sae_kit.judges import Pictures
-from sdxl_sae_kit.segmenters import Segmenter, Shot, find_masks
+from sdxl_sae_kit.segmenters import Segmenter, Shot, Side, find_masks
 from sdxl_sae_kit.studies.lines import Lines
 
 FILE = "masks.jsonl"
-_SIDES = ("original", "edited")
+_SIDES: tuple[Side, Side] = ("original", "edited")
 
 Mask = Bool[np.ndarray, "_y _x"]
 
