@@ -6,13 +6,14 @@ how different they look is then told by a measure such as LPIPS or, without one,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch.nn import functional as F
 
@@ -29,6 +30,8 @@ Pictures = Float[np.ndarray, "image y x 3"]
 """Colours 0 to 1."""
 Before = Float[np.ndarray, "#image y x 3"]
 """As many, or one for all."""
+_BATCHES = 4
+"""Batches of which the embedded judge remembers what it saw: before, the prompt's, after, and one more."""
 
 
 @runtime_checkable
@@ -80,10 +83,11 @@ class WorldJudge:
     def __init__(self) -> None:
         self._judge = load_judge()
         self.name = f"world judge {hash_file(WEIGHTS / 'judge' / FILE)[:8]}"
+        self._probabilities, self._features = map(_remembering, (self._judge.probabilities, self._see))
 
     def factors(self, pictures: Pictures) -> dict[str, Float[np.ndarray, "image answer"]]:
         """The calibrated probability of every value of every factor of `FACTORS` and, last, of none."""
-        return self._judge.probabilities(_as_bytes(pictures))
+        return dict(self._probabilities(pictures))
 
     def semantic(self, before: Before, after: Pictures) -> Float[np.ndarray, " image"]:
         """1 − the mean over factors of Bhattacharyya's coefficient."""
@@ -102,8 +106,8 @@ class WorldJudge:
         seen: Float[np.ndarray, "image y x"] = torch.stack(maps).mean(0)[:, 0].cpu().numpy()
         return seen
 
-    def _features(self, pictures: Pictures) -> list[Float[torch.Tensor, "image channel row column"]]:
-        x = torch.from_numpy(_as_bytes(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    def _see(self, pixels: UInt8[np.ndarray, "image y x 3"]) -> list[Float[torch.Tensor, "image channel row column"]]:
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
         at_32 = self._judge.at_32(x.to(self._judge.temperature.device))
         at_16 = self._judge.at_16(at_32)
         return [F.normalize(each, dim=1) for each in (at_32, at_16, self._judge.at_8(at_16))]
@@ -144,6 +148,20 @@ class EmbeddingJudge:
 
     def _rows(self, pictures: Before) -> Float[np.ndarray, "image d"]:
         return self._embed([Image.fromarray(picture) for picture in _as_bytes(pictures)])
+
+
+def _remembering(read: Callable[[Any], Any]) -> Callable[[Pictures], Any]:
+    """What `read` says of pictures, kept for the last batches: studies ask about the same ones with every change."""
+
+    @lru_cache(maxsize=_BATCHES)
+    def read_bytes(pixels: bytes, shape: tuple[int, ...]) -> Any:
+        return read(np.frombuffer(pixels, np.uint8).reshape(shape).copy())
+
+    def read_pictures(pictures: Pictures) -> Any:
+        pixels = _as_bytes(pictures)
+        return read_bytes(pixels.tobytes(), pixels.shape)
+
+    return read_pictures
 
 
 def chosen_judge(asked: str, pipe: Any, judge: PictureJudge | EllipsisType | None) -> PictureJudge | None:
