@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sdxl_sae_kit.artifacts import Store as Store
+    from sdxl_sae_kit.attended import AttentionSegmenter as AttentionSegmenter
     from sdxl_sae_kit.cache import ActivationCache as ActivationCache
     from sdxl_sae_kit.collection import collect as collect
     from sdxl_sae_kit.collection import repair as repair
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.explorer import explore as explore
     from sdxl_sae_kit.features import FeatureStats as FeatureStats
     from sdxl_sae_kit.galleries import gallery as gallery
+    from sdxl_sae_kit.grounding import GroundedSegmenter as GroundedSegmenter
     from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS as DEFAULT_HOOKPOINTS
     from sdxl_sae_kit.hookpoints import list_hookpoints as list_hookpoints
     from sdxl_sae_kit.hooks import record as record
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.interventions import replay as replay
     from sdxl_sae_kit.interventions import steer as steer
     from sdxl_sae_kit.items import load_items as load_items
+    from sdxl_sae_kit.judges import EmbeddingJudge as EmbeddingJudge
     from sdxl_sae_kit.label_tests import auto_label as auto_label
     from sdxl_sae_kit.label_tests import score_label as score_label
     from sdxl_sae_kit.label_tests import test_label as test_label
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.labels import LabelStore as LabelStore
     from sdxl_sae_kit.masks import Polygon as Polygon
     from sdxl_sae_kit.matching import match as match
+    from sdxl_sae_kit.perceptual import Lpips as Lpips
     from sdxl_sae_kit.pipelines import generate as generate
     from sdxl_sae_kit.pipelines import load_pipeline as load_pipeline
     from sdxl_sae_kit.plans import plan as plan
@@ -56,6 +60,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.search import by_similarity as by_similarity
     from sdxl_sae_kit.search import by_text as by_text
     from sdxl_sae_kit.search import most_energetic as most_energetic
+    from sdxl_sae_kit.segmenters import GivenMasks as GivenMasks
     from sdxl_sae_kit.sheets import draw_sheet as draw_sheet
     from sdxl_sae_kit.similarity import ClipEmbed as ClipEmbed
     from sdxl_sae_kit.similarity import WorldEmbed as WorldEmbed
@@ -67,6 +72,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.studies.block_ranking import rank_blocks as rank_blocks
     from sdxl_sae_kit.studies.causes import measure_causes as measure_causes
     from sdxl_sae_kit.studies.generalization import generalize as generalize
+    from sdxl_sae_kit.studies.grids import forecast_riebench as forecast_riebench
     from sdxl_sae_kit.studies.riebench import riebench as riebench
     from sdxl_sae_kit.studies.selectivity import screen as screen
     from sdxl_sae_kit.studies.specialization import specialize as specialize
@@ -79,6 +85,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "artifacts": ["Store"],
+    "attended": ["AttentionSegmenter"],
     "cache": ["ActivationCache"],
     "collection": ["collect", "repair"],
     "comparisons": ["compare"],
@@ -89,17 +96,20 @@ _NAMES = {
     "explorer": ["explore"],
     "features": ["FeatureStats"],
     "galleries": ["gallery"],
+    "grounding": ["GroundedSegmenter"],
     "hookpoints": ["DEFAULT_HOOKPOINTS", "list_hookpoints"],
     "hooks": ["record", "rewrite"],
     "html": ["show_images", "show_table"],
     "icons": ["draw_icons"],
     "interventions": ["replay", "steer"],
     "items": ["load_items"],
+    "judges": ["EmbeddingJudge"],
     "label_tests": ["auto_label", "score_label", "test_label"],
     "labellers": ["EndpointLabeller", "TransformersLabeller", "WorldLabeller"],
     "labels": ["LabelStore"],
     "masks": ["Polygon"],
     "matching": ["match"],
+    "perceptual": ["Lpips"],
     "pipelines": ["generate", "load_pipeline"],
     "plans": ["plan"],
     "probes": ["probe"],
@@ -108,6 +118,7 @@ _NAMES = {
     "sae": ["SAE"],
     "scales": ["load_scale"],
     "search": ["by_contrast", "by_image", "by_label", "by_region", "by_similarity", "by_text", "most_energetic"],
+    "segmenters": ["GivenMasks"],
     "sheets": ["draw_sheet"],
     "similarity": ["ClipEmbed", "WorldEmbed", "specificity"],
     "steering_panels": ["steering_panel"],
@@ -117,6 +128,7 @@ _NAMES = {
     "studies.block_ranking": ["rank_blocks"],
     "studies.causes": ["measure_causes"],
     "studies.generalization": ["generalize"],
+    "studies.grids": ["forecast_riebench"],
     "studies.riebench": ["riebench"],
     "studies.selectivity": ["screen"],
     "studies.specialization": ["specialize"],

@@ -215,6 +215,25 @@ def test_masks_are_asked_once_and_items_without_are_told_with_reasons(pipe, saes
             )
 
 
+class Specks(WorldSegmenter):
+    """Finds one pixel of each picture, which is half of no token anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = "specks"
+
+    def __call__(self, shots, asked):
+        masks = [np.zeros((64, 64), dtype=bool) for _ in shots]
+        for mask in masks:
+            mask[5, 5] = True
+        return masks
+
+
+def test_a_mask_that_covers_no_token_is_a_failed_item_that_says_where(pipe, saes, items, tmp_path) -> None:
+    found = riebench(pipe, saes, items[:1], methods={}, segmenter=Specks(), **FEW, store=tmp_path)
+    assert "it covers no token by half" in found.failed[0]["reason"] and found.n == 0
+
+
 def test_where_all_items_fail_nothing_is_edited(pipe, saes, items, drawn, tmp_path) -> None:
     result = riebench(
         pipe,

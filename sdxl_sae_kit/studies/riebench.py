@@ -31,8 +31,8 @@ from sdxl_sae_kit.studies.distances import drawing, made_by, sheet
 from sdxl_sae_kit.studies.grids import ALWAYS, ByBlock, Forecast, Methods, settings_of
 from sdxl_sae_kit.studies.kept_masks import KeptMasks
 from sdxl_sae_kit.studies.lines import Lines
-from sdxl_sae_kit.studies.scoring import Scoring
-from sdxl_sae_kit.studies.transport import METHODS, Setting, Source, Transport
+from sdxl_sae_kit.studies.scoring import Pair, Scoring
+from sdxl_sae_kit.studies.transport import METHODS, Setting, Source, Transport, token_masks
 
 _ASKED = "riebench"
 _DRAWING = ("num_inference_steps", "guidance_scale", "height", "width")
@@ -210,12 +210,13 @@ class _Bench:
     def _measure(self, places: Sequence[int]) -> None:
         """All settings on a batch of items; an item is done when its line is written, which is after its pictures."""
         source = self._source(places)
-        masks = self.masks.of([self.items[place] for place in places], source.original, source.edited)
+        found = self.masks.of([self.items[place] for place in places], source.original, source.edited)
+        masks = [each if isinstance(each, str) else _on_grids(each, source.blocks) for each in found]
         sound = [at for at, found in enumerate(masks) if not isinstance(found, str)]
-        for at, (place, found) in enumerate(zip(places, masks, strict=True)):
-            if isinstance(found, str):
+        for at, (place, mask) in enumerate(zip(places, masks, strict=True)):
+            if isinstance(mask, str):
                 pair = [_as_bytes(pictures[at]) for pictures in (source.original, source.edited)]
-                self._keep(place, pair, {"failed": found})
+                self._keep(place, pair, {"failed": mask})
                 self.bar.update(len(self.settings))
         if sound:
             source = source if len(sound) == len(places) else source.take(sound)
@@ -259,6 +260,15 @@ class _Bench:
         write_atomically(self.artifact.file(PICTURE.format(place)), sheet([pictures]))
         about = {"kind": item.kind, "original": item.original, "edited": item.edited, "seed": item.seed, "place": place}
         self.lines.add(item.name, about | {"target": item.target and list(item.target)} | dict(result))
+
+
+def _on_grids(masks: Pair, grids: Mapping[str, tuple[int, int]]) -> Pair | str:
+    """The masks, or why the item has failed: one covers no token at some hookpoint, so nothing could be moved there."""
+    for side, mask in zip(("original", "edited"), masks, strict=True):
+        for block, grid in grids.items():
+            if not token_masks(mask, grid).any():
+                return f"the mask of the {side} picture is empty: at {block} it covers no token by half"
+    return masks
 
 
 def time_drawing(pipe: Any, items: Items, num_inference_steps: int = 4) -> float:
