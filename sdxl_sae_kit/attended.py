@@ -29,13 +29,16 @@ if TYPE_CHECKING:
 FOREGROUND = "foreground"
 SAME = 2 / 255
 """Mean difference of colours from which on a picture that is drawn again is another one."""
-_PREPOSITIONS = frozenset(
-    "above across against along amid among around at before behind below beneath beside between beyond by during from "
-    "in inside into left near next off on onto outside over right through to toward towards under underneath upon with "
-    "without".split()
-)
+_PREPOSITIONS = {
+    "above", "across", "against", "along", "amid", "among", "around", "at", "before", "behind", "below", "beneath",
+    "beside", "between", "beyond", "by", "during", "from", "in", "inside", "into", "left", "near", "next", "off",
+    "on", "onto", "outside", "over", "right", "through", "to", "toward", "towards", "under", "underneath", "upon",
+    "with", "without",
+}  # fmt: skip
 """Also "left" and "right", which begin "left of" and "right of"; "of" is none, as in "a cup of tea"."""
-_EMPTY = frozenset("a an and his her its of the their photo photograph picture portrait".split())
+_EMPTY = {
+    "a", "an", "and", "his", "her", "its", "of", "the", "their", "photo", "photograph", "picture", "portrait",
+}  # fmt: skip
 """Words that name no thing of the picture."""
 
 
@@ -137,9 +140,7 @@ class AttentionSegmenter:
         ]
         with _hooked(self._pipe, readings):
             prompts, seeds = zip(*batch, strict=True)
-            drawn = generate(
-                self._pipe, prompts, seeds, height=height, width=width, output_type="np", **self._settings
-            )
+            drawn = generate(self._pipe, prompts, seeds, height=height, width=width, output_type="np", **self._settings)
         for shot, at in zip(shots, places, strict=True):
             self._check_same(shot, drawn[at])
         total = torch.stack([each.resized(height, width) for each in readings]).sum(0)

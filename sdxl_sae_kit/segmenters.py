@@ -89,8 +89,9 @@ def find_masks(
     """The masks of the original and the edited picture of every item, or why there are none.
 
     "#everything" is the whole picture; a prompt with "background" is what is no foreground, one that starts with "~"
-    what is not the rest of it, which must be found for that. An added object is looked for on the edited picture only and a deleted one on the
-    original only: that mask is then both (method.md §6). `GivenMasks` are taken as they are, without these rules.
+    what is not the rest of it, which must be found for that. An added object is looked for on the edited picture only
+    and a deleted one on the original only: that mask is then both (method.md §6). `GivenMasks` are taken as they are,
+    without these rules.
 
     Args:
         segmenter: what finds things; it is asked for all items at once and, if it refuses, for either half of them.
