@@ -6,7 +6,8 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,12 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sdxl_sae_kit.devices import choose_device
 from sdxl_sae_kit.errors import KitError, ModelError
-from sdxl_sae_kit.files import sha256
+from sdxl_sae_kit.files import canonical_json
 from sdxl_sae_kit.tiny.quiet import hushed, quiet
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ DINO, SAM = "IDEA-Research/grounding-dino-base", "facebook/sam2.1-hiera-large"
 BOX_THRESHOLD = 0.35
 """A box counts whose probability for at least one token of the words lies above it, as in Grounding DINO's own demo."""
 
+_KNOWN = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False, "pad_size": False}
+"""Of an image processor's settings those that decide how pictures are prepared, and which is done here; `do_pad` adds
+nothing to a picture by itself unless a size is given."""
+_SIZES = {"height", "width"}, {"shortest_edge", "longest_edge"}
+
 Boxes = Float[Tensor, "box 4"]
 """Left, upper, right and lower edge, as fractions of the picture's width and height."""
 
@@ -37,7 +43,8 @@ Boxes = Float[Tensor, "box 4"]
 class GroundedSegmenter:
     """Grounding DINO finds boxes for the words, SAM 2 the thing in each; the mask is all of them. In float32.
 
-    Where there is no box the mask is empty.
+    Where there is no box the mask is empty. The mask prompt "background" asks for "foreground", as every segmenter is
+    asked: that is a vague thing to look for, so say what is to be left out where you can ("~ dog").
 
     Args:
         dino: a Grounding DINO of transformers: folder or hub id.
@@ -57,16 +64,18 @@ class GroundedSegmenter:
         self._device = choose_device(device)
         with quiet():
             from transformers import AutoTokenizer, GroundingDinoForObjectDetection, Sam2Model
-        self._dino, self._dino_input = _loaded("Grounding DINO", GroundingDinoForObjectDetection, dino, self._device)
-        self._sam, self._sam_input = _loaded("SAM 2", Sam2Model, sam, self._device)
+        self._dino, self._dino_input, dino_digest = _loaded("Grounding DINO", GroundingDinoForObjectDetection, dino)
+        self._sam, self._sam_input, sam_digest = _loaded("SAM 2", Sam2Model, sam)
+        self._dino.to(self._device)
+        self._sam.to(self._device)
         try:
             with quiet():
                 self._tokenizer = AutoTokenizer.from_pretrained(str(dino))
         except Exception as cause:  # transformers raises whatever it trips over
             raise ModelError(f"{dino} has no tokenizer ({cause}). Save Grounding DINO's beside it.") from None
         self.name = (
-            f"Grounding DINO {Path(dino).name} {_digest(self._dino.bbox_embed)} from {BOX_THRESHOLD:g} on + "
-            f"SAM 2 {Path(sam).name} {_digest(self._sam.mask_decoder)}"
+            f"Grounding DINO {Path(dino).name} {dino_digest} from {BOX_THRESHOLD:g} on + "
+            f"SAM 2 {Path(sam).name} {sam_digest}"
         )
 
     def __call__(self, shots: Sequence[Shot], asked: Sequence[str]) -> list[Bool[np.ndarray, "_y _x"]]:
@@ -110,16 +119,38 @@ class GroundedSegmenter:
 
 @dataclass(frozen=True)
 class _Input:
-    """What a model reads of a picture: its size and colours."""
+    """What a model reads of a picture, as its image processor's settings say."""
 
     size: dict[str, int]
     """"height" and "width", or "shortest_edge" and "longest_edge"; pixels."""
     mean: Float[np.ndarray, "3"]
     std: Float[np.ndarray, "3"]
+    resample: int
+    """A filter of Pillow's."""
+    factor: float
+    """What colours from 0 to 255 are multiplied with at first."""
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> _Input:
+        """From a preprocessor_config.json; what is left out is as transformers has it.
+
+        Raises:
+            ValueError: pictures would be prepared in a way that is not known here.
+        """
+        said = {name: value for name, value in settings.items() if value is not None}
+        for name, known in _KNOWN.items():
+            if bool(said.get(name, known)) != known:
+                raise ValueError(f"its pictures are prepared with {name} {said[name]!r}, which is not known here")
+        size = dict(said["size"])
+        if set(size) not in _SIZES:
+            raise ValueError(f"its pictures' size is {size}, not height and width or shortest_edge and longest_edge")
+        mean, std = (np.array(said[name], dtype=np.float32) for name in ("image_mean", "image_std"))
+        resample = Image.Resampling(said.get("resample", Image.Resampling.BILINEAR))
+        return cls(size, mean, std, resample, said.get("rescale_factor", 1 / 255))
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "1 3 _row _column"]:
-        scaled = np.asarray(image.resize(self.fitted(*image.size), Image.Resampling.BILINEAR), dtype=np.float32)
-        pixels = (scaled / np.float32(255) - self.mean) / self.std
+        scaled = np.asarray(image.resize(self.fitted(*image.size), self.resample), dtype=np.float32)
+        pixels = (scaled * np.float32(self.factor) - self.mean) / self.std
         return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
     def fitted(self, width: int, height: int) -> tuple[int, int]:
@@ -132,8 +163,8 @@ class _Input:
         return fitted if width <= height else fitted[::-1]
 
 
-def _loaded(kind: str, model: Any, source: str | Path, device: str) -> tuple[Any, _Input]:
-    """A model, with weights for all of it, and what it reads of a picture."""
+def _loaded(kind: str, model: Any, source: str | Path) -> tuple[Any, _Input, str]:
+    """A model, with weights for all of it, what it reads of a picture, and what tells it from others."""
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
@@ -144,17 +175,19 @@ def _loaded(kind: str, model: Any, source: str | Path, device: str) -> tuple[Any
         if missing := sorted(told["missing_keys"]):
             raise ValueError(f"it has no weights for {missing[0]} and {len(missing) - 1} more")
         settings, _ = ImageProcessingMixin.get_image_processor_dict(str(source))
-        mean, std = (np.array(settings[name], dtype=np.float32) for name in ("image_mean", "image_std"))
-        reads = _Input(settings["size"], mean, std)
+        reads = _Input.read(settings)
     except Exception as cause:  # transformers raises whatever it trips over
         raise ModelError(
             f"{source} cannot be loaded as a {kind} ({type(cause).__name__}: {cause}). Pass a folder with safetensors "
             f"weights and preprocessor_config.json, or a hub id such as {DINO!r} or {SAM!r}; the hub needs the network."
         ) from None
-    return loaded.eval().requires_grad_(False).to(device), reads
+    return loaded.eval().requires_grad_(False), reads, _digest(loaded.state_dict(), settings)
 
 
-def _digest(module: nn.Module) -> str:
-    """The beginning of the sha256 of a part's weights, which training any of the model would change."""
-    weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in module.state_dict().values())
-    return sha256(weights)[:8]
+def _digest(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str:
+    """The beginning of the sha256 of all weights and of how pictures are prepared; 1 to 2 s for 1 GB."""
+    digest = hashlib.sha256(canonical_json(settings).encode())
+    for name, tensor in weights.items():
+        digest.update(name.encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:8]

@@ -61,6 +61,8 @@ class Lpips:
         self, before: Float[np.ndarray, "#image y x 3"], after: Float[np.ndarray, "image y x 3"]
     ) -> Float[np.ndarray, "image y x"]:
         """How different each place looks, from 0 for the same; colours are 0 to 1."""
+        if not len(after):
+            return np.empty(after.shape[:3], dtype=np.float32)
         pairs = zip(
             *(_tensor(each).expand(len(after), -1, -1, -1).split(_BATCH) for each in (before, after)), strict=True
         )

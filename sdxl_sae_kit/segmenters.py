@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from scipy import ndimage
 
-from sdxl_sae_kit.errors import KitError, did_you_mean
+from sdxl_sae_kit.errors import KitError, ModelError, did_you_mean
 from sdxl_sae_kit.files import hash_file, sha256
 from sdxl_sae_kit.masks import Where, as_mask
 from sdxl_sae_kit.pipelines import describe
@@ -63,7 +63,8 @@ class Segmenter(Protocol):
         """Where each shot shows what is asked of it: nowhere, if it does not.
 
         Raises:
-            KitError: it cannot tell.
+            KitError: it cannot tell of one of them.
+            ModelError: it cannot tell of any, such as one that was made for another model.
         """
 
 
@@ -88,14 +89,18 @@ def find_masks(
     """The masks of the original and the edited picture of every item, or why there are none.
 
     "#everything" is the whole picture; a prompt with "background" is what is no foreground, one that starts with "~"
-    what is not the rest of it. An added object is looked for on the edited picture only and a deleted one on the
-    original only: that mask is then both (method.md §6). `GivenMasks` are taken as they are, without these rules.
+    what is not the rest of it, which must be found for that. An added object is looked for on the edited picture only
+    and a deleted one on the original only: that mask is then both (method.md §6). `GivenMasks` are taken as they are,
+    without these rules.
 
     Args:
-        segmenter: what finds things; it is asked once for all items and, if it refuses, once for each.
+        segmenter: what finds things; it is asked for all items at once and, if it refuses, for either half of them.
         items: the edits.
         originals: their pictures of the original prompt, in the same order.
         edited: their pictures of the edited prompt.
+
+    Raises:
+        ModelError: the segmenter's, which is no item's fault.
     """
     questions = _as_they_are if isinstance(segmenter, GivenMasks) else _by_the_rules
     asked = [questions(*each) for each in zip(items, originals, edited, strict=True)]
@@ -150,6 +155,11 @@ def _answer(segmenter: Segmenter, question: _Question, found: Mask | str) -> Mas
         return found
     mask = found if question.wanted else ~found
     side, prompt = question.shot.side, question.prompt
+    if not found.any() and not question.wanted:
+        return (
+            f"there is no mask of the {side} picture for {prompt!r}: {segmenter.name} finds no {question.words!r}, "
+            "which was to be left out"
+        )
     nothing = f"the mask of the {side} picture is empty: {segmenter.name} finds nothing for {prompt!r}"
     return mask if mask.any() else nothing
 
@@ -160,9 +170,12 @@ def _found(segmenter: Segmenter, questions: Sequence[_Question]) -> list[Mask | 
         return []
     try:
         return [*segmenter([each.shot for each in questions], [each.words for each in questions])]
+    except ModelError:
+        raise
     except KitError as error:
         if len(questions) > 1:
-            return [answer for each in questions for answer in _found(segmenter, [each])]
+            half = len(questions) // 2
+            return _found(segmenter, questions[:half]) + _found(segmenter, questions[half:])
         side, prompt = questions[0].shot.side, questions[0].prompt
         return [f"there is no mask of the {side} picture for {prompt!r}: {segmenter.name} says: {error}"]
 

@@ -1,14 +1,19 @@
 """Attention is what diffusers' own scores say, its hooks leave nothing behind; on the tiny model it tells a little."""
 
+from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from torch.nn import functional as F
 
-from sdxl_sae_kit.attended import AttentionSegmenter
-from sdxl_sae_kit.errors import HookpointError, KitError
+from sdxl_sae_kit.attended import AttentionSegmenter, tokens_of
+from sdxl_sae_kit.errors import HookpointError, KitError, ModelError
 from sdxl_sae_kit.hookpoints import resolve
+from sdxl_sae_kit.items import load_items
 from sdxl_sae_kit.pipelines import generate
 from sdxl_sae_kit.segmenters import Segmenter, Shot, WorldSegmenter, find_masks
 from sdxl_sae_kit.tiny.world import caption, sample_scene
@@ -82,20 +87,56 @@ def test_a_mask_is_where_attention_reaches_the_share_of_its_range(pipe):
             assert mask.any() and not mask.all()
 
 
-def test_nothing_stays_behind_and_the_picture_is_the_same(pipe, monkeypatch):
+@pytest.fixture
+def generated(monkeypatch):
+    """The prompts of every call and what came of it."""
+    calls = []
+
+    def noting(pipe, prompts, seeds, **settings):
+        calls.append((list(prompts), generate(pipe, prompts, seeds, **settings)))
+        return calls[-1][1]
+
+    monkeypatch.setattr("sdxl_sae_kit.attended.generate", noting)
+    return calls
+
+
+def test_nothing_stays_behind_and_the_picture_is_the_same(pipe, generated, monkeypatch):
     before, layers = drawn(pipe, PROMPTS), [m for m in pipe.unet.modules() if hasattr(m, "attn2")]
     segmenter = AttentionSegmenter(pipe)
-    latents = []
-    monkeypatch.setattr(
-        "sdxl_sae_kit.attended.generate", lambda *args, **settings: latents.append(generate(*args, **settings))
-    )
     segmenter.maps(before, WORDS)
-    plain = generate(pipe, PROMPTS, [0, 1], num_inference_steps=4, guidance_scale=0.0, output_type="latent")
-    assert torch.equal(latents[0], plain)
+    assert np.array_equal(generated[0][1].astype(np.float32), np.stack([shot.picture for shot in before]))
     monkeypatch.setattr("sdxl_sae_kit.attended.generate", lambda *args, **settings: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         segmenter.maps(before, WORDS)
     assert not any(layer.attn2._forward_pre_hooks for layer in layers)
+
+
+def test_a_picture_is_drawn_once_and_few_at_once(pipe, generated):
+    prompts = [*PROMPTS, "a green circle", "a red square", "a blue cross"]
+    shots = drawn(pipe, prompts)
+    words = ["star", "heart", "circle", "square", "cross"]
+    expected = AttentionSegmenter(pipe, ["up.0.1"]).maps([*shots, shots[0]], [*words, "red"])
+    found = AttentionSegmenter(pipe, ["up.0.1"], batch_size=2).maps([*shots, shots[0]], [*words, "red"])
+    assert [asked for asked, _ in generated] == [prompts, prompts[:2], prompts[2:4], prompts[4:]]
+    assert found == pytest.approx(expected, abs=1e-5) and np.abs(expected[0] - expected[5]).max() > 1e-3
+    again = replace(shots[0], seed=1, picture=drawn(pipe, [PROMPTS[0]] * 2)[1].picture)
+    AttentionSegmenter(pipe, ["up.0.1"]).maps([shots[0], again], ["star"] * 2)
+    assert generated[-1][0] == [PROMPTS[0]] * 2
+
+
+def test_words_are_looked_up_before_anything_is_drawn(pipe, generated):
+    with pytest.raises(KitError, match="'whale'"):
+        AttentionSegmenter(pipe, ["up.0.1"], batch_size=1).maps(drawn(pipe, PROMPTS), ["star", "whale"])
+    assert not generated
+
+
+@pytest.mark.parametrize("other", [{"num_inference_steps": 2}, {"guidance_scale": 3.0}])
+def test_a_picture_that_was_made_otherwise_is_refused(pipe, other):
+    shots = drawn(pipe, PROMPTS, **other)
+    with pytest.raises(ModelError, match=r"item '0' \(original\) otherwise.*it draws with 4 steps and guidance 0"):
+        AttentionSegmenter(pipe, ["up.0.1"])(shots, WORDS)
+    rounded = [replace(shot, picture=(shot.picture * 255).round() / 255) for shot in shots]
+    assert len(AttentionSegmenter(pipe, ["up.0.1"], **other)(rounded, WORDS)) == 2
 
 
 def test_each_shot_is_found_as_it_is_alone(pipe):
@@ -106,12 +147,88 @@ def test_each_shot_is_found_as_it_is_alone(pipe):
 
 def test_words_must_be_in_the_prompt(pipe):
     segmenter, shots = AttentionSegmenter(pipe, ["up.0.1"]), drawn(pipe, PROMPTS)
-    for words in ("circle", "star red", "", "foreground"):
-        with pytest.raises(KitError, match=f"{words!r} is not in what the model reads of 'a small"):
+    for words in ("circle", "", "of the circle", "lue"):
+        with pytest.raises(KitError, match=f"asked for {words!r}, and 'a small.* has none of these words"):
             segmenter(shots[1:], [words])
     long = drawn(pipe, ["a red star " * 10 + "on a teal background"])
-    with pytest.raises(KitError, match="'teal' is not in what the model reads"):
+    with pytest.raises(KitError, match="'teal', and 'a red.* has none of these words, as far as the model reads"):
         segmenter(long, ["teal"])
+
+
+@pytest.fixture(scope="module")
+def read(pipe):
+    """What the words asked for of a prompt are read as; the tiny model's tokenizer, if it read long prompts."""
+    tokenizer = deepcopy(pipe.tokenizer)
+    tokenizer.model_max_length = 500
+
+    def words_of(prompt, asked):
+        ids = tokenizer(prompt).input_ids
+        tokens = tokenizer.convert_ids_to_tokens([ids[at] for at in tokens_of(tokenizer, prompt, asked)])
+        return "".join(tokens).replace("</w>", " ").strip()
+
+    return words_of
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("laptop", "laptop"),
+        ("Old Laptop", "old laptop"),
+        ("laptop screen", "screen"),
+        ("old screen", "screen"),
+        ("the big old laptop", "old laptop"),
+        ("window of the desk", "desk"),
+        ("a desk", "a desk"),
+        ("the desk", "desk"),
+        ("foreground", "old laptop"),
+    ],
+)
+def test_the_longest_run_of_the_words_counts_and_of_those_the_last(read, asked, words):
+    assert read("an old laptop on a desk, with its screen off", asked) == words
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a photo of a pear on a blue plate", "pear"),
+        ("a bottle of perfume among pink blossoms", "bottle perfume"),
+        ("Portrait of a young chef, in a kitchen with a chef", "young chef"),
+        ("a red star left of a blue star", "red star"),
+        ("the sleeping hot-air balloon", "sleeping hot air balloon"),
+    ],
+)
+def test_the_foreground_is_what_is_said_before_the_first_preposition(read, prompt, words):
+    assert read(prompt, "foreground") == words
+    with pytest.raises(KitError, match="asked for 'foreground', and 'on the table' has no subject"):
+        read("on the table", "foreground")
+
+
+def test_words_are_found_whole(read):
+    assert read("a giant ant", "ant") == "ant"
+    with pytest.raises(KitError, match="none of these words"):
+        read("a giant", "ant")
+
+
+def test_every_natural_item_can_be_answered(read):
+    """In its own words; nothing that the rules ask of the segmenter is without an answer."""
+    asked = []
+
+    def noting(shots, words):
+        asked.extend((shot.prompt, word, read(shot.prompt, word)) for shot, word in zip(shots, words, strict=True))
+        return [np.eye(2, dtype=bool) for _ in shots]
+
+    segmenter = type("Noting", (), {"name": "noting", "__call__": staticmethod(noting)})()
+    items = load_items("natural")
+    blank = np.zeros((2, 2, 3), dtype=np.float32)
+    shots = [
+        [Shot(item.name, side, getattr(item, side), item.seed, blank) for item in items]
+        for side in ("original", "edited")
+    ]
+    told = find_masks(segmenter, items, *shots)
+    assert [item.name for item, each in zip(items, told, strict=True) if isinstance(each, str)] == []
+    assert len(asked) == 2 * (81 - 27) + 18  # style asks nothing, adding and deleting once
+    for _, word, found in asked:
+        assert found.replace(" - ", "-") == word
 
 
 def test_every_occurrence_of_the_words_counts(pipe):
@@ -121,22 +238,12 @@ def test_every_occurrence_of_the_words_counts(pipe):
     assert segmenter.maps(shots, ["star"]) == pytest.approx(one + other - sum(colours) / 2, abs=1e-6)
 
 
-def test_the_foreground_is_what_does_not_attend_to_the_background(pipe):
-    segmenter, shots = AttentionSegmenter(pipe, ["up.0.1"]), drawn(pipe, PROMPTS[:1])
-    (background,), (foreground,) = segmenter(shots, ["background"]), segmenter(shots, ["foreground"])
-    assert (foreground == ~background).all() and background.any()
-    said = drawn(pipe, ["a red star in the foreground on a background"])
-    assert (segmenter.maps(said, ["foreground"]) != segmenter.maps(said, ["background"])).any()
-
-
 def test_pictures_of_other_sizes_are_drawn_apart(pipe):
     segmenter = AttentionSegmenter(pipe, ["up.0.1"])
     small, wide = drawn(pipe, PROMPTS[:1])[0], drawn(pipe, PROMPTS[:1], width=96)[0]
     assert segmenter([wide], ["star"])[0].shape == (64, 96)
     with pytest.raises(KitError, match="one size at a time, not of 2 sizes"):
         segmenter([small, wide], ["star"] * 2)
-    from types import SimpleNamespace
-
     item = SimpleNamespace(kind="change pose", original_mask="star", edited_mask="star")
     ((one, other),) = find_masks(segmenter, [item], [small], [wide])
     assert one.shape == (64, 64) and other.shape == (64, 96)
@@ -152,6 +259,8 @@ def test_the_name_tells_the_model_and_the_settings(pipe):
     assert isinstance(AttentionSegmenter(pipe), Segmenter)
     with pytest.raises(KitError, match="threshold is a share"):
         AttentionSegmenter(pipe, threshold=0.0)
+    with pytest.raises(KitError, match="batch_size must be an integer of at least 1"):
+        AttentionSegmenter(pipe, batch_size=0)
     with pytest.raises(HookpointError, match="No hookpoint .up.0.l."):
         AttentionSegmenter(pipe, ["up.0.l"])
 

@@ -209,16 +209,75 @@ def test_no_box_is_an_empty_mask_and_fails_the_item(segmenter, monkeypatch):
         segmenter([shot(40, 50)], [" . "])
 
 
-def test_other_weights_have_another_name(segmenter, dino_folder, sam_folder, tmp_path):
+def changed(folder, copy, **settings):
+    """A copy whose pictures are prepared otherwise; None leaves a setting out."""
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
+    path = copy / "preprocessor_config.json"
+    said = json.loads(path.read_text()) | settings
+    path.write_text(json.dumps({name: value for name, value in said.items() if value is not None}))
+    return copy
+
+
+@pytest.mark.parametrize("part", ["vision_encoder.neck.convs.0.weight", "mask_decoder.iou_token.weight"])
+def test_other_weights_have_another_name(segmenter, dino_folder, sam_folder, tmp_path, part):
     from transformers import Sam2Model
 
     shutil.copytree(sam_folder, tmp_path, dirs_exist_ok=True)
     sam = Sam2Model.from_pretrained(sam_folder)
-    sam.mask_decoder.iou_token.weight.data[0, 0] += 1
+    sam.get_parameter(part).data.flatten()[0] += 1
     sam.save_pretrained(tmp_path)
     one, other = segmenter.name, GroundedSegmenter(dino_folder, tmp_path, device="cpu").name
     assert one.split(" + ")[0] == other.split(" + ")[0] and one.split()[-1] != other.split()[-1]
-    assert GroundedSegmenter(dino_folder, sam_folder, device="cpu").name == one
+
+
+def test_pictures_prepared_otherwise_have_another_name_and_the_same_have_the_same(
+    segmenter, dino_folder, sam_folder, tmp_path
+):
+    assert GroundedSegmenter(dino_folder, sam_folder, device="cpu").name == segmenter.name
+    larger = changed(dino_folder, tmp_path, size={"shortest_edge": 130, "longest_edge": 192})
+    other = GroundedSegmenter(larger, sam_folder, device="cpu").name
+    (dino, sam), (changed_dino, same_sam) = segmenter.name.split(" + "), other.split(" + ")
+    assert sam == same_sam and dino.split()[3] != changed_dino.split()[3]
+
+
+def test_the_filter_and_the_range_of_colours_are_those_of_the_folder(sam_folder, dino_folder, tmp_path):
+    folder = changed(sam_folder, tmp_path, resample=0, rescale_factor=0.5, image_mean=[0, 0, 0], image_std=[1, 1, 1])
+    image = Image.fromarray((shot(20, 30).picture * 255).round().astype(np.uint8))
+    read = GroundedSegmenter(dino_folder, folder, device="cpu")._sam_input(image)[0].permute(1, 2, 0).numpy()
+    at = (np.arange(SAM_SIDE) + 0.5) / SAM_SIDE
+    nearest = np.asarray(image)[np.ix_((at * 20).astype(int), (at * 30).astype(int))]
+    assert (read == nearest / 2).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"do_resize": False}, "do_resize False"),
+        ({"do_rescale": False}, "do_rescale False"),
+        ({"do_normalize": False}, "do_normalize False"),
+        ({"do_center_crop": True}, "do_center_crop True"),
+        ({"do_pad": True, "pad_size": {"height": 99, "width": 99}}, "pad_size {'height': 99"),
+        ({"size": {"max_height": 64, "max_width": 64}}, "size is {'max_height': 64"),
+        ({"resample": 99}, "99 is not a valid Resampling"),
+        ({"image_std": None}, "image_std"),
+    ],
+)
+def test_what_is_not_known_of_preparing_pictures_is_refused(sam_folder, dino_folder, tmp_path, settings, said):
+    with pytest.raises(ModelError, match=f"cannot be loaded as a SAM 2 .*{said}"):
+        GroundedSegmenter(dino_folder, changed(sam_folder, tmp_path, **settings), device="cpu")
+
+
+def test_sam_gets_what_its_own_processor_makes(segmenter):
+    """That processor needs torchvision."""
+    pytest.importorskip("torchvision", exc_type=Exception)
+    from transformers.models.sam2.image_processing_sam2 import Sam2ImageProcessor
+
+    processor = Sam2ImageProcessor(size={"height": SAM_SIDE, "width": SAM_SIDE}, **COLOURS)
+    for height, width in ((48, 75), (200, 90), (64, 64)):
+        image = Image.fromarray((shot(height, width).picture * 255).round().astype(np.uint8))
+        expected = processor(image, return_tensors="pt")["pixel_values"]
+        read = segmenter._sam_input(image)
+        assert read.shape == expected.shape and torch.allclose(read, expected, atol=0.02)
 
 
 def test_a_sam_saved_for_video_is_one_too(dino_folder, tmp_path):

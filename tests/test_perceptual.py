@@ -81,6 +81,35 @@ def test_a_map_is_what_the_metric_tells_of_each_place(torchmetrics, n, one_for_a
     assert lpips._lpips.kept == [] and lpips._lpips.largest <= 8
 
 
+@pytest.mark.parametrize("one_for_all", [True, False])
+def test_of_no_pictures_there_are_no_maps(torchmetrics, one_for_all):
+    torchmetrics(Metric)
+    lpips = Lpips(device="cpu")
+    assert lpips(pictures(1)[: 1 if one_for_all else 0], pictures(3)[:0]).shape == (0, 6, 5)
+
+
+def test_the_real_measure_is_read_rightly(monkeypatch):
+    """With a random network in place of the downloaded one: where torchmetrics and torchvision are installed."""
+    lpip = pytest.importorskip("torchmetrics.image.lpip", exc_type=Exception)
+    models = pytest.importorskip("torchvision.models", exc_type=Exception)
+    trained = models.alexnet
+    monkeypatch.setattr(models, "alexnet", lambda **_: trained(weights=None))
+    torch.manual_seed(0)
+    lpips = Lpips(device="cpu")
+    one, other = pictures(1, 96, 64), pictures(10, 96, 64)
+    maps = lpips(one, other)
+    assert maps.shape == (10, 96, 64) and (maps >= 0).all() and lpips(other, other).max() < 1e-6
+    told = lpip.LearnedPerceptualImagePatchSimilarity("alex", reduction="none", normalize=True)
+    told.net.load_state_dict(lpips._lpips.net.state_dict())
+    expected = [
+        float(told(*(torch.tensor(each).movedim(3, 1) for each in (one, other[at : at + 1])))) for at in range(10)
+    ]
+    assert maps.mean(axis=(1, 2)) == pytest.approx(expected, rel=0.05) and np.ptp(expected) > 0
+    half = np.concatenate([one[:, :48], other[:1, 48:]], axis=1)
+    (change,) = lpips(one, half)
+    assert change[64:].mean() > 5 * change[:32].mean()  # it knows where
+
+
 def test_colours_a_hair_beyond_the_range_are_taken(torchmetrics):
     torchmetrics(Metric)
     assert Lpips(device="cpu")(pictures(2) - 1e-6, pictures(2) + 1e-6).max() < 1e-6

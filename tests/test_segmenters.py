@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.errors import KitError, ModelError
 from sdxl_sae_kit.masks import Polygon
 from sdxl_sae_kit.pipelines import describe
 from sdxl_sae_kit.segmenters import GivenMasks, Segmenter, Shot, WorldSegmenter, find_masks, segmenter_of
@@ -115,7 +115,39 @@ def test_a_refusal_fails_its_item_only():
     )
     assert bad == "there is no mask of the edited picture for 'whale': knowing says: I do not know whale."
     assert (good[1] == DOG).all() and (also_good[0] == ~DOG).all()
-    assert len(segmenter.calls) == 1 + 6
+
+
+@pytest.mark.parametrize("bad", range(0, 16, 5))
+def test_after_a_refusal_halves_are_asked_not_each_shot(bad):
+    segmenter = Knowing()
+    names = ["whale" if at == bad else "dog" for at in range(16)]
+    told = found(segmenter, *[item(str(at), "dog", name) for at, name in enumerate(names)])
+    assert [isinstance(each, str) for each in told] == [name == "whale" for name in names]
+    assert len(segmenter.calls) == 1 + 2 * 5  # 32 shots are halved five times
+
+
+def test_what_is_no_items_fault_is_raised_at_once():
+    class Unfit(Knowing):
+        def __call__(self, shots, asked):
+            super().__call__(shots, asked)
+            raise ModelError("made by another model")
+
+    segmenter = Unfit()
+    with pytest.raises(ModelError, match="made by another model"):
+        found(segmenter, *[item(str(at), "dog", "dog") for at in range(4)])
+    assert len(segmenter.calls) == 1
+
+
+@pytest.mark.parametrize(("prompt", "words"), [("~cat", "cat"), ("background", "foreground")])
+def test_what_is_to_be_left_out_must_be_found(prompt, words):
+    """Else the mask would be the whole picture without a word."""
+    segmenter = Knowing(**{words: np.zeros((2, 3), dtype=bool)})
+    (reason,) = found(segmenter, item("1", "dog", prompt))
+    assert reason == (
+        f"there is no mask of the edited picture for {prompt!r}: knowing finds no {words!r}, which was to be left out"
+    )
+    (other,) = found(segmenter, item("1", "dog", words))
+    assert "is empty" in other
 
 
 def test_what_is_no_refusal_is_not_hidden():

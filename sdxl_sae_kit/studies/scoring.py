@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
 from sdxl_sae_kit.items import Item
-from sdxl_sae_kit.judges import PictureJudge, Pictures
+from sdxl_sae_kit.judges import PictureJudge, Pictures, TextJudge
 from sdxl_sae_kit.masks import resized
 from sdxl_sae_kit.tiny.judge import expected_answers
 from sdxl_sae_kit.tiny.world import FACTORS
@@ -82,9 +81,9 @@ class Scoring:
         return self._unknown if apart is None else [1 - float(each) for each in apart]
 
     def _as_told(self, pictures: Pictures, told: Told | None) -> Values:
-        reads = getattr(self.judge, "textual", None)
-        similar: Any = reads and reads(pictures, [item.edited for item in self.items])
-        return expected(told, self.items) if similar is None else [float(each) for each in similar]
+        if isinstance(self.judge, TextJudge):
+            return [float(each) for each in self.judge.textual(pictures, [item.edited for item in self.items])]
+        return expected(told, self.items)
 
     @property
     def _unknown(self) -> Values:
