@@ -470,7 +470,7 @@ def test_a_set_shows_its_counts_and_first_items_and_runs_nothing(world):
         "change material 1, change background 1, change style 1"
     )
     assert world.rows(1)[0]["target"] == " ".join(world[0].target)
-    added = world[1].after
-    assert {"count two", added.shape2, added.colour2} <= set(re.split(r", | ", world.rows(2)[1]["target"])) | {
-        "count two"
+    added = world.rows(2)[1]["target"].split(", ")
+    assert added[0] == "count two" and {world[1].after.shape2, world[1].after.colour2} == {
+        each.split()[1] for each in added[1:]
     }
