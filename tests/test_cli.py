@@ -13,6 +13,7 @@ from sdxl_sae_kit.artifacts import Store, kit_version
 from sdxl_sae_kit.errors import ModelError
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
 from sdxl_sae_kit.pipelines import load_pipeline
+from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.scales import load_scale
 from sdxl_sae_kit.usual_saes import UsualSAEs
 
@@ -171,7 +172,8 @@ def bench_of(monkeypatch, tmp_path, pipe):
             return lambda *given, **more: calls.append((name, given, more)) or gives(*given)
 
         def trained(cache, configs):
-            return {(h, name): f"{name} at {h}" for h in calls[-1][2]["hookpoints"] for name in configs}
+            hookpoints = calls[-1][2]["hookpoints"]
+            return {(h, n): SAE(config, 16, name=f"{n} at {h}") for h in hookpoints for n, config in configs.items()}
 
         monkeypatch.setattr("sdxl_sae_kit.pipelines.load_pipeline", lambda name: pipe)
         monkeypatch.setattr("sdxl_sae_kit.usual_saes.collect", stand_in("collect", lambda *_: "cache"))
@@ -199,7 +201,8 @@ def test_riebench_passes_on_what_it_was_given_and_prints_rows_sentence_failures_
     assert cli.main(["riebench", *chosen, *kept]) == 0
     assert [name for name, *_ in calls] == ["collect", "train", "riebench"]
     (_, (given_pipe, saes, items), settings) = calls[2]
-    assert given_pipe is pipe and saes == {h: f"k10 at {h}" for h in ("mid.0", "up.0.1")}
+    names = {hookpoint: sae.name for hookpoint, sae in saes.items()}
+    assert given_pipe is pipe and names == {h: f"k10 at {h}" for h in ("mid.0", "up.0.1")}
     assert len(items) == 18 and items[0].seed == 3
     assert settings == {"methods": ["sae", "random"], "seed": 3, "batch_size": 5, "store": tmp_path, **TURBO}
     assert calls[0][1][2] == DEFAULT_HOOKPOINTS, "what the notebooks collect, which the store may have"
@@ -230,7 +233,7 @@ def test_riebench_draws_in_its_own_steps_or_as_a_guided_model_is_meant_to(
     bench_of, monkeypatch, model, arguments, draws
 ):
     calls = bench_of(pipe=load_pipeline(model))
-    monkeypatch.setattr(UsualSAEs, "forecast", lambda *_: "")
+    monkeypatch.setattr(UsualSAEs, "forecast", lambda *_: "nothing")
     assert cli.main(["riebench", "--model", model, "-n", "1", *arguments]) == 0
     assert {name: calls[2][2][name] for name in draws} == draws
     assert cli.main(["riebench", "--model", model, "-n", "1", "--plan", *arguments]) == 0
