@@ -98,7 +98,8 @@ def _add_riebench(commands: Any) -> None:
     text = "edit pictures while they are drawn, by every method on the same items, and measure what comes out"
     about = (
         f"{text[0].upper()}{text[1:]}. Updates are collected and SAEs trained as in the notebooks, unless the store "
-        "has them. Interrupted, it goes on when run again with the same settings."
+        "has them; what cannot be done is refused before. Interrupted, it goes on when run again with the same "
+        "settings."
     )
     bench = commands.add_parser("riebench", help=text, description=about)
     bench.add_argument("--model", default="tiny-turbo", help="as load_pipeline takes it (default: %(default)s)")
@@ -120,6 +121,13 @@ def _add_riebench(commands: Any) -> None:
     bench.add_argument(
         "--hookpoints", type=_words, help="blocks whose features are moved, by commas (default: the four of the paper)"
     )
+    bench.add_argument(
+        "--num-inference-steps", type=int, metavar="STEPS",
+        help="of every picture (default: 4, or as a model that is meant to be guided draws)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--guidance-scale", type=float, metavar="SCALE", help="of every picture (default: 0, or as such a model draws)"
+    )
     bench.add_argument("--seed", type=int, default=0, help="of items and random features (default: %(default)s)")
     bench.add_argument("--batch-size", type=int, default=20, help="items drawn at once (default: %(default)s)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
@@ -129,7 +137,10 @@ def _add_riebench(commands: Any) -> None:
 
 
 def _words(text: str) -> list[str]:
-    return text.split(",")
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise argparse.ArgumentTypeError("name at least one, several by commas")
+    return words
 
 
 def _add_store(parser: argparse.ArgumentParser) -> None:
@@ -147,28 +158,71 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _riebench(options: argparse.Namespace) -> None:
-    from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
+    from sdxl_sae_kit.artifacts import whole_number
+    from sdxl_sae_kit.files import writable
+    from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, resolve
     from sdxl_sae_kit.items import load_items
     from sdxl_sae_kit.pipelines import load_pipeline
-    from sdxl_sae_kit.studies.distances import written
     from sdxl_sae_kit.studies.grids import forecast_riebench
-    from sdxl_sae_kit.studies.riebench import riebench, time_drawing
+    from sdxl_sae_kit.studies.riebench import riebench
     from sdxl_sae_kit.studies.transport import METHODS
     from sdxl_sae_kit.tiny import NAMES
+    from sdxl_sae_kit.usual_saes import UsualSAEs
 
+    # All that may be refused comes first: collecting and training can take hours.
     source = options.items or ("world" if options.model in NAMES else "natural")
     items = load_items(source, 20 if options.n is None and source == "world" else options.n, seed=options.seed)
-    methods, hookpoints = options.methods or METHODS, options.hookpoints or DEFAULT_HOOKPOINTS
+    size = whole_number("--batch-size", options.batch_size)
+    saes = UsualSAEs(options.model, options.scale, options.saes, options.store)
+    if options.json:
+        writable("benchmark", options.json)
     pipe = load_pipeline(options.model)
+    named = (resolve(pipe.unet, name).name for name in options.hookpoints or DEFAULT_HOOKPOINTS)
+    hookpoints, methods = list(dict.fromkeys(named)), options.methods or METHODS
+    draws = _draws(options, pipe)
+    forecast = forecast_riebench(
+        len(items), methods, hookpoints=hookpoints, num_inference_steps=draws["num_inference_steps"]
+    )
+    finders = _finders(options.model)
     if options.plan:
-        seconds = time_drawing(pipe, items[: options.batch_size])
-        print(forecast_riebench(len(items), methods, hookpoints=hookpoints, seconds_per_picture=seconds))
-        print("The time is that of drawing on this machine; edits and the judge come on top.")
+        _tell_plan(pipe, items[:size], draws, forecast)
+        print(saes.forecast(pipe, hookpoints))
         return
     result = riebench(
-        pipe, _trained(options, pipe, hookpoints), items, methods=methods, **_finders(options.model),
-        seed=options.seed, batch_size=options.batch_size, store=options.store,
+        pipe, saes.make(pipe, hookpoints), items, methods=methods, **finders, **draws, seed=options.seed,
+        batch_size=size, store=options.store,
     )  # fmt: skip
+    _tell_bench(result)
+    if options.json:
+        result.write_json(options.json)
+    print(f"\n{result.artifact.folder}")
+
+
+def _draws(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
+    """Steps and guidance: the benchmark's own, 4 and 0, but for models that draw nothing good without guidance."""
+    from sdxl_sae_kit.pipelines import chosen, chosen_guidance, describe
+
+    meant = describe(pipe)
+    steps, guidance = (meant.num_inference_steps, meant.guidance_scale) if meant.guidance_scale > 1 else (4, 0.0)
+    return {
+        "num_inference_steps": chosen("--num-inference-steps", options.num_inference_steps, steps),
+        "guidance_scale": chosen_guidance(options.guidance_scale, guidance),
+    }
+
+
+def _tell_plan(pipe: Any, some: Any, draws: dict[str, Any], forecast: Any) -> None:
+    from dataclasses import replace
+
+    from sdxl_sae_kit.studies.riebench import time_drawing
+
+    seconds = time_drawing(pipe, some, **draws)
+    print(replace(forecast, seconds=forecast.n_pictures * seconds))
+    print("The time is that of drawing on this machine; edits and the judge come on top.")
+
+
+def _tell_bench(result: Any) -> None:
+    from sdxl_sae_kit.studies.distances import written
+
     measures = [measure for measure in result.scores.measures if result.n]
     rows = [
         {name: "–" if row[name] is None else row[name] for name in ("method", "k", "strength")}
@@ -178,31 +232,6 @@ def _riebench(options: argparse.Namespace) -> None:
     print(f"Means over {result.n} items, with 95 % intervals\n{_table(rows)}\n\n{result.sentence()}")
     if result.failed:
         print(f"\nFailed items\n{_table(result.failed)}")
-    if options.json:
-        result.write_json(options.json)
-    print(f"\n{result.artifact.folder}")
-
-
-def _trained(options: argparse.Namespace, pipe: Any, hookpoints: Sequence[str]) -> dict[str, Any]:
-    """One SAE for each hookpoint, collected and trained as the notebooks do."""
-    from sdxl_sae_kit.collection import collect
-    from sdxl_sae_kit.errors import did_you_mean
-    from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
-    from sdxl_sae_kit.scales import load_scale
-    from sdxl_sae_kit.training import train
-
-    scale = load_scale(options.model, options.scale)
-    name = options.saes or next(iter(scale.configs))
-    if name not in scale.configs:
-        hint = did_you_mean(name, scale.configs)
-        raise KitError(f"--saes: this scale trains {', '.join(scale.configs)}, not {name!r}.{hint}")
-    usual = set(hookpoints) <= set(DEFAULT_HOOKPOINTS)  # whose updates the notebooks collect together
-    cache = collect(pipe, scale.prompts(), DEFAULT_HOOKPOINTS if usual else hookpoints, store=options.store)
-    saes = train(
-        cache, {name: scale.configs[name]}, hookpoints=hookpoints,
-        batch_size=scale.batch_size, epochs=scale.epochs, store=options.store,
-    )  # fmt: skip
-    return {hookpoint: saes[hookpoint, name] for hookpoint in hookpoints}
 
 
 def _finders(model: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ for real SDXL), or a file in the published format.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,7 @@ from sdxl_sae_kit.artifacts import whole_number
 from sdxl_sae_kit.errors import PromptError, did_you_mean
 from sdxl_sae_kit.files import canonical_json, sha256
 from sdxl_sae_kit.item_files import Record, read_records
+from sdxl_sae_kit.masks import shortened
 from sdxl_sae_kit.prompts import is_held_out
 from sdxl_sae_kit.tiny.edits import EDIT_KINDS, Edit, add_object, delete_object, edit
 from sdxl_sae_kit.tiny.judge import expected_answers
@@ -36,6 +38,10 @@ MOST = 10_000
 _NATURAL = Path(__file__).with_name("natural_items.json")
 _PLACES = {"left of": "on the left", "right of": "on the right", "above": "at the top", "below": "at the bottom"}
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+_TEXTS = ("name", "original", "edited", "original_mask", "edited_mask", "instruction")
+_NEEDED = _TEXTS[:3]  # masks may be given by hand, so that nothing needs to be looked for
+_FIRST, _SECOND = ("shape", "colour"), ("shape2", "colour2")
+_OF_AN_OBJECT = (*_FIRST, *_SECOND)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,11 @@ class Item:
 
     def __post_init__(self) -> None:
         _check_kind(self.kind)
+        for name in _TEXTS:
+            _check_text(name, getattr(self, name), needed=name in _NEEDED)
+        object.__setattr__(self, "seed", whole_number("Item: seed", self.seed, least=0))
+        if self.seed >= 2**63:
+            raise PromptError(f"Item: the seed {self.seed} is too large; seeds are at most 2⁶³ − 1.")
 
     @property
     def target(self) -> tuple[str, str] | None:
@@ -70,12 +81,31 @@ class Item:
         return None if self.before is None or self.after is None else _target(self.kind, self.before, self.after)
 
     @property
-    def others(self) -> tuple[str, ...]:
-        """The factors of which the judge should say the same of both scenes."""
+    def wanted(self) -> Mapping[str, str]:
+        """All that the judge must name: the target and, where an object is added, that object's shape and colour."""
+        if self.target is None or self.after is None:
+            return {}
+        answers = expected_answers(self.after)
+        added = _as_second(self.after) if self.kind == "add object" else ()
+        return dict([self.target]) | {factor: str(answers[factor]) for factor in added}
+
+    @property
+    def others(self) -> tuple[tuple[str, str], ...]:
+        """What is to stay, as (factor before, factor after): what the first is on the original, the second is edited.
+
+        They differ where an object comes or goes, as the one that stays then may be the judge's second of two.
+        """
         if self.before is None or self.after is None:
             return ()
         was, becomes = expected_answers(self.before), expected_answers(self.after)
-        return tuple(factor for factor, value in was.items() if value is not None and becomes.get(factor) == value)
+        if self.before.count == self.after.count:
+            names = {factor: factor for factor in was}
+        else:
+            stays = dict(zip(_as_first(self.before), _as_first(self.after), strict=True))
+            names = {factor: factor for factor in was if factor not in _OF_AN_OBJECT} | stays
+        return tuple(
+            (one, other) for one, other in names.items() if was[one] is not None and becomes.get(other) == was[one]
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,7 +172,7 @@ class Items(Sequence[Item]):
                 "original": item.original,
                 "edited": item.edited,
                 "masks": " → ".join(dict.fromkeys((item.original_mask, item.edited_mask))),
-                "target": " ".join(item.target or ("not known",)),
+                "target": ", ".join(map(" ".join, item.wanted.items())) or "not known",
                 "seed": item.seed,
             }
             for item in self.items[:n]
@@ -190,9 +220,9 @@ def _known(source: str | Path) -> Path:
     if not isinstance(source, str | Path):
         raise PromptError(f"load_items takes 'world', 'natural' or the path of a JSON file, not {source!r}.")
     path = Path(source)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not os.path.exists(path):  # which is False, too, of a name that no file can have
         raise PromptError(
-            f"Unknown items {str(source)!r}; they are 'world', 'natural', or the path of a JSON file."
+            f"Unknown items {shortened(str(source))}; they are 'world', 'natural', or the path of a JSON file."
             f"{did_you_mean(str(source), ['world', 'natural'])}"
         )
     return path
@@ -216,6 +246,13 @@ def _check_kind(kind: str) -> None:
     known = EDIT_TYPES.values()
     if kind not in known:
         raise PromptError(f"No kind of edit {kind!r}; there are {', '.join(known)}.{did_you_mean(str(kind), known)}")
+
+
+def _check_text(name: str, text: object, *, needed: bool) -> None:
+    if not isinstance(text, str):
+        raise PromptError(f"Item: {name} is a text, not {shortened(text)}.")
+    if needed and not text.strip():
+        raise PromptError(f"Item: {name} is {shortened(text)}, which says nothing. Write a text.")
 
 
 # Edits of the tiny world ---------------------------------------------------------------------------------------------
@@ -279,6 +316,16 @@ def _target(kind: str, before: Scene, after: Scene) -> tuple[str, str] | None:
         if old is not None and new is not None and old != new:
             return name, new
     return None
+
+
+def _as_first(scene: Scene) -> tuple[str, str]:
+    """What the judge calls shape and colour of the object that the prompt says first."""
+    return _SECOND if scene.relation in ("right of", "below") else _FIRST
+
+
+def _as_second(pair: Scene) -> tuple[str, str]:
+    """What it calls those of the other one."""
+    return _FIRST if _as_first(pair) == _SECOND else _SECOND
 
 
 def _from_edit(made: Edit, name: str) -> Item:

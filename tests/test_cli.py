@@ -1,14 +1,21 @@
 """The command line says what happened in one line, and passes on exactly what it was given."""
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from sdxl_sae_kit import __main__ as cli
 from sdxl_sae_kit.artifacts import Store, kit_version
+from sdxl_sae_kit.errors import ModelError
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
+from sdxl_sae_kit.pipelines import load_pipeline
+from sdxl_sae_kit.sae import SAE
+from sdxl_sae_kit.scales import load_scale
+from sdxl_sae_kit.usual_saes import UsualSAEs
 
 
 def finished_artifact(root):
@@ -143,78 +150,171 @@ def test_tiny_measure_prints_every_table(capsys):
     assert "--captions must be an integer of at least 8, not 0" in capsys.readouterr().err
 
 
-def a_bench_of(monkeypatch, tmp_path, **facts):
-    """Calls that riebench got, instead of a long run: what it gives is made up."""
-    calls = []
-    row = {"method": "sae", "k": 8, "strength": 2.0, "reached": 0.5, "reached interval": (0.25, 0.75)}
-    none = {"method": "none", "k": None, "strength": 0.0, "reached": 0.0, "reached interval": (0.0, 0.1)}
-    told = {
-        "rows": lambda: [none, row],
-        "scores": SimpleNamespace(measures=["reached"]),
-        "n": 4,
-        "failed": [{"item": "change pose 1", "kind": "change pose", "reason": "the mask is empty"}],
-        "sentence": lambda: "4 items scored.",
-        "write_json": lambda path: path.write_text("{}"),
-        "artifact": SimpleNamespace(folder=tmp_path / "there"),
-    }
-    result = SimpleNamespace(**told | facts)
-    monkeypatch.setattr("sdxl_sae_kit.pipelines.load_pipeline", lambda name: name)
-    monkeypatch.setattr("sdxl_sae_kit.collection.collect", lambda *given, **more: calls.append((given, more)))
-    monkeypatch.setattr(
-        "sdxl_sae_kit.training.train",
-        lambda cache, configs, hookpoints, **_: {(h, name): f"{name} at {h}" for h in hookpoints for name in configs},
-    )
-    monkeypatch.setattr(
-        "sdxl_sae_kit.studies.riebench.riebench", lambda *given, **more: calls.append((given, more)) or result
-    )
-    return calls
+@pytest.fixture
+def bench_of(monkeypatch, tmp_path, pipe):
+    """What was timed, collected, trained and measured, in order, instead of a long run: what it gives is made up."""
+
+    def made(pipe=pipe, **facts):
+        calls = []
+        row = {"method": "sae", "k": 8, "strength": 2.0, "reached": 0.5, "reached interval": (0.25, 0.75)}
+        none = {"method": "none", "k": None, "strength": 0.0, "reached": 0.0, "reached interval": (0.0, 0.1)}
+        told = {
+            "rows": lambda: [none, row],
+            "scores": SimpleNamespace(measures=["reached"]),
+            "n": 4,
+            "failed": [{"item": "change pose 1", "kind": "change pose", "reason": "the mask is empty"}],
+            "sentence": lambda: "4 items scored.",
+            "write_json": lambda path: path.write_text("{}"),
+            "artifact": SimpleNamespace(folder=tmp_path / "there"),
+        }
+
+        def stand_in(name, gives):
+            return lambda *given, **more: calls.append((name, given, more)) or gives(*given)
+
+        def trained(cache, configs):
+            hookpoints = calls[-1][2]["hookpoints"]
+            return {(h, n): SAE(config, 16, name=f"{n} at {h}") for h in hookpoints for n, config in configs.items()}
+
+        monkeypatch.setattr("sdxl_sae_kit.pipelines.load_pipeline", lambda name: pipe)
+        monkeypatch.setattr("sdxl_sae_kit.usual_saes.collect", stand_in("collect", lambda *_: "cache"))
+        monkeypatch.setattr("sdxl_sae_kit.usual_saes.train", stand_in("train", trained))
+        result = SimpleNamespace(**told | facts)
+        monkeypatch.setattr("sdxl_sae_kit.studies.riebench.riebench", stand_in("riebench", lambda *_: result))
+        monkeypatch.setattr(
+            "sdxl_sae_kit.studies.riebench.time_drawing",
+            lambda pipe, items, **draws: calls.append(("time", len(items), draws)) or len(items) / 10,
+        )
+        return calls
+
+    return made
+
+
+TURBO = {"num_inference_steps": 4, "guidance_scale": 0.0}
 
 
 def test_riebench_passes_on_what_it_was_given_and_prints_rows_sentence_failures_and_folder(
-    monkeypatch, tmp_path, capsys
+    bench_of, tmp_path, pipe, capsys
 ):
-    calls = a_bench_of(monkeypatch, tmp_path)
-    chosen = ["--saes", "k10", "--methods", "sae,random", "--hookpoints", "mid.0,up.0.1", "-n", "2", "--seed", "3"]
-    kept = ["--json", str(tmp_path / "out.json"), "--store", str(tmp_path), "--batch-size", "5"]
+    calls = bench_of()
+    chosen = ["--saes", "k10", "--methods", "sae, random,", "--hookpoints", "mid.0,up.0.1", "-n", "2", "--seed", "3"]
+    kept = ["--json", str(tmp_path / "new" / "out.json"), "--store", str(tmp_path), "--batch-size", "5"]
     assert cli.main(["riebench", *chosen, *kept]) == 0
-    (_, (pipe, saes, items), settings) = ("", *calls[1])
-    assert pipe == "tiny-turbo" and saes == {h: f"k10 at {h}" for h in ("mid.0", "up.0.1")}
+    assert [name for name, *_ in calls] == ["collect", "train", "riebench"]
+    (_, (given_pipe, saes, items), settings) = calls[2]
+    names = {hookpoint: sae.name for hookpoint, sae in saes.items()}
+    assert given_pipe is pipe and names == {h: f"k10 at {h}" for h in ("mid.0", "up.0.1")}
     assert len(items) == 18 and items[0].seed == 3
-    assert settings == {"methods": ["sae", "random"], "seed": 3, "batch_size": 5, "store": tmp_path}
-    assert calls[0][0][2] == DEFAULT_HOOKPOINTS, "what the notebooks collect, which the store may have"
+    assert settings == {"methods": ["sae", "random"], "seed": 3, "batch_size": 5, "store": tmp_path, **TURBO}
+    assert calls[0][1][2] == DEFAULT_HOOKPOINTS, "what the notebooks collect, which the store may have"
     said = capsys.readouterr().out
     assert "Means over 4 items" in said and "none    –  0.000" in said and "0.500 [0.250, 0.750]" in said
     assert "4 items scored." in said and "change pose 1  change pose  the mask is empty" in said
-    assert said.endswith(f"{tmp_path / 'there'}\n") and (tmp_path / "out.json").read_text() == "{}"
+    assert said.endswith(f"{tmp_path / 'there'}\n") and (tmp_path / "new" / "out.json").read_text() == "{}"
 
 
-def test_riebench_collects_other_hookpoints_by_themselves(monkeypatch, tmp_path, capsys):
-    calls = a_bench_of(monkeypatch, tmp_path, failed=[])
-    assert cli.main(["riebench", "--hookpoints", "up.1.0,up.1.1", "-n", "1"]) == 0
-    assert calls[0][0][2] == ["up.1.0", "up.1.1"] and "Failed" not in capsys.readouterr().out
-
-
-def test_riebench_plan_draws_one_batch_and_measures_nothing(monkeypatch, tmp_path, capsys):
-    calls = a_bench_of(monkeypatch, tmp_path)
-    monkeypatch.setattr("sdxl_sae_kit.studies.riebench.time_drawing", lambda pipe, items: len(items) / 10)
-    assert cli.main(["riebench", "--plan", "-n", "2", "--methods", "sae", "--batch-size", "5"]) == 0
-    assert not calls
-    assert capsys.readouterr().out.startswith(
-        "18 items in 10 settings: 180 pictures in 4 step(s) each, about 1.5 minutes"
-    )
+def test_riebench_collects_other_hookpoints_by_themselves_and_knows_module_paths(bench_of, capsys):
+    calls = bench_of(failed=[])
+    assert cli.main(["riebench", "--hookpoints", "up.1.0, unet.up_blocks.1.attentions.1,up.1.1", "-n", "1"]) == 0
+    assert calls[0][1][2] == ["up.1.0", "up.1.1"] and list(calls[2][1][1]) == ["up.1.0", "up.1.1"]
+    assert "Failed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("model", "arguments", "draws"),
     [
-        (["--saes", "k1"], "KitError: --saes: this scale trains k5, k10, k20-white, not 'k1'. Did you mean 'k10'?"),
-        (["--items", "wrld"], "Did you mean 'world'?"),
-        (["--methods", "sea", "--plan"], "not 'sea'. Did you mean 'sae'?"),
-        (["-n", "0"], "load_items: n must be an integer of at least 1, not 0"),
+        ("tiny-turbo", [], TURBO),
+        ("tiny-base", [], {"num_inference_steps": 10, "guidance_scale": 3.0}),
+        ("tiny-base", ["--num-inference-steps", "7"], {"num_inference_steps": 7, "guidance_scale": 3.0}),
+        ("tiny-turbo", ["--num-inference-steps", "1", "--guidance-scale", "2"],
+         {"num_inference_steps": 1, "guidance_scale": 2.0}),
     ],
-)
-def test_what_riebench_cannot_do_is_one_line(monkeypatch, tmp_path, capsys, arguments, message):
-    a_bench_of(monkeypatch, tmp_path)
-    monkeypatch.setattr("sdxl_sae_kit.studies.riebench.time_drawing", lambda pipe, items: 0.1)
-    assert cli.main(["riebench", *arguments]) == 1
-    assert message in capsys.readouterr().err
+)  # fmt: skip
+def test_riebench_draws_in_its_own_steps_or_as_a_guided_model_is_meant_to(
+    bench_of, monkeypatch, model, arguments, draws
+):
+    calls = bench_of(pipe=load_pipeline(model))
+    monkeypatch.setattr(UsualSAEs, "forecast", lambda *_: "nothing")
+    assert cli.main(["riebench", "--model", model, "-n", "1", *arguments]) == 0
+    assert {name: calls[2][2][name] for name in draws} == draws
+    assert cli.main(["riebench", "--model", model, "-n", "1", "--plan", *arguments]) == 0
+    assert calls[3] == ("time", 9, draws)
+
+
+def test_riebench_plan_draws_one_batch_and_says_what_drawing_collecting_and_training_cost(bench_of, tmp_path, capsys):
+    calls = bench_of()
+    chosen = ["--plan", "-n", "2", "--methods", "sae", "--batch-size", "5", "--scale", "smoke"]
+    assert cli.main(["riebench", *chosen, "--store", str(tmp_path)]) == 0
+    assert calls == [("time", 5, TURBO)]
+    drawing, _, collecting, training = capsys.readouterr().out.splitlines()
+    assert drawing.startswith("18 items in 10 settings: 180 pictures in 4 step")
+    assert drawing.endswith("each, about 1.5 minutes.")
+    assert re.match(
+        r"Updates to be collected before: 240 images, .* tokens, .*MB, about .* on this machine", collecting
+    )
+    assert training == "4 SAEs to be trained before, in 4 passes over the updates."
+
+
+def test_a_plan_leaves_out_what_the_store_has(pipe, store, monkeypatch):
+    """Collected and trained for a moment, with few prompts and one pass."""
+    few = replace(load_scale("tiny-turbo", "smoke"), n_images=30, epochs=1)
+    monkeypatch.setattr("sdxl_sae_kit.usual_saes.load_scale", lambda *_: few)
+    saes = UsualSAEs("tiny-turbo", "smoke", "k10", store)
+    assert saes.forecast(pipe, ["up.0.1"]).startswith("Updates to be collected before: 30 images")
+    made = saes.make(pipe, ["up.0.1"])
+    assert made["up.0.1"].k == 10 and made["up.0.1"].hookpoint == "up.0.1"
+    assert saes.forecast(pipe, ["up.0.1"]) == "The SAEs are in the store."
+    more = saes.forecast(pipe, ["up.0.1", "mid.0"])
+    assert re.fullmatch(r"1 SAE to be trained before, in 1 pass over the updates: \d+ steps? of 1,024 tokens\.", more)
+    other = UsualSAEs("tiny-turbo", "smoke", "k5", store).forecast(pipe, ["up.0.1"])
+    assert other.startswith("1 SAE to be trained before")
+    assert saes.forecast(pipe, ["up.1.0"]).startswith("Updates to be collected before")
+
+
+REFUSED = [
+    (["--saes", "k1"], "The scale 'demo' trains SAEs named k5, k10, k20-white, not 'k1'. Did you mean 'k10'?"),
+    (["--items", "wrld"], "Did you mean 'world'?"),
+    (["--methods", "sea"], "not 'sea'. Did you mean 'sae'?"),
+    (["-n", "0"], "load_items: n must be an integer of at least 1, not 0"),
+    (["--seed", "-1"], "load_items: seed must be an integer of at least 0, not -1"),
+    (["--batch-size", "0"], "--batch-size must be an integer of at least 1, not 0"),
+    (["--batch-size", "-3"], "--batch-size must be an integer of at least 1, not -3"),
+    (["--hookpoints", "down.9,foo"], "No hookpoint 'down.9' in this U-Net"),
+    (["--scale", "huge"], "SCALE is 'smoke' or 'demo', not 'huge'"),
+    (["--num-inference-steps", "0"], "--num-inference-steps must be an integer of at least 1, not 0"),
+    (["--guidance-scale", "nan"], "guidance_scale must be a finite number from 0 on, not nan"),
+    (["--json", "/proc/none/out.json"], "The benchmark cannot go to /proc/none/out.json"),
+    (["--json", "/"], "it is a folder"),
+]
+
+
+@pytest.mark.parametrize("plan", [[], ["--plan"]], ids=["run", "plan"])
+@pytest.mark.parametrize(("arguments", "message"), REFUSED)
+def test_what_riebench_cannot_do_is_one_line_before_any_work(bench_of, capsys, arguments, message, plan):
+    calls = bench_of()
+    small = [] if "-n" in arguments else ["-n", "1"]
+    assert cli.main(["riebench", *small, *arguments, *plan]) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not calls
+
+
+@pytest.mark.parametrize("plan", [[], ["--plan"]], ids=["run", "plan"])
+def test_what_finds_masks_and_judges_is_there_before_any_work(bench_of, monkeypatch, capsys, plan):
+    def lacking():
+        raise ModelError("LPIPS needs an extra: pip install 'sdxl-sae-kit[riebench]'.")
+
+    calls = bench_of()
+    monkeypatch.setattr("sdxl_sae_kit.grounding.GroundedSegmenter", lambda: "segmenter")
+    monkeypatch.setattr("sdxl_sae_kit.similarity.ClipEmbed", lambda name: name)
+    monkeypatch.setattr("sdxl_sae_kit.perceptual.Lpips", lacking)
+    assert cli.main(["riebench", "--model", "stabilityai/sdxl-turbo", "-n", "1", *plan]) == 1
+    assert "ModelError: LPIPS needs an extra" in capsys.readouterr().err and not calls
+
+
+@pytest.mark.parametrize("option", ["--methods", "--hookpoints"])
+@pytest.mark.parametrize("words", ["", " , ,"])
+def test_of_names_by_commas_at_least_one_is_needed(bench_of, capsys, option, words):
+    calls = bench_of()
+    with pytest.raises(SystemExit) as left:
+        cli.main(["riebench", option, words])
+    assert left.value.code == 2 and not calls
+    assert f"argument {option}: name at least one, several by commas" in capsys.readouterr().err

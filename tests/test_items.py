@@ -89,7 +89,7 @@ def test_brackets_are_stripped_and_blanks_squeezed(tmp_path):
     assert item == Item(
         "7", "change colour", "a dull bell on a hill", "a shiny golden bell on a hill", "bell", "~ bell"
     )
-    assert item.target is None and item.others == ()
+    assert item.target is None and item.others == () and item.wanted == {}
 
 
 def test_an_id_is_taken_from_the_key_or_a_number_and_a_byte_order_mark_is_no_fault(tmp_path):
@@ -300,12 +300,30 @@ def test_the_judge_sees_the_target_in_drawings_of_the_edit_and_not_before(world)
     for read, least, most in ((becomes, 0.9, 1.0), (was, 0.0, 0.1)):
         named = [read[item.target[0]][place] == item.target[1] for place, item in enumerate(world)]
         assert least <= np.mean(named) <= most
-    kept = [was[factor][place] == becomes[factor][place] for place, item in enumerate(world) for factor in item.others]
-    assert np.mean(kept) > 0.97
+    wanted = [becomes[f][place] == v for place, item in enumerate(world) for f, v in item.wanted.items()]
+    kept = [was[one][place] == becomes[other][place] for place, item in enumerate(world) for one, other in item.others]
+    assert np.mean(wanted) > 0.95 and np.mean(kept) > 0.97
     for item in world:
-        assert item.target[0] not in item.others
-        assert {"colour2", "shape2"} & set(item.others) == set() or item.before.count == item.after.count == "two"
-        assert len(item.others) >= 3
+        assert not item.wanted.keys() & {other for _, other in item.others} and len(item.others) >= 5
+        if item.before.count == item.after.count:
+            assert all(one == other for one, other in item.others) and dict([item.target]) == item.wanted
+
+
+def test_of_an_added_object_shape_and_colour_are_wanted_and_of_the_one_that_stays_they_are_kept():
+    """The judge's first is the left or upper one, as a look at where they stand tells."""
+    found = set()
+    for item in load_items("world", 40).of("add object", "delete object"):
+        pair = item.after if item.kind == "add object" else item.before
+        stays, other = (np.argwhere(object_mask(pair, which)).mean(axis=0).sum() for which in ("first", "second"))
+        later, sooner = ("2", "") if other > stays else ("", "2")
+        found.add((item.kind, later))
+        names = [(f, f + sooner) if item.kind == "add object" else (f + sooner, f) for f in ("shape", "colour")]
+        assert set(names) == {pair for pair in item.others if pair[0][:5] in ("shape", "colou")}
+        assert {"background", "style"} <= {one for one, _ in item.others}
+        added = {f"shape{later}": item.after.shape2, f"colour{later}": item.after.colour2}
+        added = added if item.kind == "add object" else {}
+        assert item.wanted == {"count": item.after.count, **added} and item.target == ("count", item.after.count)
+    assert len(found) == 4, "both kinds, and the one that stays on either side"
 
 
 def test_of_two_objects_the_target_is_the_judges_first_or_second(world):
@@ -394,8 +412,36 @@ def test_mistakes_say_what_to_do(tmp_path, world):
         world.of("change color")
     with pytest.raises(PromptError, match="No kind of edit 'colour'"):
         replace(world[0], kind="colour")
+    for strange in ("x" * 5000, "a\0b"):
+        with pytest.raises(PromptError, match="Unknown items '.*'world'") as caught:
+            load_items(strange)
+        assert len(str(caught.value)) < 600
     with pytest.raises(PromptError, match="more than one 'change object 1'"):
         Items((world[0], world[0]))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"seed": -1}, "Item: seed must be an integer of at least 0, not -1"),
+        ({"seed": 1.5}, "Item: seed must be an integer of at least 0, not 1.5"),
+        ({"seed": True}, "Item: seed must be an integer"),
+        ({"seed": 2**63}, "Item: the seed 9223372036854775808 is too large"),
+        ({"name": 5}, "Item: name is a text, not 5"),
+        ({"name": ""}, "Item: name is '', which says nothing. Write a text"),
+        ({"original": " "}, "Item: original is ' ', which says nothing"),
+        ({"edited": ""}, "Item: edited is '', which says nothing"),
+        ({"original_mask": None}, "Item: original_mask is a text, not None"),
+        ({"edited_mask": ["x" * 5000]}, "Item: edited_mask is a text"),
+        ({"instruction": 1}, "Item: instruction is a text, not 1"),
+    ],
+)
+def test_an_item_checks_itself(unchecked_types, change, complaint):
+    sound = Item("7", "change style", "a bell", "a sketch", "", "", seed=np.int64(2**63 - 1))
+    assert type(sound.seed) is int and Items((sound,)).digest
+    with pytest.raises(KitError, match=complaint) as caught:
+        replace(sound, **change)
+    assert len(str(caught.value)) < 600
 
 
 def test_wrong_kinds_of_arguments_are_refused_in_words(unchecked_types):
@@ -420,3 +466,7 @@ def test_a_set_shows_its_counts_and_first_items_and_runs_nothing(world):
         "change material 1, change background 1, change style 1"
     )
     assert world.rows(1)[0]["target"] == " ".join(world[0].target)
+    added = world.rows(2)[1]["target"].split(", ")
+    assert added[0] == "count two" and {world[1].after.shape2, world[1].after.colour2} == {
+        each.split()[1] for each in added[1:]
+    }

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sdxl_sae_kit.items import Item
+from sdxl_sae_kit.items import Item, load_items
 from sdxl_sae_kit.judges import EmbeddingJudge, WorldJudge
 from sdxl_sae_kit.similarity import WorldEmbed
-from sdxl_sae_kit.studies.scoring import MEASURES, Scoring, fitted, outside
+from sdxl_sae_kit.studies.scoring import MEASURES, Scoring, answered, fitted, kept, outside
 from sdxl_sae_kit.tiny.edits import edit
 from sdxl_sae_kit.tiny.judge import expected_answers
-from sdxl_sae_kit.tiny.world import FACTORS, Scene, caption, render
+from sdxl_sae_kit.tiny.world import COLOURS, FACTORS, SHAPES, Scene, caption, render
 
 BEFORE = Scene("star", "red", "plain", "navy", "plain", "flat", "upright")
 
@@ -76,7 +76,7 @@ def test_each_measure_is_what_a_loop_over_its_definition_gives(scoring) -> None:
         assert tuple(score) == MEASURES
         assert score["target"] == pytest.approx(told[factor][place])
         assert score["reached"] == (max(told[factor]) == told[factor][place])
-        same = [list(told[f]).index(max(told[f])) == list(was[f]).index(max(was[f])) for f in given.others]
+        same = [list(told[f]).index(max(told[f])) == list(was[f]).index(max(was[f])) for f, _ in given.others]
         assert len(same) >= 5 and score["kept"] == pytest.approx(sum(same) / len(same))
         far, near = judge.maps[i, 6 + i], judge.maps[3 + i, 6 + i]
         mask_o, mask_e = scoring.masks[i]
@@ -103,6 +103,83 @@ def test_the_target_is_reached_where_it_is_drawn_and_only_there() -> None:
     assert ceiling["image similarity"] == pytest.approx(1, abs=1e-5) and ceiling["target"] > 0.9 > 0.1 > floor["target"]
     assert ceiling["text similarity"] > floor["text similarity"]
     assert drawn(after)[1]["kept"] < 1, "the material is another, which was to be kept"
+
+
+COUNTED = load_items("world", 12).of("add object", "delete object")
+
+
+def scored(*drawn: list[Scene]) -> list[list[dict]]:
+    """The scores of each set of pictures, one for each of `COUNTED`."""
+    wide = [(np.ones((4, 4), bool),) * 2] * len(COUNTED)
+    before, after, *others = (
+        np.stack([render(scene) for scene in scenes]) / np.float32(255)
+        for scenes in ([item.before for item in COUNTED], [item.after for item in COUNTED], *drawn)
+    )
+    score = Scoring(WorldJudge(), COUNTED, wide, before, after)
+    return [score(pictures) for pictures in (before, after, *others)]
+
+
+def another(value: str, values, *but: str | None) -> str:
+    return next(each for each in values if each not in (value, *but))
+
+
+def test_where_an_object_comes_or_goes_the_other_is_watched_wherever_it_stands() -> None:
+    """Doing nothing keeps all, so does the edit itself; another colour or shape of what stays does not."""
+    recoloured = [
+        edit(item.after, "colour", another(item.after.colour, COLOURS, item.after.colour2, item.before.colour2))
+        for item in COUNTED
+    ]
+    not_edited = [
+        edit(item.before, "shape", another(item.before.shape, SHAPES, item.before.shape2, item.after.shape2))
+        for item in COUNTED
+    ]
+    nothing, done, *spoilt = scored(recoloured, not_edited)
+    turned = {i.kind for i in COUNTED if (i.before.relation or i.after.relation) in ("right of", "below")}
+    assert turned == {"add object", "delete object"}, "items of which what stays is the judge's second"
+    assert {score["kept"] for score in nothing} == {1.0} and {score["reached"] for score in nothing} == {0.0}
+    assert {score["kept"] for score in done} == {1.0} and {score["reached"] for score in done} == {1.0}
+    assert all(score["kept"] < 1 for scores in spoilt for score in scores)
+
+
+@pytest.mark.parametrize(("factor", "values"), [("shape", SHAPES), ("colour", tuple(COLOURS))])
+def test_an_added_object_counts_only_in_its_shape_and_colour(factor, values) -> None:
+    def wrong(item: Item) -> Scene:
+        after = item.after
+        if item.kind == "delete object":
+            return after
+        return edit(after, f"{factor}2", another(getattr(after, f"{factor}2"), values, getattr(after, factor)))
+
+    _, done, spoilt = scored([wrong(item) for item in COUNTED])
+    for item, well, badly in zip(COUNTED, done, spoilt, strict=True):
+        added = item.kind == "add object"
+        assert badly["reached"] == (0.0 if added else 1.0)
+        assert (badly["target"] < 0.5 < well["target"]) == added
+    assert np.mean([score["kept"] for score in spoilt]) > 0.97, "what was there before is as it was"
+
+
+def test_what_is_reached_is_all_that_is_wanted_and_the_target_its_least_probability() -> None:
+    told = {"count": np.array([[0.2, 0.8, 0.0]]), "shape": np.full((1, len(SHAPES) + 1), 0.01)}
+    told["shape"][0, 1] = 0.5
+    wanted = {"count": "two", "shape": SHAPES[1]}
+    assert answered(told, [wanted]) == ([1.0], [0.5])
+    assert answered(told, [wanted | {"shape": SHAPES[0]}]) == ([0.0], [0.01])
+    assert answered(told, [{"count": "one"}]) == ([0.0], [0.2])
+    for unknown in ({}, wanted | {"colour": "red"}, wanted | {"shape": "yes"}):
+        assert answered(told, [unknown]) == ([None], [None])
+    assert answered(None, [wanted]) == ([None], [None])
+
+
+def test_what_stays_is_found_under_either_name_and_only_what_is_told_counts() -> None:
+    def says(*places: int) -> np.ndarray:
+        return np.eye(3)[list(places)]
+
+    before = {"shape": says(0, 0, 0), "size": says(1, 1, 1)}
+    after = {"shape": says(1, 0, 1), "shape2": says(0, 2, 2), "size": says(1, 1, 2)}
+    moved = (("shape", "shape2"), ("size", "size"), ("colour", "colour"))
+    assert kept(before, after, [moved] * 3) == [1, 1, 0]
+    assert kept(before, after, [(("shape", "shape"),)] * 3) == [0, 1, 0]
+    assert kept(before, {"shape": after["shape"]}, [moved, moved, ()]) == [None] * 3
+    assert kept(None, after, [moved]) == kept(before, None, [moved]) == [None]
 
 
 def test_what_a_judge_cannot_tell_is_none_and_the_change_outside_is_then_of_pixels(scoring) -> None:

@@ -271,9 +271,9 @@ def _on_grids(masks: Pair, grids: Mapping[str, tuple[int, int]]) -> Pair | str:
     return masks
 
 
-def time_drawing(pipe: Any, items: Items, num_inference_steps: int = 4) -> float:
+def time_drawing(pipe: Any, items: Items, num_inference_steps: int = 4, guidance_scale: float = 0.0) -> float:
     """Seconds that a picture takes to draw, of the quicker of two batches of these items."""
-    settings, seconds = drawing(pipe, num_inference_steps, 0.0), []
+    settings, seconds = drawing(pipe, num_inference_steps, guidance_scale), []
     for _ in range(2):
         started = time.perf_counter()
         draw_items(pipe, items, settings)

@@ -32,13 +32,14 @@ Values = list[float | None]
 class Scoring:
     """Measures pictures made of a batch of items, one for each; what the judge cannot tell is None.
 
-    `reached` is 1 where the judge's likeliest answer to the target's factor is the target's value, `target` that
-    value's probability; `kept` the share of the item's other factors whose likeliest answer is that of the original
-    picture; `outside` the mean, outside both masks, of the judge's perceptual map, or of the pixels' difference where
-    it has none; `pixel` the mean difference to the original, colours being 0 to 1; `to original` and `to edited` the
-    mean perceptual map to the picture of either prompt; `image similarity` 1 − the semantic distance to the picture of
-    the edited prompt; `text similarity` what a judge that reads texts says of the edited prompt, else the mean
-    probability of what the edited scene should be said to show.
+    `reached` is 1 where the judge's likeliest answer to every factor that the item wants is the wanted value, `target`
+    the least probability of those values; most items want one, an added object also its shape and colour. `kept` is the
+    share of the item's other factors whose likeliest answer is that of the original picture (see `kept`); `outside` the
+    mean, outside both masks, of the judge's perceptual map, or of the pixels' difference where it has none; `pixel` the
+    mean difference to the original, colours being 0 to 1; `to original` and `to edited` the mean perceptual map to the
+    picture of either prompt; `image similarity` 1 − the semantic distance to the picture of the edited prompt; `text
+    similarity` what a judge that reads texts says of the edited prompt, else the mean probability of what the edited
+    scene should be said to show.
     """
 
     judge: PictureJudge | None
@@ -52,7 +53,7 @@ class Scoring:
         told = self.judge.factors(pictures) if self.judge else None
         change = np.abs(pictures - self.original).mean(axis=3, dtype=np.float64)
         from_original, from_edited = (self._map(before, pictures) for before in (self.original, self.edited))
-        reached, target = answered(told, [item.target for item in self.items])
+        reached, target = answered(told, [item.wanted for item in self.items])
         columns = {
             "reached": reached,
             "target": target,
@@ -90,19 +91,42 @@ class Scoring:
         return [None] * len(self.items)
 
 
-def answered(told: Told | None, targets: Sequence[tuple[str, str] | None]) -> tuple[Values, Values]:
-    """Whether the target's value is the likeliest answer to its factor (1 or 0), and the probability it is given."""
-    found = [None if target is None else _answer(told, image, *target) for image, target in enumerate(targets)]
-    return [each and each[1] for each in found], [each and each[0] for each in found]
+def answered(told: Told | None, wanted: Sequence[Mapping[str, str]]) -> tuple[Values, Values]:
+    """Whether each wanted value is the likeliest answer to its factor (1 or 0), and the least probability of them.
+
+    The least, and no product, so that it means the same for items that want one value and those that want several.
+    """
+    reached: Values = []
+    target: Values = []
+    for image, values in enumerate(wanted):
+        answers = [_answer(told, image, *each) for each in values.items()]
+        found = [answer for answer in answers if answer is not None]
+        known = bool(answers) and len(found) == len(answers)
+        reached.append(min(likeliest for _, likeliest in found) if known else None)
+        target.append(min(probability for probability, _ in found) if known else None)
+    return reached, target
 
 
-def kept(before: Told | None, after: Told | None, others: Sequence[Sequence[str]]) -> Values:
-    """The share of these factors, image by image, whose likeliest answer is the same before and after."""
+def kept(before: Told | None, after: Told | None, others: Sequence[Sequence[tuple[str, str]]]) -> Values:
+    """The share of these factors, image by image, whose likeliest answer is the same before and after.
+
+    Each comes with its name on the original picture and on the edited one, as an object that stays may be the judge's
+    second of two where another comes or goes. What was said of the first name may be said of either: an edit that did
+    nothing has kept all, and one that succeeded, too. (So a colour counts as kept where it is found on the object that
+    came or should have gone alone.)
+    """
     if before is None or after is None:
         return [None] * len(others)
-    same = {factor: before[factor].argmax(axis=1) == after[factor].argmax(axis=1) for factor in before.keys() & after}
-    by_image = [[same[factor][image] for factor in each if factor in same] for image, each in enumerate(others)]
-    return [float(np.mean(each)) if each else None for each in by_image]
+    was, now = ({factor: each.argmax(axis=1) for factor, each in told.items()} for told in (before, after))
+    by_image = [
+        [
+            any(was[one][image] == now[name][image] for name in (one, other))
+            for one, other in each
+            if one in was and {one, other} <= now.keys()
+        ]
+        for image, each in enumerate(others)
+    ]
+    return [float(np.mean(same)) if same else None for same in by_image]
 
 
 def outside(maps: Float[np.ndarray, "image y x"], masks: Sequence[Pair]) -> Values:
