@@ -197,9 +197,7 @@ def _by_blocks(scores: Scores) -> dict[frozenset[str], int]:
     """The places of the settings that differ only in their blocks, of the one that was tried at some of them."""
     tried = tried_by_block(scores)
     dose = tried and (tried.method, tried.k, tried.strength)
-    return {
-        frozenset(s.blocks): at for at, s in enumerate(scores.settings) if (s.method, s.k, s.strength) == dose
-    }
+    return {frozenset(s.blocks): at for at, s in enumerate(scores.settings) if (s.method, s.k, s.strength) == dose}
 
 
 def _masks(scores: Scores) -> list[tuple[str, Any]]:

@@ -75,16 +75,21 @@ class Scores:
         return [measure for measure in MEASURES if self.told(measure)]
 
     @property
+    def succeeds(self) -> bool:
+        """Whether something tells that edits succeeded."""
+        return bool(self._outcomes)
+
+    @property
     def judged(self) -> bool:
         """Whether something tells that edits succeeded, of enough items to choose settings by."""
-        return bool(self._outcomes) and self._on_both_halves(self._outcomes[0])
+        return self.succeeds and self._on_both_halves(self.outcome)
 
     @property
     def _outcomes(self) -> list[str]:
         return [measure for measure in OUTCOMES if self.told(measure)]
 
     def counted(self, by: str) -> Bool[np.ndarray, " item"]:
-        """The items of which this measure and the damage are told at every setting: those that methods are chosen by."""
+        """The items of which this measure and the damage are told at every setting: settings are chosen by them."""
         return np.asarray(np.isfinite(self.values[by]).all(axis=1) & np.isfinite(self.values[self.harm]).all(axis=1))
 
     def _on_both_halves(self, by: str) -> bool:

@@ -17,28 +17,16 @@ from sdxl_sae_kit.artifacts import Artifact, counted
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.files import writable, write_atomically
 from sdxl_sae_kit.items import EDIT_TYPES
-from sdxl_sae_kit.maps import gain_map
-from sdxl_sae_kit.plots import pareto, points_by_group
+from sdxl_sae_kit.studies import benchmark_figures as figures
 from sdxl_sae_kit.studies import benchmark_views as views
 from sdxl_sae_kit.studies.benchmark_blocks import agreement, chosen_shares, gains
-from sdxl_sae_kit.studies.benchmark_scores import (
-    CEILING,
-    FLOOR,
-    LESS_IS_BETTER,
-    Line,
-    Row,
-    Scores,
-    estimates,
-    named,
-)
-from sdxl_sae_kit.studies.equal_damage import hull
+from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR, Line, Row, Scores, estimates, named
 from sdxl_sae_kit.studies.lines import Lines, open_study
 from sdxl_sae_kit.studies.scoring import MEASURES
 from sdxl_sae_kit.studies.transport import Setting
 
 FILE, PICTURE = "items.jsonl", "item-{}.webp"
 FORMAT, VERSION, SCHEMA = "sdxl-sae-kit riebench", 1, "urn:sdxl-sae-kit:riebench:1"
-_WHAT = {"alone": "Change of {of} by each block alone, beside no edit", "left out": "{of} lost without each block"}
 _BY = ("reached", "target", "to edited", "image similarity")
 
 
@@ -190,7 +178,6 @@ class RIEBench:
 
     @cached_property
     def _pairs(self) -> list[Row]:
-        """The first method (`sae` if it was run) beside each other one."""
         return self._compared(None)
 
     @cached_property
@@ -198,6 +185,7 @@ class RIEBench:
         return [row for kind, (scored, _) in self.kinds.items() if scored for row in self._compared(kind)]
 
     def _compared(self, kind: str | None) -> list[Row]:
+        """The first method (`sae` if it was run) beside each other one."""
         edits = self.edits if self._best else []
         first = "sae" if "sae" in edits else next(iter(edits), "")
         return [self.compare(first, other, kind=kind) for other in edits if other != first]
@@ -277,43 +265,12 @@ class RIEBench:
         By default what is kept and what is reached, or, where the judge knows no factors, both distances.
         """
         x, y = self._measure(x or self.scores.harm), self._measure(y or self.scores.outcome)
-        points = {
-            method: [
-                (row[x], *row[f"{x} interval"], row[y], *row[f"{y} interval"], self.settings[at].key)
-                for at in places
-                for row in (self._rows[at],)
-            ]
-            for method, places in self.scores.methods.items()
-        }
-        fronts = {method: self._front(method, x, y) for method in self.edits}
-        title = f"{y} against {x}: every setting, {counted(self.n, 'items')}; lines: each method's front"
-        return pareto(points, fronts, title=title, x=x, y=y)
-
-    def _front(self, method: str, x: str, y: str) -> list[tuple[float, float]]:
-        places = [*self.scores.methods[FLOOR], *self.scores.methods[method]]
-        found = [(self._rows[at][x], self._rows[at][y]) for at in places]
-        worse, better = (-1 if x in LESS_IS_BETTER else 1), (-1 if y in LESS_IS_BETTER else 1)
-        xs, ys = np.array(found, dtype=np.float64).T
-        return [found[at] for at in hull(-worse * xs, better * ys)]
+        return figures.trade_offs(self.scores, self._rows, x, y)
 
     def plot_kinds(self, measure: str | None = None) -> Any:
         """A measure by kind with its intervals, each method at its best (plotly); by default the outcome."""
         measure = measure or self.scores.outcome
-        rows = self.kind_rows(measure)
-        points = {
-            method: [
-                (row[measure], *row[f"{measure} interval"]) if row[f"{measure} n"] else None
-                for row in rows
-                if row["method"] == method
-            ]
-            for method in self.methods
-        }
-        kinds = [
-            f"{kind} ({scored}{f' of {scored + failed}' * bool(failed)})"
-            for kind, (scored, failed) in self.kinds.items()
-        ]
-        title = f"{measure} by kind of edit (items), each method {views.choice_words(self.scores)}"
-        return points_by_group(kinds, points, title=title, y=measure)
+        return figures.kind_points(self.scores, self.kind_rows(measure), self.kinds, measure)
 
     def plot_blocks(self, measure: str | None = None, what: str = "alone") -> Any:
         """Heat map of what each block does for each kind of edit, blue where that is better (plotly).
@@ -325,23 +282,7 @@ class RIEBench:
         Raises:
             KitError: no block was tried by itself, or `what` is neither.
         """
-        if what not in _WHAT:
-            raise KitError(f"plot_blocks: what is {' or '.join(map(repr, _WHAT))}, not {what!r}.")
-        rows = self.block_rows(measure)
-        if not rows:
-            raise KitError("plot_blocks: no block was tried by itself. Call riebench with by_block.")
-        kinds = {row["kind"]: row["n"] for row in rows}
-        told = np.array([[row[what], *row[f"{what} interval"]] for row in rows])
-        told = told.reshape(len(kinds), len(self.scores.blocks), 3)
-        of = measure or self.scores.gain
-        return gain_map(
-            [f"{kind} ({n})" for kind, n in kinds.items()],
-            self.scores.blocks,
-            told,
-            title=f"{_WHAT[what].format(of=of)}, by kind of edit (items)",
-            scale=f"change of {of}",
-            less_is_better=of in LESS_IS_BETTER,
-        )
+        return figures.block_map(self.scores, self.block_rows(measure), measure or self.scores.gain, what)
 
     def contact_sheet(self) -> str:
         """HTML of each method's best, median and worst item, by a rule that it states."""
@@ -417,10 +358,11 @@ class RIEBench:
 
     def sentence(self) -> str:
         """What the numbers say; that a method reaches more only where the interval of the difference is above 0."""
-        failed = len(self.failed)
         if not self.n:
-            return f"All {counted(failed, 'items')} failed, so nothing can be told: see the reasons in .failed."
-        return views.sentence(self.scores, failed, self._best, self._pairs)
+            return (
+                f"All {counted(len(self.failed), 'items')} failed, so nothing can be told: see the reasons in .failed."
+            )
+        return views.sentence(self.scores, len(self.failed), self._best, self._pairs)
 
     def _repr_html_(self) -> str:
         title = html.heading("RIEBench: editing while the picture is being made", html.escape(self.sentence()))

@@ -131,7 +131,7 @@ def read(
         told += share * np.stack([reached, damage, reached - beside - slope * (damage - harm)])
         flags.append((at[0] > widths[0].max(), at[0] < widths[0, 1:].min()))
     beyond, below = (any(each) for each in zip(*flags, strict=True))
-    return Reading(*told, beyond=beyond, below=below)
+    return Reading(told[0], told[1], told[2], beyond, below)
 
 
 def compare_at_equal_damage(
