@@ -189,7 +189,8 @@ def _verdict(row: Mapping[str, Any]) -> str:
     )
     return (
         f"{alike} (mean ρ {row[name]:.2f} [{low:.2f}, {high:.2f}], p = {row[f'{name} p']:.3g}); the block that does "
-        f"most is the same for {row['top agrees']} of {row['kinds']} kinds, by chance {row['top by chance']:.2g}; {apart}"
+        f"most is the same for {row['top agrees']} of {row['kinds']} kinds, by chance {row['top by chance']:.2g}; "
+        f"{apart}"
     )
 
 
