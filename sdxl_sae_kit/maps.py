@@ -163,7 +163,7 @@ def gain_map(
     """A heat map of gains (value, low, high), blue where it is better and red where worse, the numbers written in."""
     told = "; ".join(
         f"{name}: "
-        + ", ".join(f"{block} {v:.2f} [{a:.2f}, {b:.2f}]" for block, (v, a, b) in zip(columns, line, strict=True))
+        + ", ".join(f"{block} {v:z.2f} [{a:z.2f}, {b:z.2f}]" for block, (v, a, b) in zip(columns, line, strict=True))
         for name, line in zip(rows, gains.tolist(), strict=True)
     )
     made = figure(
@@ -171,7 +171,7 @@ def gain_map(
         title=title, height=200 + 34 * len(rows),
     )  # fmt: skip
     largest = float(np.nanmax(np.abs(gains[..., 0]), initial=1e-9))
-    texts = [[f"{v:.2f}<br>[{a:.2f}, {b:.2f}]" for v, a, b in line] for line in gains.tolist()]
+    texts = [[f"{v:z.2f}<br>[{a:z.2f}, {b:z.2f}]" for v, a, b in line] for line in gains.tolist()]
     made.add_heatmap(
         z=gains[..., 0], x=list(columns), y=list(rows), text=texts, texttemplate="%{text}", hoverinfo="x+y+text",
         colorscale="RdBu_r" if less_is_better else "RdBu", zmin=-largest, zmax=largest, textfont={"size": 10},

@@ -298,11 +298,12 @@ def test_beyond_the_largest_damage_the_others_highest_value_holds(tmp_path) -> N
     score = fixed({"sae": 1.0, "random": 0.4}, {"sae": 0.5, "random": 0.1})
     bench = made_up(tmp_path, grid("sae", "random"), score)
     row, back = bench.compare("sae", "random"), bench.compare("random", "sae")
-    assert (row["beyond"], row["below"], back["beyond"], back["below"]) == (True, False, False, True)
+    assert (row["beyond"], row["below"], row["other beyond"], row["other below"]) == (True, False, False, True)
+    assert (back["beyond"], back["below"], back["other beyond"], back["other below"]) == (False, True, True, False)
     assert row["difference at own damage"] == pytest.approx(1 - 0.4)
     assert row["difference at other damage"] == pytest.approx(0.2 - 0.4), "a fifth of the way from no edit"
     assert row["difference"] == pytest.approx(0.2) and row["verdict"] == "more"
-    assert "no setting of random does as much damage" in bench.sentence()
+    assert "no setting of random does as much damage as sae" in bench.sentence()
 
 
 def test_a_certain_difference_on_few_items_is_no_verdict(tmp_path) -> None:

@@ -64,9 +64,11 @@ def chosen_shares(
         [[[told[key].get(block, (0, 0)) for block in scores.blocks] for key in keys] for told in chosen], dtype=float
     ).reshape(len(chosen), len(keys), len(scores.blocks), 2)
     total = sum(sizes.get(block, np.nan) for block in scores.blocks)
+    if not keys:
+        return []
     with np.errstate(invalid="ignore"):
         shares = (counts / counts.sum(axis=2, keepdims=True)).mean(axis=1)  # (item, block, 2)
-    rows = _by_kind(scores, ("added", "removed"), shares) if keys else []
+    rows = _by_kind(scores, ("added", "removed"), shares)
     return [row | {"expected": sizes.get(row["block"], np.nan) / total} for row in rows]
 
 

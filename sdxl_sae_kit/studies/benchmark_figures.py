@@ -28,7 +28,7 @@ def trade_offs(scores: Scores, rows: Sequence[Row], x: str, y: str) -> go.Figure
         for method, places in scores.methods.items()
     }
     fronts = {method: _front(scores, rows, method, x, y) for method in points if method not in (CEILING, FLOOR)}
-    title = f"{y} against {x}: every setting, {counted(len(scores), 'items')}"
+    title = f"{y} against {x}: every setting, {counted(len(scores), 'items')}; lines are fronts"
     return pareto(points, fronts, title=title, x=x, y=y)
 
 
@@ -52,7 +52,7 @@ def kind_points(scores: Scores, rows: Sequence[Row], kinds: Mapping[str, tuple[i
     }
     names = [f"{kind} ({n}{f' of {n + failed}' if failed else ''})" for kind, (n, failed) in kinds.items()]
     title = f"{measure} by kind of edit (items), each method at the setting taken for it"
-    return points_by_group(names, points, title=title, y=measure)
+    return points_by_group(names, points, title=title, y=measure).update_layout(height=520)
 
 
 def block_map(scores: Scores, rows: Sequence[Row], measure: str, what: str) -> go.Figure:

@@ -124,16 +124,19 @@ def _mean(scores: Scores, row: Row) -> str:
 def _beside(row: Row) -> str:
     words = {"more": "reaches more than", "less": "reaches less than", "not told apart": "is not told apart from"}
     verb = words.get(row["verdict"], f"cannot be compared, on {counted(row['n'], 'items')}, with")
-    return f"{row['method']} {verb} {row['other']} ({written(row, 'difference')}{_reserve(row)})"
+    but = _reserve(row)
+    return f"{row['method']} {verb} {row['other']} ({written(row, 'difference')}{but and f'; {but}'})"
 
 
 def _reserve(row: Row) -> str:
-    """What weakens a comparison, in words."""
-    past = f"; no setting of {row['other']} does as much damage, so its highest value holds" if row["beyond"] else ""
-    short = (
-        f"; every setting of {row['other']} does more, so it is read between no edit and one" if row["below"] else ""
-    )
-    return past + short
+    """What weakens a comparison, in words: where one was read beyond its own settings, or below them."""
+    told = []
+    for mine, other, flag in ((row["method"], row["other"], ""), (row["other"], row["method"], "other ")):
+        if row[f"{flag}beyond"]:
+            told.append(f"no setting of {other} does as much damage as {mine}, so its highest value holds there")
+        if row[f"{flag}below"]:
+            told.append(f"every setting of {other} does more damage than {mine}, so it is read on the line to no edit")
+    return "; ".join(told)
 
 
 def verdict(row: Row) -> str:
@@ -191,7 +194,7 @@ def pair_table(pairs: Sequence[Row]) -> list[Row]:
             "at the other's": f"{_number(row['difference at other damage'])} at {_number(row['other damage'])}",
             "n": row["n"],
             "so it reaches": row["verdict"],
-            "but": _reserve(row).removeprefix("; "),
+            "but": _reserve(row) or "–",
         }
         for row in pairs
     ]

@@ -159,10 +159,10 @@ class RIEBench:
 
         Returns:
             `difference`, the mean of `difference at own damage` and `difference at other damage`, with its 95 %
-            bootstrap interval over items (everything chosen anew in every sample); `reached` and `damage` of the method
+            bootstrap interval over items (everything chosen anew in each); `reached` and `damage` of the method
             at its best, `other damage`; `n`; `beyond`, whether it does more damage than any setting of the other, whose
-            highest value then holds; `below`, whether it does less than all of them, the other being read between no
-            edit and one of them; `verdict`: "more", "less", "not told apart", or "too few items" (under 20); and what
+            highest value then holds; `below`, whether it does less than all of them, the other being read on the line
+            to no edit; `other beyond`, `other below`, the same of the other; `verdict`: "more", "less", "not told apart", or "too few items" (under 20); and what
             damage and choice are.
 
         Raises:

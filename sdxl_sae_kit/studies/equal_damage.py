@@ -160,6 +160,8 @@ def compare_at_equal_damage(
         "difference at other damage": float(-back.more[0]) if n else np.nan,
         "beyond": there.beyond,
         "below": there.below,
+        "other beyond": back.beyond,
+        "other below": back.below,
     }
 
 
