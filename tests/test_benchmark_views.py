@@ -50,7 +50,7 @@ def test_the_other_reaches_more_where_the_interval_is_below_0(tmp_path) -> None:
 
 @pytest.mark.parametrize("methods", [("steering",), ("random", "neurons"), ()])
 def test_every_method_is_told_of_whichever_were_run(tmp_path, methods) -> None:
-    bench = made_up(tmp_path, [*grid(*methods), *ENDS], plain)
+    bench = made_up(tmp_path, [*grid(*methods), *ENDS], plain, pictures=True)
     said = bench.sentence()
     assert "  " not in said and said.startswith("60 items scored. ") and "Changing the prompt itself" in said
     assert all(f"{method} " in said for method in methods) and ("At equal damage" in said) == (len(methods) > 1)

@@ -85,8 +85,7 @@ class RIEBench:
         """
         if not self.scored:
             raise KitError(f"All {len(self.failed)} items failed, so nothing was scored: see .failed for the reasons.")
-        lines, n_contest = [line for _, line in self.scored], self.artifact.recipe.get("n_contest")
-        return Scores.read(lines, self.settings, n_contest)
+        return Scores.read([line for _, line in self.scored], self.settings, self.artifact.recipe.get("n_contest"))
 
     @property
     def n(self) -> int:
@@ -118,8 +117,8 @@ class RIEBench:
     def rows(self) -> list[Row]:
         """A row per setting over all scored items: `method`, `k`, `strength`, `blocks`, `n` and each measure's mean.
 
-        Beside each measure its `… interval` (95 %, over items: Wilson's of `reached`, else bootstrap, from the same
-        samples at all settings) and `… n`, for how many items it was told; NaN where it never was.
+        Beside each measure its `… interval` (95 %, over items: Wilson's of `reached`, else bootstrap) and `… n`, of how
+        many items it was told; NaN where it never was.
         """
         return [dict(row) for row in self._rows]
 
@@ -159,11 +158,10 @@ class RIEBench:
 
         Returns:
             `difference`, the mean of `difference at own damage` and `difference at other damage`, with its 95 %
-            bootstrap interval over items (everything chosen anew in each); `reached` and `damage` of the method
-            at its best, `other damage`; `n`; `beyond`, whether it does more damage than any setting of the other, whose
-            highest value then holds; `below`, whether it does less than all of them, the other being read on the line
-            to no edit; `other beyond`, `other below`, the same of the other; `verdict`: "more", "less", "not told apart", or "too few items" (under 20); and what
-            damage and choice are.
+            bootstrap interval over items (everything chosen anew in each sample); `reached` and `damage` at its best,
+            `other damage`; `n`; `beyond`: it does more damage than any setting of the other, whose highest value then
+            holds; `below`: less than all of them, the other being read on the line to no edit; `other beyond`, `other
+            below`: the same of the other; `verdict`: "more", "less", "not told apart", or "too few items" (under 20).
 
         Raises:
             KitError: no such method was run, nothing tells what is asked, or too few items were scored to choose by.
@@ -187,7 +185,7 @@ class RIEBench:
     def _compared(self, kind: str | None) -> list[Row]:
         """The first method (`sae` if it was run) beside each other one."""
         edits = self.edits if self._best else []
-        first = "sae" if "sae" in edits else next(iter(edits), "")
+        first = "sae" if "sae" in edits else "".join(edits[:1])
         return [self.compare(first, other, kind=kind) for other in edits if other != first]
 
     def kind_rows(self, measure: str | None = None) -> list[Row]:
@@ -197,15 +195,12 @@ class RIEBench:
         """
         measure = self._measure(measure or self.scores.outcome)
         columns = np.stack([self.scores.at(measure, self.scores.taken(method)) for method in self.methods], axis=1)
-        return [
-            {"kind": kind, "method": method, "failed": failed} | named(measure, each)
-            for kind, (_, failed) in self.kinds.items()
-            for method, each in zip(
-                self.methods,
-                estimates(columns[self.scores.of_kind(kind)], shares=measure == "reached"),
-                strict=True,
-            )
-        ]
+        rows = []
+        for kind, (_, failed) in self.kinds.items():
+            found = estimates(columns[self.scores.of_kind(kind)], shares=measure == "reached")
+            for method, each in zip(self.methods, found, strict=True):
+                rows.append({"kind": kind, "method": method, "failed": failed} | named(measure, each))
+        return rows
 
     def block_rows(self, measure: str | None = None) -> list[Row]:
         """A row per kind (and "all") and block: what the block does `alone`, and what is lost where it is `left out`.
@@ -321,7 +316,7 @@ class RIEBench:
 
     def _kind_measures(self) -> list[Row]:
         """`kind_rows` of every measure that was told, one row per kind and method."""
-        found = [self.kind_rows(measure) for measure in self.scores.measures] if self._best else []
+        found = map(self.kind_rows, self.scores.measures if self._best else [])
         return [{key: value for row in rows for key, value in row.items()} for rows in zip(*found, strict=True)]
 
     def write_json(self, path: Path | str) -> Path:
@@ -366,8 +361,8 @@ class RIEBench:
 
     def _repr_html_(self) -> str:
         title = html.heading("RIEBench: editing while the picture is being made", html.escape(self.sentence()))
-        grid = html.table(views.grid_table(self.scores, self._rows), views.GRID) if self.n else ""
-        folds = {"Every setting": grid} | (self._by_parts() if self._best else {})
+        folds = {"Every setting": html.table(views.grid_table(self.scores, self._rows), views.GRID)} if self.n else {}
+        folds |= self._by_parts() if self._best else {}
         if self.failed:
             folds[f"Failed items ({len(self.failed)})"] = html.table(self.failed, "They count for no method")
         best = self._at_best() if self._best else ""
