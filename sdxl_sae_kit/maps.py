@@ -152,23 +152,30 @@ def share_map(
 
 
 def gain_map(
-    rows: Sequence[str], columns: Sequence[str], gains: Float[np.ndarray, "row column 3"], *, title: str
+    rows: Sequence[str],
+    columns: Sequence[str],
+    gains: Float[np.ndarray, "row column 3"],
+    *,
+    title: str,
+    scale: str,
+    less_is_better: bool = False,
 ) -> go.Figure:
-    """A heat map of gains (value, low, high), blue above 0 and red below, with the numbers written in."""
+    """A heat map of gains (value, low, high), blue where it is better and red where worse, the numbers written in."""
     told = "; ".join(
         f"{name}: "
-        + ", ".join(f"{block} {v:.2f} [{a:.2f}, {b:.2f}]" for block, (v, a, b) in zip(columns, line, strict=True))
+        + ", ".join(f"{block} {v:z.2f} [{a:z.2f}, {b:z.2f}]" for block, (v, a, b) in zip(columns, line, strict=True))
         for name, line in zip(rows, gains.tolist(), strict=True)
     )
     made = figure(
-        f"{title}: heat map of {len(rows)} rows and {len(columns)} columns, with 95 % intervals. {told}.",
-        title=title, height=200 + 30 * len(rows),
+        f"{title}: heat map of {scale}, {len(rows)} rows and {len(columns)} columns, with 95 % intervals. {told}.",
+        title=title, height=200 + 34 * len(rows),
     )  # fmt: skip
     largest = float(np.nanmax(np.abs(gains[..., 0]), initial=1e-9))
-    texts = [[f"{v:.2f}<br>[{a:.2f}, {b:.2f}]" for v, a, b in line] for line in gains.tolist()]
+    texts = [[f"{v:z.2f}<br>[{a:z.2f}, {b:z.2f}]" for v, a, b in line] for line in gains.tolist()]
     made.add_heatmap(
         z=gains[..., 0], x=list(columns), y=list(rows), text=texts, texttemplate="%{text}", hoverinfo="x+y+text",
-        colorscale="RdBu", zmin=-largest, zmax=largest, textfont={"size": 10}, xgap=1, ygap=1,
+        colorscale="RdBu_r" if less_is_better else "RdBu", zmin=-largest, zmax=largest, textfont={"size": 10},
+        xgap=1, ygap=1, colorbar={"title": {"text": scale, "side": "right"}},
     )  # fmt: skip
     made.update_yaxes(autorange="reversed", automargin=True, dtick=1)
     made.update_xaxes(automargin=True, dtick=1)

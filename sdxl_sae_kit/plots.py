@@ -277,71 +277,60 @@ def _ends(line: Sequence[tuple[float, float, float, float]]) -> str:
     return " to ".join(f"{value:.3g} [{low:.3g}, {high:.3g}]" for _, value, low, high in points)
 
 
-def shares_by_group(
+def points_by_group(
     groups: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float] | None]], *, title: str, y: str
 ) -> go.Figure:
-    """Shares 0 to 1, (value, low, high), with their intervals, series side by side in every group; None is left out."""
+    """Points (value, low, high) with their intervals, the series side by side in every group; None is left out."""
     told = "; ".join(
         f"{group} " + ", ".join(f"{name} {p[0]:.2f} [{p[1]:.2f}, {p[2]:.2f}]" for name, p in there.items() if p)
         for at, group in enumerate(groups)
         for there in ({name: points[at] for name, points in series.items()},)
     )
     made = figure(f"{title}: {y}, with 95 % intervals. {told}.", title=title, y=y)
+    apart = min(0.16, 0.8 / max(len(series), 1))
     for at, (name, points) in enumerate(series.items()):
         there = [place for place, point in enumerate(points) if point]
         values, low, high = np.array([points[place] for place in there], dtype=float).reshape(-1, 3).T
         made.add_scatter(
-            x=[place + 0.16 * (at - (len(series) - 1) / 2) for place in there], y=values, name=name,
+            x=[place + apart * (at - (len(series) - 1) / 2) for place in there], y=values, name=name,
             error_y={"type": "data", "symmetric": False, "array": high - values, "arrayminus": values - low},
             mode="markers", marker={"symbol": at, "size": 8}, hovertext=[groups[place] for place in there],
             hoverinfo="text+y+name",
         )  # fmt: skip
-    made.update_xaxes(tickvals=list(range(len(groups))), ticktext=list(groups))
+    made.update_xaxes(tickvals=list(range(len(groups))), ticktext=list(groups), automargin=True)
+    return made
+
+
+def shares_by_group(
+    groups: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float] | None]], *, title: str, y: str
+) -> go.Figure:
+    """Shares 0 to 1, (value, low, high), with their intervals, series side by side in every group; None is left out."""
+    made = points_by_group(groups, series, title=title, y=y)
     made.update_yaxes(range=[-0.02, 1.02])
     return made
 
 
-def bars_by_group(
-    groups: Sequence[str], series: Mapping[str, Sequence[tuple[float, float, float]]], *, title: str, y: str
-) -> go.Figure:
-    """Bars (value, low, high) with their intervals, the series side by side in every group."""
-    told = "; ".join(
-        f"{group}: " + ", ".join(f"{name} {value:.2f} [{low:.2f}, {high:.2f}]" for name, (value, low, high) in there)
-        for at, group in enumerate(groups)
-        for there in ([(name, points[at]) for name, points in series.items()],)
-    )
-    made = figure(f"{title}: bars of {y}, with 95 % intervals. {told}.", title=title, y=y, height=480)
-    for name, points in series.items():
-        values, low, high = np.array(points, dtype=float).reshape(-1, 3).T
-        made.add_bar(
-            x=list(groups), y=values, name=name, hoverinfo="x+y+name",
-            error_y={
-                "type": "data", "symmetric": False, "array": high - values, "arrayminus": values - low,
-                "thickness": 1, "width": 2,
-            },
-        )  # fmt: skip
-    made.update_layout(barmode="group")
-    made.update_xaxes(automargin=True)
-    return made
-
-
 def pareto(
-    lines: Mapping[str, Sequence[tuple[float, float, float, float, float, float, str]]],
-    marked: Sequence[str],
+    points: Mapping[str, Sequence[tuple[float, float, float, float, float, float, str]]],
+    fronts: Mapping[str, Sequence[tuple[float, float]]],
     *,
     title: str,
     x: str,
     y: str,
 ) -> go.Figure:
-    """A line per name through its points (x, low, high, y, low, high, text) with both intervals; some are only marked.
+    """Points (x, low, high, y, low, high, text) with both intervals, and a line per name along its front (x, y).
 
-    Points are joined in the order of x.
+    Names without a front are only marked, with a star or a cross.
     """
-    told = "; ".join(f"{name} {_reach(points)}" for name, points in lines.items())
-    alt = f"{title}: {y} over {x} with 95 % intervals in both. {told}."
+    marked = [name for name in points if name not in fronts]
+    told = "; ".join(f"{name} {_each(there)}" for name, there in points.items())
+    lines = "; ".join(
+        f"{name} through " + ", ".join(f"({a:.3g}, {b:.3g})" for a, b in line) for name, line in fronts.items()
+    )
+    alt = f"{title}: points of {y} over {x} with 95 % intervals in both. {told}. Fronts as (x, y): {lines}."
     made = figure(alt, title=title, x=x, y=y, height=520)
-    for at, (name, points) in enumerate(lines.items()):
-        numbers = np.array([point[:6] for point in sorted(points)], dtype=float).reshape(-1, 6).T
+    for at, (name, there) in enumerate(points.items()):
+        numbers = np.array([point[:6] for point in there], dtype=float).reshape(-1, 6).T
         errors = [
             {
                 "type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low,
@@ -349,19 +338,25 @@ def pareto(
             }
             for value, low, high in (numbers[:3], numbers[3:])
         ]  # fmt: skip
-        alone = {"symbol": ("star", "x")[marked.index(name)], "size": 13, "color": "#444"} if name in marked else None
+        colour = COLOURS[at % len(COLOURS)]
+        alone = {"symbol": ("star", "x")[marked.index(name) % 2], "size": 13} if name in marked else {}
         made.add_scatter(
             x=numbers[0], y=numbers[3], error_x=errors[0], error_y=errors[1], name=name, hoverinfo="text+x+y",
-            mode="markers" if alone else "lines+markers", hovertext=[point[6] for point in sorted(points)],
-            marker=alone or {"symbol": at, "size": 8, "color": COLOURS[at % len(COLOURS)]},
+            mode="markers", hovertext=[point[6] for point in there], legendgroup=name,
+            marker={"symbol": at, "size": 8, "color": "#444" if alone else colour} | alone,
         )  # fmt: skip
+        if name in fronts:
+            along = np.array(fronts[name], dtype=float).reshape(-1, 2).T
+            made.add_scatter(
+                x=along[0], y=along[1], name=name, mode="lines", line={"color": colour}, hoverinfo="skip",
+                legendgroup=name, showlegend=False,
+            )  # fmt: skip
     return made
 
 
-def _reach(points: Sequence[tuple[float, float, float, float, float, float, str]]) -> str:
-    """From the least x to the greatest, in numbers."""
-    ends = [f"{point[3]:.3g} [{point[4]:.3g}, {point[5]:.3g}] at {point[0]:.3g}" for point in sorted(points)]
-    return f"in {len(ends)} points from {ends[0]} to {ends[-1]}" if len(ends) > 1 else f"{ends[0]}"
+def _each(points: Sequence[tuple[float, float, float, float, float, float, str]]) -> str:
+    """Every point in numbers."""
+    return ", ".join(f"{p[3]:.3g} [{p[4]:.3g}, {p[5]:.3g}] at {p[0]:.3g} [{p[1]:.3g}, {p[2]:.3g}]" for p in points)
 
 
 def distributions(series: Mapping[str, Float[np.ndarray, " value"]], *, title: str, x: str) -> go.Figure:

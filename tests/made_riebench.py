@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from sdxl_sae_kit.artifacts import Store
-from sdxl_sae_kit.studies.benchmark_scores import MEASURES
 from sdxl_sae_kit.studies.benchmarked import FILE, PICTURE, RIEBench
 from sdxl_sae_kit.studies.distances import sheet
+from sdxl_sae_kit.studies.scoring import MEASURES
 from sdxl_sae_kit.studies.transport import Setting
 
 BLOCKS = ("down.2.1", "mid.0", "up.0.0")
 KINDS = ("change object", "change colour", "change style")
-ENDS = [Setting("prompt", None, 0.0, ()), Setting("none", None, 0.0, ())]
+ENDS = [Setting("none", None, 0.0, ()), Setting("prompt", None, 0.0, ())]
 
 Score = Callable[[Setting, int, np.random.Generator], Mapping[str, float | None]]
 """A setting's measures for the item at this place; what is not said is not told."""
@@ -64,6 +64,9 @@ def made_up(
     """A finished benchmark; items are named by kind and number, and written in this order."""
     made = {"study": "riebench", "settings": [[s.method, s.k, s.strength, list(s.blocks)] for s in settings], "seed": 0}
     made |= {"saes": [[block, "k8", "0" * 64] for block in BLOCKS], "features": dict.fromkeys(BLOCKS, 64)}
+    made |= {"items": {"counts": dict.fromkeys(kinds, per_kind)}, "model": "made up", "num_inference_steps": 4}
+    made |= {"guidance_scale": 0.0, "height": 64, "width": 64, "segmenter": "s", "judge": "j", "spatial": True}
+    made |= {"made with": seed}
     artifact = Store.at(folder).artifact("studies", "made_up", made | dict(recipe or {}))
     names = [f"{kind} {i:03}" for kind in kinds for i in range(per_kind)]
     with artifact.lock():

@@ -13,8 +13,10 @@ from made_riebench import BLOCKS, ENDS, by_block, coin, floor, grid, made_up
 from PIL import Image
 from test_benchmarked import FULL, plain, real, unjudged
 
-from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR, MEASURES
+from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR
 from sdxl_sae_kit.studies.benchmarked import RIEBench
+from sdxl_sae_kit.studies.scoring import MEASURES
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> RIEBench:
 
 def test_the_sentence_claims_what_intervals_say_and_nothing_else(bench, tmp_path) -> None:
     said = bench.sentence()
-    assert "59 items scored; 1 failed" in said and "sae is better" in said
+    assert "59 items scored; 1 failed" in said and "sae reaches more than random" in said
+    assert "Every comparison stands for itself" in said and all(f"{m} " in said for m in bench.edits)
     random = bench.compare("sae", "random")
     assert random["difference interval"][0] > 0 and f"{random['difference']:#.3g}" in said
 
@@ -34,15 +37,24 @@ def test_the_sentence_claims_what_intervals_say_and_nothing_else(bench, tmp_path
         return floor() | ({"reached": coin(0.5, rng), "kept": 0.9} if setting.k else {"reached": 0.0})
 
     same = made_up(tmp_path, grid("sae", "random", ks=(8,)), alike)
-    assert "is better" not in same.sentence() and "they are not told apart" in same.sentence()
+    assert "sae is not told apart from random" in same.sentence() and "reaches more" not in same.sentence()
 
 
-def test_the_other_is_better_only_by_the_comparison_that_leans_against_it(tmp_path) -> None:
+def test_the_other_reaches_more_where_the_interval_is_below_0(tmp_path) -> None:
     def score(setting, place, rng):
         often = {"sae": 0.1, "steering": 0.9}.get(setting.method, 0.0)
         return floor() | {"reached": coin(often, rng), "kept": 0.9 if often else 1.0}
 
-    assert "steering is better" in made_up(tmp_path, grid("sae", "steering"), score).sentence()
+    assert "sae reaches less than steering" in made_up(tmp_path, grid("sae", "steering"), score).sentence()
+
+
+@pytest.mark.parametrize("methods", [("steering",), ("random", "neurons"), ()])
+def test_every_method_is_told_of_whichever_were_run(tmp_path, methods) -> None:
+    bench = made_up(tmp_path, [*grid(*methods), *ENDS], plain, pictures=True)
+    said = bench.sentence()
+    assert "  " not in said and said.startswith("60 items scored. ") and "Changing the prompt itself" in said
+    assert all(f"{method} " in said for method in methods) and ("At equal damage" in said) == (len(methods) > 1)
+    assert "<table" in bench._repr_html_()
 
 
 def test_html_tells_all_parts_and_escapes_what_strangers_wrote(bench) -> None:
@@ -85,17 +97,34 @@ def test_figures_have_alt_text_with_their_numbers(bench) -> None:
     row = bench.rows()[0]
     line = bench.plot()
     assert line.layout.xaxis.title.text == "kept" and line.layout.yaxis.title.text == "reached"
-    assert [trace.name for trace in line.data] == bench.methods
-    own = next(trace for trace in line.data if trace.name == "sae")
-    assert len(own.x) == 4 and (row["kept"], row["reached"]) in set(zip(own.x, own.y, strict=True))
-    assert list(own.x) == sorted(own.x) and f"none {0.0:.3g}"[:5] in line.layout.meta["alt"]
+    assert list(dict.fromkeys(trace.name for trace in line.data)) == bench.methods
+    own, front = (trace for trace in line.data if trace.name == "sae")
+    drawn = set(zip(own.x, own.y, strict=True))
+    assert len(own.x) == 4 and (row["kept"], row["reached"]) in drawn and own.mode == "markers"
+    none = next(row for row in bench.rows() if row["method"] == "none")
+    corners = list(zip(front.x, front.y, strict=True))
+    assert corners[0] == (none["kept"], none["reached"]) and set(corners[1:]) <= drawn and front.mode == "lines"
+    assert max(own.y) == max(front.y) and "59 items" in line.layout.title.text
+    alt = line.layout.meta["alt"]
+    assert (
+        f"none {none['reached']:.3g} [" in alt and f"{row['reached']:.3g} [" in alt and f"at {row['kept']:.3g} [" in alt
+    )
     bars = bench.plot_kinds("kept")
     told = {(r["kind"], r["method"]): r["kept"] for r in bench.kind_rows("kept")}
     for trace in bars.data:
-        assert list(trace.y) == pytest.approx([told[kind.rsplit(" (", 1)[0], trace.name] for kind in trace.x])
+        kinds = [kind.rsplit(" (", 1)[0] for kind in trace.hovertext]
+        assert list(trace.y) == pytest.approx([told[kind, trace.name] for kind in kinds]) and len(kinds) == 3
+    assert list(bars.layout.xaxis.ticktext) == ["change object (20)", "change colour (20)", "change style (19 of 20)"]
     blocks = bench.plot_blocks()
     alone = np.array([r["alone"] for r in bench.block_rows()]).reshape(-1, len(BLOCKS))
     assert np.allclose(np.array(blocks.data[0].z), alone) and "mid.0" in blocks.layout.meta["alt"]
+    assert list(blocks.data[0].y)[0] == "all (59)" and blocks.data[0].colorbar.title.text == "change of target"
+    lost = np.array([r["left out"] for r in bench.block_rows()]).reshape(-1, len(BLOCKS))
+    assert np.allclose(np.array(bench.plot_blocks(what="left out").data[0].z), lost)
+    with pytest.raises(KitError, match="what is 'alone' or 'left out', not 'out'"):
+        bench.plot_blocks(what="out")
+    nearer, further = (bench.plot_blocks(measure).data[0].colorscale[-1][1] for measure in ("target", "to edited"))
+    assert nearer != further, "blue is better, which of distances is less"
 
 
 @pytest.mark.parametrize("score", [real, unjudged(*MEASURES[:4], *MEASURES[5:])], ids=["real", "pixels"])
@@ -104,7 +133,7 @@ def test_other_judges_are_told_of_too(tmp_path, score) -> None:
     page, judged = bench._repr_html_(), bench.scores.judged
     assert ("nan" not in BeautifulSoup(page, "html.parser").get_text()) and ("Best, median" in page) == judged
     if judged:
-        assert bench.plot().layout.xaxis.title.text == "to original" and "nearer to the edited" in bench.sentence()
+        assert bench.plot().layout.xaxis.title.text == "to original" and "as near to the edited" in bench.sentence()
     else:
         assert "that needs a judge" in bench.sentence()
 
@@ -112,6 +141,29 @@ def test_other_judges_are_told_of_too(tmp_path, score) -> None:
 def test_where_every_item_failed_that_is_said(tmp_path) -> None:
     names = {f"change colour {i:03}": "no mask" for i in range(3)}
     bench = made_up(tmp_path, FULL, plain, per_kind=3, kinds=("change colour",), failed=names)
-    assert bench.n == 0 and "nothing can be told" in bench.sentence()
+    assert bench.n == 0 and "All 3 items failed, so nothing can be told" in bench.sentence()
+    for ask in (bench.plot, bench.choices, bench.rows, bench.block_rows, bench.plot_kinds, lambda: bench.best("sae")):
+        with pytest.raises(KitError, match=r"All 3 items failed, so nothing was scored: see \.failed"):
+            ask()
     assert "Failed items (3)" in bench._repr_html_() and "no mask" in bench._repr_html_()
     assert bench.to_json()["scores"] == {}
+
+
+def test_items_with_masks_of_everything_have_a_dash_outside_and_come_last_among_equals(tmp_path) -> None:
+    def score(setting, place, rng):
+        return floor() | {"reached": 1.0, "target": 1.0, "outside": None if place % 3 == 0 else 0.5 + place / 100}
+
+    bench = made_up(tmp_path, [*grid("sae"), *ENDS], score, per_kind=3, pictures=True)
+    sheet = BeautifulSoup(bench.contact_sheet(), "html.parser")
+    best, _, worst = (figure.get_text() for figure in sheet.find_all("figure"))
+    assert "outside 0.51" in best and "outside –" in worst and "nan" not in sheet.get_text()
+
+
+def test_where_no_target_is_told_what_is_kept_still_counts_for_an_item(tmp_path) -> None:
+    def score(setting, place, rng):
+        return {"kept": place / 10, "to edited": 0.4, "to original": 0.1, "pixel": 0.1, "outside": 0.1}
+
+    bench = made_up(tmp_path, [*grid("sae"), *ENDS], score, per_kind=3, pictures=True)
+    sheet = BeautifulSoup(bench.contact_sheet(), "html.parser")
+    best, _, worst = (figure.get_text() for figure in sheet.find_all("figure"))
+    assert "kept 0.800" in best and "kept 0.00" in worst and "− to edited + kept" in sheet.get_text()

@@ -50,6 +50,24 @@ FIGURES = {
         "y over x, 1 of top, with the line of equality. ρ is 1.",
     ),
     "flow": (lambda: maps.block_flow(["mid.0"], ["a", "b"], np.array([[1, 3]])), "mid.0: b (75%)"),
+    "by group": (
+        lambda: plots.points_by_group(["a", "b"], {"own": [(0.5, 0.4, 0.6), None]}, title="t", y="y"),
+        "a own 0.50 [0.40, 0.60]; b .",
+    ),
+    "fronts": (
+        lambda: plots.pareto(
+            {"own": [(0.5, 0.4, 0.6, 0.7, 0.6, 0.8, "k 1")], "none": [(1, 1, 1, 0, 0, 0.1, "")]},
+            {"own": [(1, 0), (0.5, 0.7)]},
+            title="t",
+            x="kept",
+            y="reached",
+        ),
+        "own 0.7 [0.6, 0.8] at 0.5 [0.4, 0.6]; none 0 [0, 0.1] at 1 [1, 1]. Fronts as (x, y): own through (1, 0), (0.5",
+    ),
+    "gains": (
+        lambda: maps.gain_map(["a (2)"], ["mid.0"], np.array([[[-0.001, -0.2, 0.3]]]), title="t", scale="s"),
+        "a (2): mid.0 0.00 [-0.20, 0.30]",
+    ),
     "intervals": (
         lambda: plots.interval_lines({"own": [(2, 0.5, 0.4, 0.6)]}, title="t", x="k", y="v"),
         "own 0.5 [0.4, 0.6] at 2",

@@ -12,19 +12,19 @@ from jaxtyping import Bool, Float, Int
 
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.metrics import bootstrap_intervals
-from sdxl_sae_kit.studies.equal_damage import Trade, compare_at_equal_damage, cross_fitted, halves
+from sdxl_sae_kit.studies.equal_damage import Trade, choose, compare_at_equal_damage, halves
+from sdxl_sae_kit.studies.grids import ALWAYS
+from sdxl_sae_kit.studies.scoring import MEASURES
 from sdxl_sae_kit.studies.statistics import wilson
 from sdxl_sae_kit.studies.transport import Setting
 
-MEASURES = (
-    "reached", "target", "kept", "outside", "pixel", "to original", "to edited", "image similarity", "text similarity",
-)  # fmt: skip
 OUTCOMES = ("reached", "to edited", "image similarity")
 """What tells whether an edit succeeded, the first that was told."""
 NEARNESS = {"to edited": -1, "image similarity": 1}
 """Measures that tell of no success by themselves, only beside no edit, and which way is nearer."""
-CEILING, FLOOR = "prompt", "none"
-"""The changed prompt itself, and no edit at all."""
+LESS_IS_BETTER = ("outside", "pixel", "to original", "to edited")
+FLOOR, CEILING = ALWAYS
+"""No edit at all, and the changed prompt itself."""
 
 Row = dict[str, Any]
 Line = Mapping[str, Any]
@@ -37,22 +37,19 @@ class Scores:
     """Every scored item at every setting; NaN is what a judge could not tell."""
 
     kinds: Sequence[str]
+    """Of every item; items are in order of their kinds."""
     settings: Sequence[Setting]
     values: Mapping[str, Float[np.ndarray, "item setting"]] = field(repr=False)
     """By measure."""
+    n_contest: int | None = None
+    """So many of the settings, the first, are their methods' grids; the others were tried for their blocks' sake."""
 
     @classmethod
-    def read(cls, lines: Sequence[Line], settings: Sequence[Setting]) -> Scores:
-        """From the lines of items that were scored."""
-        values = {
-            measure: np.array([[_number(line["scores"][s.key][measure]) for s in settings] for line in lines])
-            for measure in MEASURES
-        }
-        return cls(
-            [line["kind"] for line in lines],
-            settings,
-            {measure: each.reshape(len(lines), len(settings)) for measure, each in values.items()},
-        )
+    def read(cls, lines: Sequence[Line], settings: Sequence[Setting], n_contest: int | None = None) -> Scores:
+        """From the lines of items that were scored; what is null there is NaN."""
+        told = [[[line["scores"][s.key][measure] for s in settings] for line in lines] for measure in MEASURES]
+        values = np.array(told, dtype=np.float64).reshape(len(MEASURES), len(lines), len(settings))
+        return cls([line["kind"] for line in lines], settings, dict(zip(MEASURES, values, strict=True)), n_contest)
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -64,10 +61,11 @@ class Scores:
 
     @cached_property
     def methods(self) -> dict[str, list[int]]:
-        """The places of each method's settings at all blocks; the ceiling and the floor are the last two."""
+        """The places of the settings of each method's grid; the ceiling and the floor are the last two."""
         found: dict[str, list[int]] = {}
         for at, setting in enumerate(self.settings):
-            if set(setting.blocks) in (set(), set(self.blocks)):
+            tried = self.n_contest is None or at < self.n_contest
+            if not setting.blocks or (tried and set(setting.blocks) == set(self.blocks)):
                 found.setdefault(setting.method, []).append(at)
         return {method: found[method] for method in sorted(found, key=(CEILING, FLOOR).__contains__)}
 
@@ -77,9 +75,26 @@ class Scores:
         return [measure for measure in MEASURES if self.told(measure)]
 
     @property
+    def succeeds(self) -> bool:
+        """Whether something tells that edits succeeded."""
+        return bool(self._outcomes)
+
+    @property
     def judged(self) -> bool:
-        """Whether anything tells that an edit succeeded."""
-        return any(self.told(measure) for measure in OUTCOMES)
+        """Whether something tells that edits succeeded, of enough items to choose settings by."""
+        return self.succeeds and self._on_both_halves(self.outcome)
+
+    @property
+    def _outcomes(self) -> list[str]:
+        return [measure for measure in OUTCOMES if self.told(measure)]
+
+    def counted(self, by: str) -> Bool[np.ndarray, " item"]:
+        """The items of which this measure and the damage are told at every setting: settings are chosen by them."""
+        return np.asarray(np.isfinite(self.values[by]).all(axis=1) & np.isfinite(self.values[self.harm]).all(axis=1))
+
+    def _on_both_halves(self, by: str) -> bool:
+        counted, second = self.counted(by), halves(len(self))
+        return bool(counted[second].any() and counted[~second].any())
 
     @property
     def outcome(self) -> str:
@@ -88,9 +103,8 @@ class Scores:
         Raises:
             KitError: none was.
         """
-        for measure in OUTCOMES:
-            if self.told(measure):
-                return measure
+        if self._outcomes:
+            return self._outcomes[0]
         raise KitError(
             f"Nothing here tells whether edits succeeded: {', '.join(self.measures) or 'no measure'} alone cannot. "
             "Call riebench with a judge that names factors or compares pictures."
@@ -113,11 +127,6 @@ class Scores:
     def floor(self, measure: str) -> Float[np.ndarray, " item"]:
         """Item by item, without any edit."""
         return self.values[measure][:, self.methods[FLOOR][0]]
-
-    def of(self, mask: Bool[np.ndarray, " item"]) -> Scores:
-        """Some of the items."""
-        kinds = [kind for kind, mine in zip(self.kinds, mask, strict=True) if mine]
-        return Scores(kinds, self.settings, {measure: each[mask] for measure, each in self.values.items()})
 
     def of_kind(self, kind: str) -> Bool[np.ndarray, " item"]:
         """Which items are of this kind."""
@@ -143,20 +152,39 @@ class Scores:
 
         Reached is the measure `by`; of `to edited` and `image similarity`, how much nearer to the edited prompt's
         picture it comes than without any edit. Damage is 1 − kept; where nothing tells that, the distance to the
-        original.
+        original. The best setting has the greatest reached × kept; where those are not told, there is no best, so it is
+        the one that reaches most.
         """
-        at, kept = self.methods[method], self.harm == "kept"
-        reached, harm = self.values[by][:, at], self.values[self.harm][:, at]
+        at, kept, sign = self.methods[method], self.harm == "kept", NEARNESS.get(by, 1)
+        reached, harm = sign * self.values[by][:, at], self.values[self.harm][:, at]
+        floor = sign * self.floor(by)
         if by in NEARNESS:
-            reached = NEARNESS[by] * (reached - self.floor(by)[:, None])
-        return Trade(reached, 1 - harm if kept else harm, _times_kept if kept and by not in NEARNESS else np.subtract)
+            reached, floor = reached - floor[:, None], np.zeros_like(floor)
+        best = _times_kept if self.by_product(by) else _reached_alone
+        return Trade(reached, 1 - harm if kept else harm, floor, best)
+
+    def by_product(self, by: str) -> bool:
+        """Whether settings are chosen by reached × kept; else by reached alone."""
+        return self.harm == "kept" and by not in NEARNESS
+
+    def check_halves(self, by: str) -> None:
+        """Refuse to choose settings by what was told of no item of one half.
+
+        Raises:
+            KitError: so it is.
+        """
+        if not self._on_both_halves(by):
+            raise KitError(
+                f"Settings are chosen on one half of the items for the other, and {by} and {self.harm} are told of "
+                f"{int(self.counted(by).sum())} of {len(self)} items, which are not on both halves. Score more items."
+            )
 
     def taken(self, method: str) -> Int[np.ndarray, " item"]:
         """The setting at which each item is scored: the method's best on the other half of the items."""
-        trade, second = self.trade(method, self.outcome), halves(self.kinds)
-        there = _told(trade)
-        counts = there.astype(np.float64)[None]
-        first, other = cross_fitted(_filled(trade), counts, second)[:, 0].tolist()
+        self.check_halves(self.outcome)
+        trade, second, counted = self.trade(method, self.outcome), halves(len(self)), self.counted(self.outcome)
+        once = np.ones((1, len(self)))
+        first, other = (int(choose(trade, half & counted, once)[0]) for half in (second, ~second))
         at = np.array(self.methods[method])
         return np.asarray(np.where(second, at[other], at[first]))
 
@@ -165,35 +193,29 @@ class Scores:
         taken = self.taken(method)
         row: Row = {"method": method, "settings": [self.settings[at].key for at in dict.fromkeys(taken.tolist())]}
         row["n"] = len(self)
-        columns = np.stack([self.at(measure, taken) for measure in MEASURES], axis=1)
-        found = dict(zip(MEASURES, estimates(columns), strict=True))
-        found["reached"] = estimates(columns[:, :1], shares=True)[0]
-        for measure, each in found.items():
-            row |= named(measure, each)
+        for measure in MEASURES:
+            (found,) = estimates(self.at(measure, taken)[:, None], shares=measure == "reached")
+            row |= named(measure, found)
         return row
 
     def at(self, measure: str, taken: Int[np.ndarray, " item"]) -> Float[np.ndarray, " item"]:
         """A measure, each item at its own setting."""
         return np.asarray(self.values[measure][np.arange(len(self)), taken])
 
-    def compare(self, method: str, other: str, by: str) -> Row:
+    def compare(self, method: str, other: str, by: str, kind: str | None = None) -> Row:
         """One method beside another at equal damage: see `equal_damage.compare_at_equal_damage`."""
-        mine, theirs, floor = (self.trade(name, by) for name in (method, other, FLOOR))
-        curve = Trade(
-            np.concatenate([theirs.reached, floor.reached], axis=1),
-            np.concatenate([theirs.damage, np.zeros_like(floor.damage)], axis=1),
-            theirs.merit,
-        )
-        there = _told(mine) & _told(curve)
-        second = halves(self.kinds)[there]
-        return compare_at_equal_damage(_only(mine, there), _only(curve, there), second)
+        self.check_halves(by)
+        there = self.counted(by)
+        scored = there if kind is None else there & self.of_kind(kind)
+        mine, theirs = (_only(self.trade(name, by), there) for name in (method, other))
+        return compare_at_equal_damage(mine, theirs, halves(len(self))[there], scored[there])
 
 
 def estimates(values: Float[np.ndarray, "item number"], *, shares: bool = False) -> list[Estimate]:
     """Means over the items for which each number is told, with 95 % intervals over items and how many items those are.
 
     Wilson's intervals of shares, whose values are 0 or 1; else bootstrap intervals, of all numbers from the same
-    samples.
+    samples, and NaN for fewer than two items.
     """
     there = np.isfinite(values)
     counts = there.sum(axis=0).tolist()
@@ -205,6 +227,7 @@ def estimates(values: Float[np.ndarray, "item number"], *, shares: bool = False)
     rows = np.stack([np.where(there, values, 0), there], axis=-1)
     with np.errstate(invalid="ignore"):
         means, ends = _ratio(rows.mean(axis=0)), bootstrap_intervals(rows, _ratio)
+    ends[:, there.sum(axis=0) < 2] = np.nan  # of one value samples tell nothing
     return [(mean, (low, high), n) for mean, low, high, n in zip(means.tolist(), *ends.tolist(), counts, strict=True)]
 
 
@@ -225,19 +248,9 @@ def _times_kept(reached: Any, damage: Any) -> Any:
     return reached * (1 - damage)
 
 
-def _told(trade: Trade) -> Bool[np.ndarray, " item"]:
-    """The items for which everything is told."""
-    return np.asarray(np.isfinite(trade.reached).all(axis=1) & np.isfinite(trade.damage).all(axis=1))
+def _reached_alone(reached: Any, _: Any) -> Any:
+    return reached
 
 
 def _only(trade: Trade, mask: Bool[np.ndarray, " item"]) -> Trade:
-    return Trade(trade.reached[mask], trade.damage[mask], trade.merit)
-
-
-def _filled(trade: Trade) -> Trade:
-    """With 0 for NaN, where counts of 0 are to leave items out."""
-    return Trade(np.nan_to_num(trade.reached), np.nan_to_num(trade.damage), trade.merit)
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
+    return Trade(trade.reached[mask], trade.damage[mask], trade.unedited[mask], trade.merit)

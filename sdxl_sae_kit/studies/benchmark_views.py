@@ -11,25 +11,25 @@ from PIL import Image
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import counted
-from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR, NEARNESS, Line, Row, Scores
+from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR, LESS_IS_BETTER, NEARNESS, Line, Row, Scores
 from sdxl_sae_kit.studies.distances import written
 from sdxl_sae_kit.studies.transport import Setting
 
+_LEAST = 20
+"""Items from which on a comparison is concluded from."""
 EQUAL_DAMAGE = (
-    "Each method at its best: items are cut into halves, every other one of each kind, and those of a half are scored "
-    "at the setting that is best on the other half. The other method is read at the same mean damage, off the upper "
-    "concave hull of its settings' means and of no edit, so what mixing two settings reaches at most; noise can only "
-    "lift a hull, so this leans to the other. 95 % bootstrap intervals over items, choice and hull made anew in each "
-    "of 1,000 samples"
+    "Difference: how much more the method reaches than the other at equal damage. Each is read at the mean damage of "
+    "the other at its best, off the upper concave hull of its settings' means and of no edit (what mixing two settings "
+    "reaches); the difference is the mean of both readings. Settings and hulls are chosen on one half of the items for "
+    "the other. 95 % bootstrap intervals over items, everything chosen anew in each of 1,000 samples. Every comparison "
+    "stands for itself: of twenty where there is no difference, one is expected to be told apart"
 )
-BEST = (
-    "Each method, every item at the setting that is best on the other half of the items; prompt is the ceiling, none "
-    "the floor. 95 % intervals over items: Wilson's of reached, else bootstrap"
+KIND_DIFFERENCES = (
+    "Differences at equal damage by kind of edit, choices being made on all kinds; 95 % bootstrap intervals over "
+    f"items. Every comparison stands for itself; nothing is concluded from fewer than {_LEAST} items"
 )
-GRID = "Every setting, over all items; 95 % intervals over items: Wilson's of reached, else bootstrap"
-BLOCKS = (
-    "What one block does: alone, beside no edit; and what is lost when it is left out of all. Mean differences on the "
-    "same items with 95 % bootstrap intervals over them"
+GRID = (
+    "Every setting, over all items, each counting once; 95 % intervals over items: Wilson's of reached, else bootstrap"
 )
 CHOICES = (
     "Share of the features that sae adds and removes that are of each block, with 95 % bootstrap intervals over items; "
@@ -38,8 +38,8 @@ CHOICES = (
 _REACHES = {
     "reached": "reaches the target on",
     "target": "gives the target a probability of",
-    "to edited": "comes nearer to the edited prompt's picture, than no edit does, by",
-    "image similarity": "becomes more similar to the edited prompt's picture, than no edit is, by",
+    "to edited": "comes as near to the edited prompt's picture (distance) as",
+    "image similarity": "becomes as similar to the edited prompt's picture as",
 }
 
 
@@ -51,58 +51,100 @@ def damage_formula(scores: Scores) -> str:
 def choice_formula(scores: Scores, by: str | None = None) -> str:
     """By what a method's settings are chosen; `by` is by default the outcome."""
     by = by or scores.outcome
-    if by == "to edited":
-        return f"least mean(to edited) + {'mean(1 − kept)' if scores.harm == 'kept' else f'mean({scores.harm})'}"
-    if scores.harm == "kept":
-        return f"greatest mean({by}) {'−' if by in NEARNESS else '×'} mean({'1 − ' if by in NEARNESS else ''}kept)"
-    return f"greatest mean({by}) − mean({scores.harm})"
+    if scores.by_product(by):
+        return f"greatest mean({by}) × mean(kept)"
+    return f"{'least' if by in LESS_IS_BETTER else 'greatest'} mean({by})"
+
+
+def choice_words(scores: Scores) -> str:
+    """The same in words: where damage does not count, that is no best."""
+    return "at its best" if scores.by_product(scores.outcome) else "at its strongest"
+
+
+def best_caption(scores: Scores) -> str:
+    """What the table of methods at their best is."""
+    no_best = "" if scores.by_product(scores.outcome) else ", which is its strongest and need not be its best"
+    return (
+        f"Each method, every item at the setting of {choice_formula(scores)} on the other half of the items{no_best}; "
+        "prompt is the ceiling, none the floor. Every item counts once. 95 % intervals over items, given the settings "
+        "taken: Wilson's of reached, else bootstrap"
+    )
+
+
+def kind_caption(scores: Scores) -> str:
+    """What the table of kinds is."""
+    return (
+        f"Mean of {scores.outcome}, each method {choice_words(scores)}, with 95 % intervals over items, given the "
+        "settings taken"
+    )
+
+
+def block_caption(scores: Scores) -> str:
+    """What the table of blocks is."""
+    worse = "; less is better, so a block that helps is below 0" if scores.gain in LESS_IS_BETTER else ""
+    return (
+        f"What one block does to {scores.gain}{worse}: alone, beside no edit; and what is lost when it is left out of "
+        "all. Mean differences on the same items with 95 % bootstrap intervals over them"
+    )
 
 
 # Sentences ------------------------------------------------------------------------------------------------------------
 
 
-def sentence(scores: Scores, failed: int, best: Mapping[str, Row], pairs: Sequence[tuple[Row, Row]]) -> str:
-    """What the numbers say. `pairs`: the first method beside each other one, and the other beside it."""
+def sentence(scores: Scores, failed: int, best: Mapping[str, Row], pairs: Sequence[Row]) -> str:
+    """What the numbers say. `pairs`: the first method beside each other one."""
     lost = f"; {failed} failed, which are listed with their reasons" if failed else ""
     counts = f"{counted(len(scores), 'items')} scored{lost}."
-    if not len(scores):
-        return f"{counts} So nothing can be told."
-    if not scores.judged:
-        return f"{counts} Nothing tells whether edits succeeded: that needs a judge."
-    told = " ".join([_own(scores, *pairs[0])] + [_beside(*pair) for pair in pairs]) if pairs else ""
-    ends = " and ".join(
-        f"{name} {written(best[at], scores.outcome, share=scores.outcome == 'reached')}"
-        for at, name in ((CEILING, "changing the prompt itself comes to"), (FLOOR, "no edit to"))
+    if not best:
+        why = "too few were scored to choose settings by" if scores.succeeds else "that needs a judge"
+        return f"{counts} Nothing tells whether edits succeeded: {why}."
+    edits = [row for method, row in best.items() if method not in (CEILING, FLOOR)]
+    told = "; ".join(_own(scores, row, first=at == 0) for at, row in enumerate(edits))
+    own = f"{choice_words(scores).capitalize()} (settings chosen on other items) {told}." if edits else ""
+    ends = (
+        f"Changing the prompt itself comes to {_mean(scores, best[CEILING])}, no edit to {_mean(scores, best[FLOOR])}."
     )
-    what = "" if scores.outcome == "reached" else f" ({scores.outcome})"
-    return f"{counts} {told} For comparison, {ends}{what}. In brackets 95 % intervals over items."
+    beside = f"At equal damage {'; '.join(map(_beside, pairs))}." if pairs else ""
+    several = " Every comparison stands for itself." if len(pairs) > 1 else ""
+    parts = (counts, own, ends, beside + several, "In brackets 95 % intervals over items.")
+    return " ".join(part for part in parts if part)
 
 
-def _own(scores: Scores, row: Row, _: Row) -> str:
-    return (
-        f"At its best {row['method']} {_REACHES[row['by']]} {_value(row, 'reached')} at a damage "
-        f"({damage_formula(scores)}) of {written(row, 'damage')} (settings chosen on other items; {row['n']} items)."
-    )
+def _own(scores: Scores, row: Row, *, first: bool) -> str:
+    harm = "kept" if scores.harm == "kept" else scores.harm
+    reaches = f"{_REACHES[scores.outcome]} " if first else ""
+    return f"{row['method']} {reaches}{_mean(scores, row)} with {harm} {html.short(row[harm])}"
 
 
-def _beside(row: Row, back: Row) -> str:
-    past = " (its highest: no setting of it does as much damage)" if row["beyond"] else ""
-    return (
-        f"At equal damage {row['other']} comes to {_value(row, 'other reached')}{past}; {row['method']} less "
-        f"{row['other']} is {written(row, 'difference')}: {verdict(row, back)}."
-    )
+def _mean(scores: Scores, row: Row) -> str:
+    share = scores.outcome == "reached"
+    return written(row, scores.outcome, share=share) + (" of items" if share else "")
 
 
-def verdict(row: Row, back: Row) -> str:
-    """Which is better, if either: each is said only by the comparison that leans against it."""
-    if row["difference interval"][0] > 0:
-        return f"{row['method']} is better"
-    return f"{row['other']} is better" if back["difference interval"][0] > 0 else "they are not told apart"
+def _beside(row: Row) -> str:
+    words = {"more": "reaches more than", "less": "reaches less than", "not told apart": "is not told apart from"}
+    verb = words.get(row["verdict"], f"cannot be compared, on {counted(row['n'], 'items')}, with")
+    but = _reserve(row)
+    return f"{row['method']} {verb} {row['other']} ({written(row, 'difference')}{but and f'; {but}'})"
 
 
-def _value(row: Row, name: str) -> str:
-    share = row["by"] == "reached"
-    return written(row, name, share=share) + (" of items" if share else "")
+def _reserve(row: Row) -> str:
+    """What weakens a comparison, in words: where one was read beyond its own settings, or below them."""
+    told = []
+    for mine, other, flag in ((row["method"], row["other"], ""), (row["other"], row["method"], "other ")):
+        if row[f"{flag}beyond"]:
+            told.append(f"no setting of {other} does as much damage as {mine}, so its highest value holds there")
+        if row[f"{flag}below"]:
+            told.append(f"every setting of {other} does more damage than {mine}, so it is read on the line to no edit")
+    return "; ".join(told)
+
+
+def verdict(row: Row) -> str:
+    """What a comparison says of the method: "more", "less", "not told apart", or "too few items"."""
+    low, high = row["difference interval"]
+    if row["n"] < _LEAST or np.isnan(low):
+        return "too few items"
+    return "more" if low > 0 else "less" if high < 0 else "not told apart"
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -141,29 +183,38 @@ def grid_table(scores: Scores, rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def pair_table(pairs: Sequence[tuple[Row, Row]]) -> list[Row]:
+def pair_table(pairs: Sequence[Row]) -> list[Row]:
     """A row per comparison."""
     return [
         {
-            "at equal damage": f"{row['method']} and {row['other']}",
+            "at equal damage": f"{row['method']} beside {row['other']}",
             "by": row["by"],
-            "damage": written(row, "damage"),
-            row["method"]: written(row, "reached"),
-            "other": written(row, "other reached") + (" (highest)" if row["beyond"] else ""),
             "difference": written(row, "difference"),
+            "at own damage": f"{_number(row['difference at own damage'])} at {_number(row['damage'])}",
+            "at the other's": f"{_number(row['difference at other damage'])} at {_number(row['other damage'])}",
             "n": row["n"],
-            "so": verdict(row, back),
+            "so it reaches": row["verdict"],
+            "but": _reserve(row) or "–",
         }
-        for row, back in pairs
+        for row in pairs
     ]
 
 
+def kind_pair_table(pairs: Sequence[Row]) -> list[Row]:
+    """A row per kind, a column per method that the first is compared with."""
+    found: dict[str, Row] = {}
+    for row in pairs:
+        own = found.setdefault(row["kind"], {"kind": row["kind"], "n": row["n"]})
+        own[f"{row['method']} less {row['other']}"] = f"{written(row, 'difference')}: {row['verdict']}"
+    return list(found.values())
+
+
 def kind_table(rows: Sequence[Row], measure: str) -> list[Row]:
-    """A row per kind, a column per method."""
+    """A row per kind, a column per method; of a kind whose items all failed, that they did."""
     found: dict[str, Row] = {}
     for row in rows:
-        own = found.setdefault(row["kind"], {"kind": row["kind"], "n": row[f"{measure} n"]})
-        own[row["method"]] = written(row, measure)
+        counts = {"kind": row["kind"], "n": row[f"{measure} n"], "failed": row["failed"]}
+        found.setdefault(row["kind"], counts)[row["method"]] = written(row, measure)
     return list(found.values())
 
 
@@ -212,7 +263,7 @@ def contact_sheet(scores: Scores, lines: Sequence[tuple[str, Line]], picture: Ca
             about = f"{line['kind']}, “{line['original']}” → “{line['edited']}”"
             alt = f"{about}: the original's picture, the edited prompt's, and the edit by {setting.key}"
             told = ", ".join(
-                f"{m} {html.short(scores.values[m][at, taken[at]])}" for m in _ranked_by(scores) if scores.told(m)
+                f"{m} {_number(scores.values[m][at, taken[at]])}" for m in _ranked_by(scores) if scores.told(m)
             )
             shown.append((html.picture(tiles, alt), name, f"{item}: {about}; {_dose(setting)}: {told}"))
         parts.append(html.heading(method, "original, edited prompt's, this method's") + html.figures(shown))
@@ -225,22 +276,27 @@ def _ranked_by(scores: Scores) -> tuple[str, str, str]:
 
 
 def _multiplied(scores: Scores) -> bool:
-    return _ranked_by(scores)[:2] == ("target", "kept")
+    return scores.by_product(scores.gain)
 
 
 def _ranking(scores: Scores) -> str:
     gain, harm, outside = _ranked_by(scores)
     sign = "− " if NEARNESS.get(gain) == -1 else ""
-    return f"{'target × kept' if _multiplied(scores) else f'{sign}{gain} − {harm}'}, then by least {outside}"
+    good = f"{gain} × kept" if _multiplied(scores) else f"{sign}{gain} {'+' if harm == 'kept' else '−'} {harm}"
+    return f"{good}, then by least {outside}"
 
 
 def _ranks(scores: Scores, taken: Int[np.ndarray, " item"]) -> list[tuple[float, float, int]]:
-    """How good each item is, then how little changes outside, with its place; only of those that can be ranked."""
+    """How good each item is, then how little changes outside, with its place; only of those that can be ranked.
+
+    Of items that are as good, those of which nothing tells what changes outside come last.
+    """
     gain, harm, outside = (scores.at(measure, taken) for measure in _ranked_by(scores))
-    goods = gain * harm if _multiplied(scores) else NEARNESS.get(scores.gain, 1) * gain - harm
-    spared = -np.nan_to_num(outside)
-    told = enumerate(zip(goods.tolist(), spared.tolist(), strict=True))
-    return [(good, least, place) for place, (good, least) in told if np.isfinite(good)]
+    spared = harm if scores.harm == "kept" else -harm
+    goods = gain * harm if _multiplied(scores) else NEARNESS.get(scores.gain, 1) * gain + spared
+    least = np.nan_to_num(-outside, nan=-np.inf)
+    told = enumerate(zip(goods.tolist(), least.tolist(), strict=True))
+    return [(good, less, place) for place, (good, less) in told if np.isfinite(good)]
 
 
 def _picked(ranks: Sequence[tuple[float, float, int]]) -> dict[str, int]:

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import Artifact
+from sdxl_sae_kit.artifacts import Artifact, counted
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.files import writable, write_atomically
-from sdxl_sae_kit.maps import gain_map
-from sdxl_sae_kit.plots import bars_by_group, pareto
+from sdxl_sae_kit.items import EDIT_TYPES
+from sdxl_sae_kit.studies import benchmark_figures as figures
 from sdxl_sae_kit.studies import benchmark_views as views
 from sdxl_sae_kit.studies.benchmark_blocks import agreement, chosen_shares, gains
-from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR, MEASURES, Line, Row, Scores, estimates, named
+from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR, Line, Row, Scores, estimates, named
 from sdxl_sae_kit.studies.lines import Lines, open_study
+from sdxl_sae_kit.studies.scoring import MEASURES
 from sdxl_sae_kit.studies.transport import Setting
 
 FILE, PICTURE = "items.jsonl", "item-{}.webp"
@@ -51,9 +52,9 @@ class RIEBench:
         """Read what `riebench` made; ArtifactError where there is no finished study of that kind."""
         artifact = open_study(folder, "riebench", "riebench")
         found = Lines(artifact, FILE)
-        return cls(
-            artifact, {name: found[name] for name in sorted(found, key=lambda name: (found[name]["kind"], name))}
-        )
+        kinds = list(EDIT_TYPES.values())
+        order = sorted(found, key=lambda name: (kinds.index(found[name]["kind"]), name))
+        return cls(artifact, {name: found[name] for name in order})
 
     @cached_property
     def settings(self) -> list[Setting]:
@@ -77,8 +78,14 @@ class RIEBench:
 
     @cached_property
     def scores(self) -> Scores:
-        """The scores as arrays."""
-        return Scores.read([line for _, line in self.scored], self.settings)
+        """The scores as arrays.
+
+        Raises:
+            KitError: no item was scored.
+        """
+        if not self.scored:
+            raise KitError(f"All {len(self.failed)} items failed, so nothing was scored: see .failed for the reasons.")
+        return Scores.read([line for _, line in self.scored], self.settings, self.artifact.recipe.get("n_contest"))
 
     @property
     def n(self) -> int:
@@ -87,16 +94,31 @@ class RIEBench:
 
     @property
     def methods(self) -> list[str]:
-        """Those that were run, `prompt` and `none` last."""
+        """Those that were run, `none` and `prompt` last."""
         return list(self.scores.methods)
+
+    @property
+    def edits(self) -> list[str]:
+        """The same without `none` and `prompt`."""
+        return [method for method in self.methods if method not in (CEILING, FLOOR)]
+
+    @cached_property
+    def kinds(self) -> dict[str, tuple[int, int]]:
+        """Of every kind of edit that was asked for, in the benchmark's order, how many items were scored and failed."""
+        found: dict[str, tuple[int, int]] = {}
+        for line in self.lines.values():
+            scored, failed = found.get(line["kind"], (0, 0))
+            lost = line["failed"] is not None
+            found[line["kind"]] = scored + (not lost), failed + lost
+        return found
 
     # Numbers ----------------------------------------------------------------------------------------------------------
 
     def rows(self) -> list[Row]:
         """A row per setting over all scored items: `method`, `k`, `strength`, `blocks`, `n` and each measure's mean.
 
-        Beside each measure its `… interval` (95 %, over items: Wilson's of `reached`, else bootstrap, from the same
-        samples at all settings) and `… n`, for how many items it was told; NaN where it never was.
+        Beside each measure its `… interval` (95 %, over items: Wilson's of `reached`, else bootstrap) and `… n`, of how
+        many items it was told; NaN where it never was.
         """
         return [dict(row) for row in self._rows]
 
@@ -107,12 +129,14 @@ class RIEBench:
     def best(self, method: str) -> Row:
         """A method at its best setting at all blocks, chosen so that choosing does not flatter.
 
-        Items are cut into halves, every other one of each kind; those of a half are scored at the setting of greatest
-        mean(reached) × mean(kept) on the *other* half, or, where the judge knows no factors, of least mean(to edited) +
-        mean(to original). Returns the measures as in `rows`, and `settings`, those that were taken.
+        Items are cut into halves, every other one in order of kinds; those of a half are scored at the setting of
+        greatest mean(reached) × mean(kept) on the *other* half. Where the judge knows no factors, nothing tells a best
+        setting: it is the one that comes nearest to the edited prompt's picture, so the strongest. Returns the measures
+        as in `rows`, every item counting once, with intervals over items given the settings; and `settings`, those
+        that were taken.
 
         Raises:
-            KitError: no such method was run.
+            KitError: no such method was run, or too few items were scored to choose by.
         """
         return self.scores.best(self._method(method))
 
@@ -120,52 +144,63 @@ class RIEBench:
     def _best(self) -> dict[str, Row]:
         return {method: self.scores.best(method) for method in self.methods} if self.n and self.scores.judged else {}
 
-    def compare(self, method: str, other: str, by: str | None = None) -> Row:
-        """What a method at its best reaches, and the other at most at equal damage, on the same items.
+    def compare(self, method: str, other: str, by: str | None = None, kind: str | None = None) -> Row:
+        """How much more a method reaches than another at equal damage, on the same items.
+
+        Each is read at the damage of the other at its best: off the upper concave hull of its settings' means over
+        damage, no edit being at damage 0. Settings and hulls are chosen on one half of the items for the other.
 
         Args:
-            method: its settings are cross-fitted, as in `best`.
-            other: read off the upper concave hull of its settings' means over damage, no edit being at damage 0.
+            method, other: of those that were run.
             by: "reached", "target" (the probability), "to edited" or "image similarity" (how much nearer than without
                 any edit); by default the first that was told, `target` aside. Settings are chosen by it too.
+            kind: a kind of edit to tell of alone; choices are still made on all kinds.
 
         Returns:
-            `reached`, `damage`, `other reached` at that damage and `difference`, each with its 95 % bootstrap interval
-            over items (choice and hull made anew in every sample); `n`; `beyond`, whether it does more damage than any
-            setting of the other, whose highest value then holds; and what damage and choice are. An interval of the
-            difference above 0 says that the method is better; as noise lifts hulls, one below 0 does not yet say that
-            the other is: for that, compare the other with it.
+            `difference`, the mean of `difference at own damage` and `difference at other damage`, with its 95 %
+            bootstrap interval over items (everything chosen anew in each sample); `reached` and `damage` at its best,
+            `other damage`; `n`; `beyond`: it does more damage than any setting of the other, whose highest value then
+            holds; `below`: less than all of them, the other being read on the line to no edit; `other beyond`, `other
+            below`: the same of the other; `verdict`: "more", "less", "not told apart", or "too few items" (under 20).
 
         Raises:
-            KitError: no such method was run, or nothing tells what is asked.
+            KitError: no such method was run, nothing tells what is asked, or too few items were scored to choose by.
         """
         by = by or self.scores.outcome
         if by not in _BY or not self.scores.told(by):
             raise KitError(f"compare by {by!r}: this result tells {', '.join(m for m in _BY if self.scores.told(m))}.")
-        pair: Row = {"method": self._method(method), "other": self._method(other), "by": by}
+        pair: Row = {"method": self._method(method), "other": self._method(other), "by": by, "kind": self._kind(kind)}
+        found = self.scores.compare(method, other, by, kind)
         formulas = {"damage is": views.damage_formula(self.scores), "chosen by": views.choice_formula(self.scores, by)}
-        return pair | self.scores.compare(method, other, by) | formulas
+        return pair | found | {"verdict": views.verdict(found)} | formulas
 
     @cached_property
-    def _pairs(self) -> list[tuple[Row, Row]]:
-        """The first method (`sae` if it was run) beside each other one, and each beside it."""
-        edits = [method for method in self.methods if method not in (CEILING, FLOOR)]
-        first = "sae" if "sae" in edits else next(iter(edits), "")
-        rivals = [method for method in edits if method != first] if self._best else []
-        return [(self.compare(first, other), self.compare(other, first)) for other in rivals]
+    def _pairs(self) -> list[Row]:
+        return self._compared(None)
+
+    @cached_property
+    def _pairs_by_kind(self) -> list[Row]:
+        return [row for kind, (scored, _) in self.kinds.items() if scored for row in self._compared(kind)]
+
+    def _compared(self, kind: str | None) -> list[Row]:
+        """The first method (`sae` if it was run) beside each other one."""
+        edits = self.edits if self._best else []
+        first = "sae" if "sae" in edits else "".join(edits[:1])
+        return [self.compare(first, other, kind=kind) for other in edits if other != first]
 
     def kind_rows(self, measure: str | None = None) -> list[Row]:
-        """A row per kind and method at its best: mean of a measure with its interval and n; by default the outcome."""
+        """A row per kind and method at its best: mean of a measure with its interval and n; by default the outcome.
+
+        Of a kind whose items all failed the mean is NaN and n 0; `failed` says how many did.
+        """
         measure = self._measure(measure or self.scores.outcome)
         columns = np.stack([self.scores.at(measure, self.scores.taken(method)) for method in self.methods], axis=1)
-        shares = measure == "reached"
-        return [
-            {"kind": kind, "method": method} | named(measure, each)
-            for kind in dict.fromkeys(self.scores.kinds)
-            for method, each in zip(
-                self.methods, estimates(columns[self.scores.of_kind(kind)], shares=shares), strict=True
-            )
-        ]
+        rows = []
+        for kind, (_, failed) in self.kinds.items():
+            found = estimates(columns[self.scores.of_kind(kind)], shares=measure == "reached")
+            for method, each in zip(self.methods, found, strict=True):
+                rows.append({"kind": kind, "method": method, "failed": failed} | named(measure, each))
+        return rows
 
     def block_rows(self, measure: str | None = None) -> list[Row]:
         """A row per kind (and "all") and block: what the block does `alone`, and what is lost where it is `left out`.
@@ -187,18 +222,27 @@ class RIEBench:
     def block_agreement(self, other: RIEBench) -> Row:
         """Whether two results (other seeds, SAEs or items) agree on which block does most for which kind.
 
-        See `benchmark_blocks.agreement`: Spearman's ρ over kind × block of what each block does alone, and its mean
-        within kinds, with p by shuffling blocks within kinds.
+        See `benchmark_blocks.agreement`: Spearman's ρ of what each block does alone within kinds, the same of what is
+        special to kinds, each with p and interval, and how often the block that does most is the same.
 
         Raises:
-            KitError: one of them was run without `by_block`, or they are of other blocks or kinds.
+            KitError: they are the same result, one of them was run without `by_block`, or they are of other settings,
+                blocks or kinds.
         """
-        return agreement(self.block_rows(), other.block_rows(self.scores.gain))
+        if self.artifact.recipe == other.artifact.recipe:
+            raise KitError("block_agreement: both are the same result. Pass one of other seeds, SAEs or items.")
+        return agreement(self.scores, other.scores, self.scores.gain)
 
     def _method(self, name: str) -> str:
         if name not in self.methods:
             hint = did_you_mean(name, self.methods)
             raise KitError(f"No method {name!r} in this result; it has {', '.join(self.methods)}.{hint}")
+        return name
+
+    def _kind(self, name: str | None) -> str | None:
+        if name is not None and name not in self.kinds:
+            hint = did_you_mean(name, self.kinds)
+            raise KitError(f"No items of kind {name!r} in this result; it has {', '.join(self.kinds)}.{hint}")
         return name
 
     def _measure(self, name: str) -> str:
@@ -210,56 +254,30 @@ class RIEBench:
     # Figures ----------------------------------------------------------------------------------------------------------
 
     def plot(self, x: str | None = None, y: str | None = None) -> Any:
-        """Two measures of every setting at all blocks, a line per method, with `prompt` and `none` marked (plotly).
+        """Two measures of every setting of the methods' grids, with `prompt` and `none` marked (plotly).
 
+        The line of a method is its front: what no setting of it, no edit, or mixture of them beats in both measures.
         By default what is kept and what is reached, or, where the judge knows no factors, both distances.
         """
         x, y = self._measure(x or self.scores.harm), self._measure(y or self.scores.outcome)
-        lines = {
-            method: [
-                (
-                    (row := self._rows[at])[x],
-                    *row[f"{x} interval"],
-                    row[y],
-                    *row[f"{y} interval"],
-                    self.settings[at].key,
-                )
-                for at in places
-            ]
-            for method, places in self.scores.methods.items()
-        }
-        title = f"{y} against {x}: every setting, {self.n} items"
-        return pareto(lines, (CEILING, FLOOR), title=title, x=x, y=y)
+        return figures.trade_offs(self.scores, self._rows, x, y)
 
     def plot_kinds(self, measure: str | None = None) -> Any:
-        """Bars of a measure by kind, each method at its best (plotly); by default the outcome."""
+        """A measure by kind with its intervals, each method at its best (plotly); by default the outcome."""
         measure = measure or self.scores.outcome
-        rows = self.kind_rows(measure)
-        bars = {
-            method: [(row[measure], *row[f"{measure} interval"]) for row in rows if row["method"] == method]
-            for method in self.methods
-        }
-        kinds = [f"{kind} ({row_n})" for kind, row_n in self._kind_counts().items()]
-        return bars_by_group(kinds, bars, title=f"{measure} by kind of edit, each method at its best", y=measure)
+        return figures.kind_points(self.scores, self.kind_rows(measure), self.kinds, measure)
 
-    def _kind_counts(self) -> dict[str, int]:
-        return {kind: int(self.scores.of_kind(kind).sum()) for kind in dict.fromkeys(self.scores.kinds)}
+    def plot_blocks(self, measure: str | None = None, what: str = "alone") -> Any:
+        """Heat map of what each block does for each kind of edit, blue where that is better (plotly).
 
-    def plot_blocks(self, measure: str | None = None) -> Any:
-        """Heat map of what each block does alone for each kind of edit (plotly).
+        Args:
+            measure: by default `target`, or what tells success.
+            what: "alone", beside no edit, or "left out", what is lost without it.
 
         Raises:
-            KitError: no block was tried by itself.
+            KitError: no block was tried by itself, or `what` is neither.
         """
-        rows = self.block_rows(measure)
-        if not rows:
-            raise KitError("plot_blocks: no block was tried by itself. Call riebench with by_block.")
-        kinds = list(dict.fromkeys(row["kind"] for row in rows))
-        told = np.array([[row["alone"], *row["alone interval"]] for row in rows])
-        told = told.reshape(len(kinds), len(self.scores.blocks), 3)
-        of = measure or self.scores.gain
-        title = f"Change of {of} by each block alone, beside no edit{' (below 0 is nearer)' * (of == 'to edited')}"
-        return gain_map(kinds, self.scores.blocks, told, title=title)
+        return figures.block_map(self.scores, self.block_rows(measure), measure or self.scores.gain, what)
 
     def contact_sheet(self) -> str:
         """HTML of each method's best, median and worst item, by a rule that it states."""
@@ -286,13 +304,20 @@ class RIEBench:
             "items": items,
             "scores": {name: line["scores"] for name, line in self.scored},
             "chosen": {name: line["chosen"] for name, line in self.scored},
-            "rows": self.rows(),
+            "rows": self.rows() if self.n else [],
             "best": list(self._best.values()),
-            "comparisons": [row for pair in self._pairs for row in pair],
+            "comparisons": [*self._pairs, *self._pairs_by_kind],
+            "kinds": self._kind_measures(),
             "blocks": self.block_rows() if self._best else [],
+            "choices": self.choices() if self.n else [],
         }  # fmt: skip
         plain: dict[str, Any] = _plain(told)
         return plain
+
+    def _kind_measures(self) -> list[Row]:
+        """`kind_rows` of every measure that was told, one row per kind and method."""
+        found = map(self.kind_rows, self.scores.measures if self._best else [])
+        return [{key: value for row in rows for key, value in row.items()} for rows in zip(*found, strict=True)]
 
     def write_json(self, path: Path | str) -> Path:
         """Write `to_json` to a file; returns where it is.
@@ -327,31 +352,35 @@ class RIEBench:
         )  # fmt: skip
 
     def sentence(self) -> str:
-        """What the numbers say; that one method is better only where the interval of the difference does not hold 0."""
+        """What the numbers say; that a method reaches more only where the interval of the difference is above 0."""
+        if not self.n:
+            return (
+                f"All {counted(len(self.failed), 'items')} failed, so nothing can be told: see the reasons in .failed."
+            )
         return views.sentence(self.scores, len(self.failed), self._best, self._pairs)
 
     def _repr_html_(self) -> str:
         title = html.heading("RIEBench: editing while the picture is being made", html.escape(self.sentence()))
-        grid = html.table(views.grid_table(self.scores, self._rows), views.GRID) if self.n else ""
-        folds = {"Every setting": grid} | (self._by_parts() if self._best else {})
+        folds = {"Every setting": html.table(views.grid_table(self.scores, self._rows), views.GRID)} if self.n else {}
+        folds |= self._by_parts() if self._best else {}
         if self.failed:
             folds[f"Failed items ({len(self.failed)})"] = html.table(self.failed, "They count for no method")
         best = self._at_best() if self._best else ""
         return html.fragment(title, best, *(html.folded(name, part) for name, part in folds.items() if part))
 
     def _at_best(self) -> str:
-        caption = f"{views.BEST}. Best: {views.choice_formula(self.scores)}"
-        best = html.table(views.best_table(self.scores, self._best), caption)
+        best = html.table(views.best_table(self.scores, self._best), views.best_caption(self.scores))
         return best + html.table(views.pair_table(self._pairs), views.EQUAL_DAMAGE) if self._pairs else best
 
     def _by_parts(self) -> dict[str, str]:
         """By kind, by block and item by item."""
-        kinds, blocks, choices = self.kind_rows(), self.block_rows(), self.choices()
-        by_kind = f"Mean of {self.scores.outcome}, each method at its best, with 95 % intervals over items"
-        by_block = views.block_table(blocks, ("alone", "left out")), f"{views.BLOCKS}; of {self.scores.gain}"
+        blocks, choices, of = self.block_rows(), self.choices(), self.scores.outcome
+        kinds = html.table(views.kind_table(self.kind_rows(), of), views.kind_caption(self.scores))
+        apart = views.kind_pair_table(self._pairs_by_kind)
+        by_block = views.block_table(blocks, ("alone", "left out")), views.block_caption(self.scores)
         by_choice = views.block_table(choices, ("added", "removed", "expected")), views.CHOICES
         return {
-            "Kinds of edits": html.table(views.kind_table(kinds, self.scores.outcome), by_kind),
+            "Kinds of edits": kinds + (html.table(apart, views.KIND_DIFFERENCES) if apart else ""),
             "Blocks": html.table(*by_block) if blocks else "",
             "Where features are chosen": html.table(*by_choice) if choices else "",
             "Best, median and worst items": self.contact_sheet(),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,82 +14,160 @@ _SAMPLES = 1000
 
 @dataclass(frozen=True)
 class Trade:
-    """What settings of a method come to, item by item: what they reach and what damage they do."""
+    """What settings of a method come to, item by item, beside no edit, which does no damage."""
 
     reached: Float[np.ndarray, "item setting"]
     damage: Float[np.ndarray, "item setting"]
+    unedited: Float[np.ndarray, " item"]
+    """What is reached without any edit."""
     merit: Callable[[Any, Any], Any]
     """How good a setting with these means is: the greater the better."""
 
-
-def halves(kinds: Sequence[str]) -> Bool[np.ndarray, " item"]:
-    """Which items are of the second half: every other one of each kind."""
-    seen, second = Counter[str](), list[bool]()
-    for kind in kinds:
-        second.append(seen[kind] % 2 == 1)
-        seen[kind] += 1
-    return np.array(second, dtype=bool)
+    def with_none(self) -> tuple[Float[np.ndarray, "item point"], Float[np.ndarray, "item point"]]:
+        """Reached and damage of no edit and of every setting."""
+        none = self.unedited[:, None]
+        return np.hstack([none, self.reached]), np.hstack([np.zeros_like(none), self.damage])
 
 
-def cross_fitted(
-    trade: Trade, counts: Float[np.ndarray, "draw item"], second: Bool[np.ndarray, " item"]
-) -> Int[np.ndarray, "2 draw"]:
-    """The setting at which the items of each half are scored: the one of greatest merit on the *other* half.
+def halves(n: int) -> Bool[np.ndarray, " item"]:
+    """Which items are of the second half: every other one, so that of items in order of kinds either has as many."""
+    return np.asarray(np.arange(n) % 2 == 1)
 
-    So no item has a say in its own setting, and choosing the best of many does not flatter. `counts` says how often
-    each draw holds each item.
+
+def choose(
+    trade: Trade, items: Bool[np.ndarray, " item"], counts: Float[np.ndarray, "draw item"]
+) -> Int[np.ndarray, " draw"]:
+    """The setting of greatest merit on these items, where each draw holds an item so many times."""
+    return np.asarray(
+        np.argmax(trade.merit(_means(trade.reached, items, counts), _means(trade.damage, items, counts)), axis=-1)
+    )
+
+
+def hull(damage: Float[np.ndarray, " point"], reached: Float[np.ndarray, " point"]) -> list[int]:
+    """The points that no mixture of others beats, in order of damage: the upper concave hull up to its highest."""
+    return [
+        at for at in np.lexsort((-reached, damage)).tolist()
+        if _best_mixture(damage[None], reached[None], damage[None, at])[0][0, at] == 1
+    ]  # fmt: skip
+
+
+def _best_mixture(
+    damage: Float[np.ndarray, "draw point"], reached: Float[np.ndarray, "draw point"], at: Float[np.ndarray, " draw"]
+) -> tuple[Float[np.ndarray, "draw point"], Float[np.ndarray, " draw"]]:
+    """The mixture of at most two points that reaches most at no more damage than `at`, and what more damage adds.
+
+    That is the upper concave hull, and its slope there. From its highest point on it is level, as whoever may do some
+    damage may do less: that point alone, and slope 0. Some point must have no more damage than `at`.
     """
-    others = np.stack([counts * second, counts * ~second])
-    sizes = np.maximum(others.sum(axis=-1, keepdims=True), 1)
-    return np.asarray(trade.merit(others @ trade.reached / sizes, others @ trade.damage / sizes).argmax(axis=-1))
-
-
-def means_at(
-    values: Float[np.ndarray, "item setting"],
-    taken: Int[np.ndarray, "2 draw"],
-    counts: Float[np.ndarray, "draw item"],
-    second: Bool[np.ndarray, " item"],
-) -> Float[np.ndarray, " draw"]:
-    """Means over all items, each half at the setting that was taken for it."""
-    sums = np.stack([counts * ~second, counts * second]) @ values
-    return np.asarray(np.take_along_axis(sums, taken[..., None], axis=-1)[..., 0].sum(axis=0) / counts.sum(axis=-1))
-
-
-def mixed_at(
-    damage: Float[np.ndarray, "*draw point"], reached: Float[np.ndarray, "*draw point"], at: Float[np.ndarray, "*draw"]
-) -> Float[np.ndarray, "*draw"]:
-    """The most that mixing two points reaches on average at a mean damage of no more than `at`.
-
-    This is the upper concave hull of the points, which from its highest point on is level: whoever may do some damage
-    may do less. At least one point must have no more damage than `at`.
-    """
-    d1, d2 = damage[..., :, None], damage[..., None, :]
-    r1, r2 = reached[..., :, None], reached[..., None, :]
-    room, step = at[..., None, None] - d1, d2 - d1
+    draws, points = damage.shape
+    room, step = (at[:, None] - damage)[:, :, None], damage[:, None, :] - damage[:, :, None]
+    gain = reached[:, None, :] - reached[:, :, None]
     share = np.divide(room, step, out=np.zeros(step.shape), where=step > 0)
-    mixed = r1 + np.clip(share, 0, 1) * (r2 - r1)
-    return np.asarray(np.where(room >= 0, mixed, -np.inf).max(axis=(-2, -1)))
+    mixed = np.where(room >= 0, reached[:, :, None] + np.clip(share, 0, 1) * gain, -np.inf)
+    first, second = np.divmod(mixed.reshape(draws, -1).argmax(axis=1), points)
+    each = np.arange(draws)
+    share, gain, step = (table[each, first, second] for table in (share, gain, step))
+    weights = np.zeros(damage.shape)
+    weights[each, first] += 1 - np.clip(share, 0, 1)
+    weights[each, second] += np.clip(share, 0, 1)
+    return weights, np.divide(gain, step, out=np.zeros(draws), where=(step > 0) & (share <= 1))
 
 
-def compare_at_equal_damage(mine: Trade, other: Trade, second: Bool[np.ndarray, " item"]) -> dict[str, Any]:
-    """What one method reaches, and what the other does at most at the same damage, on the same items.
+def _means(
+    values: Float[np.ndarray, "item number"], items: Bool[np.ndarray, " item"], counts: Float[np.ndarray, "draw item"]
+) -> Float[np.ndarray, "draw number"]:
+    """Means over these items, 0 where a draw holds none of them."""
+    own = counts[:, items]
+    return np.asarray(own @ values[items] / np.maximum(own.sum(axis=1, keepdims=True), 1))
 
-    Mine is cross-fitted. The other is read off the hull of its settings' means (see `mixed_at`) at mine's damage; noise
-    can only lift a hull, so the comparison leans to the other. The 95 % intervals are of 1,000 bootstrap samples of the
-    items, in each of which settings are chosen and the hull is drawn anew. `beyond`: mine does more damage than any
-    setting of the other, whose highest value then holds.
+
+@dataclass(frozen=True)
+class Reading:
+    """What a method reaches, and the other at the same damage, draw by draw."""
+
+    reached: Float[np.ndarray, " draw"]
+    damage: Float[np.ndarray, " draw"]
+    more: Float[np.ndarray, " draw"]
+    """How much more it reaches than the other at this damage."""
+    beyond: bool
+    """Whether it does more damage than any setting of the other, on either half; the other's highest value holds."""
+    below: bool
+    """Whether it does less than every setting of the other: the other is read between no edit and a setting."""
+
+
+def read(
+    mine: Trade,
+    other: Trade,
+    second: Bool[np.ndarray, " item"],
+    scored: Bool[np.ndarray, " item"],
+    counts: Float[np.ndarray, "draw item"],
+) -> Reading:
+    """Read the other method at the mean damage of this one, either half of the items by choices made on the other half.
+
+    Chosen there are this method's setting of greatest merit, the mixture of the other's settings (see `_best_mixture`)
+    that does as much damage, and the slope of the other's hull. The half is then scored by what this one reaches more
+    than that mixture, less slope × what damage it does more: whatever was chosen, the items that chose it are not those
+    that are scored.
+
+    Args:
+        mine, other: of the same items. Neither half may be empty.
+        second: which items are of the second half.
+        scored: the items that are told of; all take part in choosing.
+        counts: how many times each draw holds each item; the first draw holds each once.
     """
-    n = len(second)
-    drawn = np.random.default_rng(0).integers(n, size=(_SAMPLES, n))
-    resampled = np.stack([np.bincount(each, minlength=n) for each in drawn])
-    counts = np.concatenate([np.ones((1, n)), resampled])  # the items themselves, then samples of them
-    taken = cross_fitted(mine, counts, second)
-    reached, damage = (np.asarray(means_at(of, taken, counts, second)) for of in (mine.reached, mine.damage))
-    damages, most = (counts @ of / n for of in (other.damage, other.reached))
-    beside = mixed_at(damages, most, np.maximum(damage, 0))
-    told = {"reached": reached, "damage": damage, "other reached": beside, "difference": reached - beside}
-    row: dict[str, Any] = {"n": n, "beyond": bool(damage[0] > damages[0].max())}
-    for name, draws in told.items():
-        low, high = np.quantile(draws[1:], [0.025, 0.975]) if n > 1 else (np.nan, np.nan)
-        row |= {name: float(draws[0]), f"{name} interval": (float(low), float(high))}
-    return row
+    told, flags = np.zeros((3, len(counts))), []
+    points, size = other.with_none(), np.maximum(counts[:, scored].sum(axis=1), 1)
+    for half in (~second, second):
+        taken = choose(mine, ~half, counts)[:, None]
+        at = np.take_along_axis(_means(mine.damage, ~half, counts), taken, axis=1)[:, 0]
+        heights, widths = (_means(of, ~half, counts) for of in points)
+        weights, slope = _best_mixture(widths, heights, at)
+        share = counts[:, half & scored].sum(axis=1) / size
+        reached, damage = (
+            np.take_along_axis(_means(of, half & scored, counts), taken, axis=1)[:, 0]
+            for of in (mine.reached, mine.damage)
+        )
+        beside, harm = ((weights * _means(of, half & scored, counts)).sum(axis=1) for of in points)
+        told += share * np.stack([reached, damage, reached - beside - slope * (damage - harm)])
+        flags.append((at[0] > widths[0].max(), at[0] < widths[0, 1:].min()))
+    beyond, below = (any(each) for each in zip(*flags, strict=True))
+    return Reading(told[0], told[1], told[2], beyond, below)
+
+
+def compare_at_equal_damage(
+    mine: Trade, other: Trade, second: Bool[np.ndarray, " item"], scored: Bool[np.ndarray, " item"]
+) -> dict[str, Any]:
+    """How much more one method reaches than another at equal damage, on the same items.
+
+    Each is read at the damage of the other at its best, and the difference is the mean of both: reading noisy settings
+    off a hull helps the method that is not read, and this way it helps neither. Its 95 % interval is of 1,000 bootstrap
+    samples of the items, drawn within either half, in each of which everything is chosen anew; NaN for fewer than two
+    items. For the arguments see `read`.
+    """
+    counts = _resampled(second)
+    there, back = read(mine, other, second, scored, counts), read(other, mine, second, scored, counts)
+    differences, n = (there.more - back.more) / 2, int(scored.sum())
+    drawn = differences[1:][counts[1:, scored].any(axis=1)]
+    low, high = np.quantile(drawn, [0.025, 0.975]) if n > 1 else (np.nan, np.nan)
+    return {
+        "n": n,
+        "reached": float(there.reached[0]) if n else np.nan,
+        "damage": float(there.damage[0]) if n else np.nan,
+        "other damage": float(back.damage[0]) if n else np.nan,
+        "difference": float(differences[0]) if n else np.nan,
+        "difference interval": (float(low), float(high)),
+        "difference at own damage": float(there.more[0]) if n else np.nan,
+        "difference at other damage": float(-back.more[0]) if n else np.nan,
+        "beyond": there.beyond,
+        "below": there.below,
+        "other beyond": back.beyond,
+        "other below": back.below,
+    }
+
+
+def _resampled(second: Bool[np.ndarray, " item"]) -> Float[np.ndarray, "draw item"]:
+    """How many times samples hold each item: each once, then samples drawn with replacement within either half."""
+    rng, counts = np.random.default_rng(0), np.ones((1 + _SAMPLES, len(second)))
+    for half in (np.flatnonzero(~second), np.flatnonzero(second)):
+        counts[1:, half] = rng.multinomial(len(half), np.full(len(half), 1 / len(half)), size=_SAMPLES)
+    return counts

@@ -120,6 +120,7 @@ def riebench(
         "judge": tells and tells.name,
         "spatial": bool(spatial),
         "seed": whole_number(f"{_ASKED}: seed", seed, least=0),
+        **({"n_contest": len(settings_of(methods, features, neurons))} if by_block else {}),
     }
     place = Store.at(store)
     artifact = place.artifact("studies", f"riebench_{model['model']}_{len(items)}items", recipe)
