@@ -8,13 +8,13 @@ import accelerate
 import numpy as np
 import pytest
 import torch
+from made_saes import sae_of
 from torch import nn
 
-from sdxl_sae_kit.configs import SAEConfig, Site
+from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import ArtifactError, HookpointError, KitError
 from sdxl_sae_kit.hooks import record
-from sdxl_sae_kit.pipelines import describe, generate, load_pipeline
-from sdxl_sae_kit.sae import SAE
+from sdxl_sae_kit.pipelines import generate, load_pipeline
 from sdxl_sae_kit.studies.choices import draw_alike, rank
 from sdxl_sae_kit.studies.traces import Encoder
 from sdxl_sae_kit.studies.transport import METHODS, Setting, Source
@@ -39,27 +39,9 @@ CONFIGS = {
 }
 
 
-def made_sae(pipe, block, config, name="test-00000000"):
-    model = describe(pipe)
-    sae = SAE(config, D, Site(model.name, model.revision, block, 1, 0.0), name).eval()
-    generator = torch.Generator().manual_seed(len(block))
-    with torch.no_grad():
-        sae.b_enc.copy_(torch.randn(sae.d_sae, generator=generator) / 10)
-        sae.b_dec.copy_(torch.randn(D, generator=generator) / 10)
-        if config.normalize == "channels":
-            sae.input_mean.copy_(torch.randn(D, generator=generator) / 10)
-            sae.input_scale.copy_(torch.rand(D, generator=generator) + 0.5)
-        if config.normalize == "whiten":
-            half = torch.randn(D, D, generator=generator) / D
-            sae.input_scale.copy_(half + half.T + 2 * torch.eye(D))
-        if config.kind == "batchtopk":
-            sae.threshold.fill_(0.7)
-    return sae
-
-
 @pytest.fixture(scope="module")
 def saes(pipe):
-    return {block: made_sae(pipe, block, config) for block, config in CONFIGS.items()}
+    return {block: sae_of(pipe, block, config) for block, config in CONFIGS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +347,7 @@ def test_all_of_steering_puts_the_edited_prompts_update_in_the_first_block(pipe,
 
 
 def test_a_dictionary_that_leaves_nothing_out_writes_what_it_read(pipe, seen):
-    sae = made_sae(pipe, "mid.0", SAEConfig(k=2 * D, expansion=2))
+    sae = sae_of(pipe, "mid.0", SAEConfig(k=2 * D, expansion=2))
     with torch.no_grad():
         sae.W_enc.copy_(torch.cat([torch.eye(D), -torch.eye(D)], dim=1))
         sae.W_dec.copy_(sae.W_enc.T)
@@ -388,7 +370,7 @@ def test_adaptive_is_the_same_as_long_as_the_picture_is_the_original(edited):
 def test_a_choice_does_not_depend_on_the_units_that_an_sae_reads_in(pipe, saes, source, masks):
     """The same features in another unit, 1/50 as active and 50 times as long, count as much beside other blocks'."""
     plain, config = saes["down.2.1"], CONFIGS["down.2.1"]
-    same = made_sae(pipe, "down.2.1", replace(config, normalize="scale"))
+    same = sae_of(pipe, "down.2.1", replace(config, normalize="scale"))
     with torch.no_grad():
         same.input_scale.fill_(50)
         for name in ("b_enc", "b_dec"):
@@ -478,7 +460,7 @@ def test_blocks_and_saes_that_are_not_there_are_refused(pipe, saes, source, tran
 
 def test_saes_that_do_not_fit_are_refused_before_anything_is_drawn(pipe, saes, monkeypatch):
     monkeypatch.setattr("sdxl_sae_kit.studies.transport.generate", lambda *_args, **_more: pytest.fail("drawn"))
-    each_token = made_sae(pipe, "mid.0", SAEConfig(k=4, expansion=1, normalize="layer_norm"))
+    each_token = sae_of(pipe, "mid.0", SAEConfig(k=4, expansion=1, normalize="layer_norm"))
     for given, error, complaint in (
         ({}, KitError, "got none"),
         ({"up.0.1": saes["mid.0"]}, ArtifactError, "was trained on updates of mid.0, not updates of up.0.1"),
@@ -567,7 +549,7 @@ def test_forgotten_items_leave_what_the_others_did(pipe, saes, source, masks):
 
 def test_half_precision_keeps_its_dtype_and_saes_stay_as_they_are(pipe, saes):
     sae = saes["mid.0"]
-    half = nn.Module.to(made_sae(pipe, "mid.0", CONFIGS["mid.0"]), torch.float16)
+    half = nn.Module.to(sae_of(pipe, "mid.0", CONFIGS["mid.0"]), torch.float16)
     encoder = Encoder(half, torch.device("cpu"))
     assert (half.W_enc.dtype, encoder.sae.W_enc.dtype) == (torch.float16, torch.float32)
     assert Encoder(sae, torch.device("cpu")).sae is sae
