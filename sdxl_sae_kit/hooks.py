@@ -70,9 +70,10 @@ class Recording:
         present = {half for _, _, half in self._parts}
         return [half for half in ("uncond", "cond") if half in present]
 
-    def take(self, images: Sequence[int]) -> Recording:
-        """The same of some of the images, by their places."""
-        return Recording({key: [torch.cat(parts)[list(images)]] for key, parts in self._parts.items()})
+    def keep(self, images: Sequence[int]) -> None:
+        """Forget all but some of the images, by their places; part by part, so that little is held twice."""
+        for key, parts in self._parts.items():
+            self._parts[key] = [torch.cat(parts)[list(images)]]
 
     def add(self, update: Tensor, call: Call) -> None:
         """Keep what one call of a hook saw, as the halves that it has."""

@@ -153,6 +153,18 @@ def resized(maps: Float[Tensor, "image height width"], grid: tuple[int, int]) ->
     return (rows @ maps.double() @ columns.T).float()
 
 
+def covered(mask: Bool[np.ndarray, "_y _x"], grid: tuple[int, int]) -> Bool[np.ndarray, "_height _width"]:
+    """Which cells of a grid (height, width) a mask of the whole picture covers by half or more; there may be none.
+
+    >>> covered(np.eye(4, dtype=bool), (2, 2)).tolist()
+    [[True, False], [False, True]]
+    """
+    if mask.shape == grid:
+        return mask
+    shares = resized(torch.from_numpy(mask.astype(np.float32))[None], grid)[0]
+    return np.asarray(shares.numpy() >= 0.5 - 1e-6)  # sums of thirds are not quite a half
+
+
 def _shares(new: int, old: int) -> Float[Tensor, "{new} {old}"]:
     """How much of each new cell is covered by each old one, in whole units of 1 / (new · old) of the side."""
     starts, others = torch.arange(new)[:, None] * old, torch.arange(old) * new

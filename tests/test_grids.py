@@ -25,9 +25,9 @@ def test_the_grids_of_names_are_the_benchmarks() -> None:
         assert told(settings, method) == list(product((80, 160, 320, 640), (1.0, 2.0)))
     assert told(settings, "steering") == [(None, strength) for strength in (0.25, 0.5, 1.0, 2.0)]
     assert told(settings, "neurons") == list(product((5_000, 10_000, 20_000, 40_000, 80_000), (1.0, 2.0)))
-    assert told(settings, "random") == list(product((80, 160, 320, 640), (1.0, 2.0, 4.0)))
+    assert told(settings, "random") == list(product((80, 160, 320, 640), (1.0, 2.0, 4.0, 8.0)))
     assert {each.blocks for each in settings[2:]} == {BLOCKS}
-    assert len({each.key for each in settings}) == len(settings) == 44
+    assert len({each.key for each in settings}) == len(settings) == 48
 
 
 def test_small_saes_have_no_setting_twice() -> None:
@@ -103,6 +103,6 @@ def test_one_block_cannot_be_compared_with_others() -> None:
 
 def test_the_forecast_multiplies_items_and_settings() -> None:
     forecast = forecast_riebench(296, by_block=("sae", 640, 2), seconds_per_picture=0.5)
-    assert forecast == Forecast(296, 44 + 8, 4, 296 * 52 / 2) and forecast.n_pictures == 15_392
-    assert str(forecast) == "296 items in 52 settings: 15,392 pictures in 4 step(s) each, about 2.14 hours."
+    assert forecast == Forecast(296, 48 + 8, 4, 296 * 56 / 2) and forecast.n_pictures == 16_576
+    assert str(forecast) == "296 items in 56 settings: 16,576 pictures in 4 step(s) each, about 2.3 hours."
     assert str(forecast_riebench(1, [])) == "1 item in 2 settings: 2 pictures in 4 step(s) each."

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from sdxl_sae_kit.errors import EditError
-from sdxl_sae_kit.masks import LARGEST, Polygon, as_mask, plain_map, plain_mask, resized
+from sdxl_sae_kit.masks import LARGEST, Polygon, as_mask, covered, plain_map, plain_mask, resized
 
 sides = st.integers(1, 12)
 
@@ -130,3 +130,11 @@ def test_heat_maps_are_scaled_image_by_image_and_bytes_by_255():
     assert np.allclose(np.array(found)[:, 0, 0], [1, 1, 0.5])
     assert np.allclose(plain_mask(np.array([[0, 128]], np.uint8)), [[0, 128 / 255]])
     assert np.allclose(plain_mask(torch.tensor([[0, 128]], dtype=torch.uint8)), [[0, 128 / 255]])
+
+
+@pytest.mark.parametrize("size, grid", [((64, 64), (8, 8)), ((12, 18), (4, 6)), ((5, 7), (2, 3)), ((3, 3), (8, 8))])
+def test_a_token_belongs_where_half_of_it_is_covered(size, grid):
+    mask = np.random.default_rng(1).random(size) < 0.5
+    fine = mask.repeat(grid[0], axis=0).repeat(grid[1], axis=1)
+    cells = fine.reshape(grid[0], size[0], grid[1], size[1]).mean(axis=(1, 3))
+    assert np.array_equal(covered(mask, grid), cells >= 0.5)

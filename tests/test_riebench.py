@@ -12,12 +12,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from breaking import Breaking
+from made_saes import sae_of
 from PIL import Image
 
 from sdxl_sae_kit.artifacts import Store
+from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.items import Items, load_items
 from sdxl_sae_kit.judges import WorldJudge
+from sdxl_sae_kit.pipelines import load_pipeline
 from sdxl_sae_kit.segmenters import WorldSegmenter
 from sdxl_sae_kit.studies import kept_masks, transport
 from sdxl_sae_kit.studies import riebench as module
@@ -38,8 +41,8 @@ def items() -> Items:
 
 
 @pytest.fixture(scope="module")
-def saes(small_saes):
-    return [small_saes["up.0.1", "k8"], small_saes["down.2.1", "k8"]]
+def saes(pipe):
+    return [sae_of(pipe, block, SAEConfig(k=8, expansion=2)) for block in ("up.0.1", "down.2.1")]
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +57,9 @@ def lines(result: RIEBench) -> dict:
 
 
 def same(one: RIEBench, other: RIEBench) -> None:
-    """The same up to how batches of another size are rounded; an answer next to a tie may turn."""
+    """The same up to how batches of another size are rounded; one answer or two next to a tie may turn."""
     mine, theirs = lines(one), lines(other)
+    turned = 0
     assert mine.keys() == theirs.keys()
     for name, line in mine.items():
         assert {**line, "scores": 0} == {**theirs[name], "scores": 0}
@@ -63,7 +67,11 @@ def same(one: RIEBench, other: RIEBench) -> None:
             for measure, value in scores.items():
                 again = theirs[name]["scores"][setting][measure]
                 assert (value is None) == (again is None)
-                assert value is None or measure in ("reached", "kept") or value == pytest.approx(again, abs=2e-3)
+                if measure in ("reached", "kept"):
+                    turned += value != again
+                else:
+                    assert value is None or value == pytest.approx(again, abs=2e-3)
+    assert turned <= 2
 
 
 @pytest.fixture
@@ -121,10 +129,33 @@ def test_a_finished_study_is_opened_without_drawing(pipe, bench, saes, items, dr
 
 
 def test_batches_of_another_size_give_the_same(pipe, bench, saes, items, drawn, tmp_path) -> None:
-    other = riebench(pipe, saes, items, methods=METHODS, **FEW | {"batch_size": 1}, store=tmp_path)
-    assert set(drawn) == {1} and len(drawn) == len(items) * len(SETTINGS)
+    other = riebench(pipe, saes, items, methods=METHODS, **FEW | {"batch_size": 5}, store=tmp_path)
+    assert set(drawn) == {5, 1} and sum(drawn) == len(items) * len(SETTINGS)
     assert other.artifact.name == bench.artifact.name
     same(bench, other)
+
+
+def test_half_precision_measures_the_same_about(bench, saes, items, tmp_path) -> None:
+    pipe = load_pipeline("tiny-turbo", device="cpu", dtype="bfloat16")
+    methods = {"sae": METHODS["sae"], "neurons": {"k": [50], "strength": [1]}}
+    half = riebench(pipe, saes, items[:1], methods=methods, **FEW, store=tmp_path)
+    assert half.artifact.name != bench.artifact.name
+    ((name, line),) = lines(half).items()
+    none, prompt, sae, neurons = line["scores"].items()
+    for setting, scores in (none, prompt, sae):
+        assert scores["pixel"] == pytest.approx(lines(bench)[name]["scores"][setting]["pixel"], abs=0.03)
+    assert min(scores["pixel"] for _, scores in (prompt, sae, neurons)) > 0
+
+
+@pytest.mark.parametrize("neurons", [False, True])
+def test_the_memory_told_is_what_a_source_holds(pipe, saes, items, neurons) -> None:
+    placed = {sae.hookpoint: sae for sae in saes}
+    for guidance in (0.0, 3.0):
+        drawn = {"num_inference_steps": 2, "guidance_scale": guidance, "height": 64, "width": 64}
+        source = transport.Source.run(pipe, items[:2], placed, drawn, neurons=neurons)
+        held = [each for side in source._sides for each in (side.updates, side.neurons) if each]
+        found = sum(part.nbytes for each in held for parts in each._parts.values() for part in parts)
+        assert found == 2 * module.count_bytes(pipe, placed, drawn, neurons)
 
 
 def test_what_a_break_leaves_is_gone_on_with_and_gives_the_same(pipe, bench, saes, items, drawn, tmp_path) -> None:
@@ -149,14 +180,14 @@ def calls_of_a_batch() -> int:
 def test_killed_after_any_item_it_goes_on_with_the_others(
     pipe, bench, saes, items, drawn, monkeypatch, tmp_path
 ) -> None:
+    n = 1 + int.from_bytes(os.urandom(1)) % (len(items) - 1)
     child = os.fork()
     if not child:
-        add, added = Lines.add, []
+        add = Lines.add
 
         def add_some(self, unit, line):
             add(self, unit, line)
-            added.append(unit)
-            if "scores" in line and len([each for each in added if each == unit]) == 2 and len(self) == 3:
+            if "scores" in line and len(self) == n:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         monkeypatch.setattr(Lines, "add", add_some)
@@ -164,11 +195,11 @@ def test_killed_after_any_item_it_goes_on_with_the_others(
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     folder = tmp_path / "studies" / bench.artifact.name
-    assert len((folder / FILE).read_text().splitlines()) == 3
+    assert len((folder / FILE).read_text().splitlines()) == n, f"killed after {n} items"
     with open(folder / FILE, "a") as file:
         file.write('["add object 1", {"kind"')  # as a power cut leaves it
     same(bench, riebench(pipe, saes, items, methods=METHODS, **FEW, store=tmp_path))
-    assert drawn == [3] * len(SETTINGS), "one batch of what was left"
+    assert sum(drawn) == (len(items) - n) * len(SETTINGS), "only what was left"
 
 
 class Counting(WorldSegmenter):
@@ -247,6 +278,65 @@ def test_where_all_items_fail_nothing_is_edited(pipe, saes, items, drawn, tmp_pa
     assert result.n == 0 and len(result.failed) == 2 and drawn == [2, 2]
 
 
+class Troubled:
+    """Says of every picture where it is bright, or refuses it with a reason."""
+
+    name = "troubled"
+
+    def __init__(self, **reasons: str) -> None:
+        self.reasons, self.asked = reasons, []
+
+    def __call__(self, shots, asked):
+        for shot in shots:
+            if reason := self.reasons.get(shot.item.replace(" ", "_"), self.reasons.get("all")):
+                raise KitError(reason)
+        self.asked += [shot.item for shot in shots]
+        return [shot.picture[:, :, 0] > 0.5 for shot in shots]
+
+
+@pytest.fixture
+def bright(items):
+    """Pictures that are bright all over, but for the third item's, which is dark."""
+    shots = np.ones((len(items), 4, 4, 3), dtype=np.float32)
+    shots[2] = 0
+    return shots
+
+
+def test_what_a_segmenter_refused_is_asked_again_and_what_is_empty_is_not(tmp_path, items, bright) -> None:
+    items = items.of("change object", "add object")
+    bright = bright[: len(items)]
+    artifact = Store.at(tmp_path).artifact("studies", "masks", {"study": "riebench masks"})
+    first, *_ = (item.name.replace(" ", "_") for item in items)
+    found = KeptMasks(artifact, Troubled(**{first: "busy"}), len(items)).of(items, bright, bright)
+    assert "troubled says: busy" in found[0] and "is empty" in found[2] and not artifact.finished
+    again = Troubled()
+    found = KeptMasks(artifact, again, len(items)).of(items, bright, bright)
+    assert not isinstance(found[0], str) and "is empty" in found[2] and artifact.finished
+    assert set(again.asked) == {items[0].name}, "no other"
+
+
+def test_the_same_reason_for_all_is_raised_and_nothing_kept(tmp_path, items, bright) -> None:
+    artifact = Store.at(tmp_path).artifact("studies", "masks", {"study": "riebench masks"})
+    kept = KeptMasks(artifact, Troubled(all="no network"), len(items))
+    with pytest.raises(KitError, match="no network"):
+        kept.of(items, bright, bright)
+    assert not artifact.file("masks.jsonl").exists()
+    alone = kept.of(items[:1], bright[:1], bright[:1])
+    assert "no network" in alone[0], "of one item alone it may be the item's fault"
+
+
+def test_two_studies_add_to_the_same_masks_at_once(tmp_path, items, bright) -> None:
+    artifact = Store.at(tmp_path).artifact("studies", "masks", {"study": "riebench masks"})
+    n, other = len(items), ~bright.astype(bool) * np.float32(1)
+    one, two = (KeptMasks(artifact, Troubled(), n) for _ in range(2))
+    mine = one.of(items[:3], bright[:3], bright[:3])
+    theirs = two.of(items[1:], other[1:], other[1:])
+    assert artifact.finished and artifact.stamp["facts"] == {"items": n}
+    artifact.verify()
+    for a, b in zip(mine[1:], theirs, strict=False):
+        assert a == b if isinstance(a, str) else np.array_equal(a, b), "what is there first counts"
+
+
 def test_masks_of_any_size_are_kept_bit_by_bit(tmp_path, items) -> None:
     rng = np.random.default_rng(0)
     masks = {item.name: (rng.random((5, 7)) < 0.5, rng.random((3, 3)) < 0.5) for item in items}
@@ -258,16 +348,15 @@ def test_masks_of_any_size_are_kept_bit_by_bit(tmp_path, items) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kept_masks, "find_masks", find)
-        with KeptMasks(artifact, WorldSegmenter(), len(items)).open() as kept:
-            kept.of(items[:2], shots[:2], shots[:2])
-            kept.of(items, shots, shots)
+        kept = KeptMasks(artifact, WorldSegmenter(), len(items))
+        kept.of(items[:2], shots[:2], shots[:2])
+        kept.of(items, shots, shots)
     assert artifact.finished
-    with KeptMasks(artifact, WorldSegmenter(), len(items)).open() as kept:
-        for item, pair in zip(items, kept.of(items, shots, shots), strict=True):
-            assert all(
-                (one == other).all() and one.shape == other.shape
-                for one, other in zip(pair, masks[item.name], strict=True)
-            )
+    again = KeptMasks(artifact, WorldSegmenter(), len(items))
+    for item, pair in zip(items, again.of(items, shots, shots), strict=True):
+        assert all(
+            (one == other).all() and one.shape == other.shape for one, other in zip(pair, masks[item.name], strict=True)
+        )
     artifact.file("masks.jsonl").write_text("[]")
     with pytest.raises(ArtifactError, match=r"masks.jsonl is missing or has changed"):
         KeptMasks(artifact, WorldSegmenter(), len(items))

@@ -7,8 +7,9 @@ import pytest
 
 from sdxl_sae_kit.items import Item, load_items
 from sdxl_sae_kit.judges import EmbeddingJudge, WorldJudge
+from sdxl_sae_kit.masks import covered
 from sdxl_sae_kit.similarity import WorldEmbed
-from sdxl_sae_kit.studies.scoring import MEASURES, Scoring, answered, fitted, kept, outside
+from sdxl_sae_kit.studies.scoring import MEASURES, Scoring, answered, kept, outside
 from sdxl_sae_kit.tiny.edits import edit
 from sdxl_sae_kit.tiny.judge import expected_answers
 from sdxl_sae_kit.tiny.world import COLOURS, FACTORS, SHAPES, Scene, caption, render
@@ -212,11 +213,11 @@ def test_items_without_scenes_have_no_target_and_no_factors_to_keep() -> None:
 def test_masks_of_any_size_count_where_they_cover_half_of_a_place() -> None:
     maps = np.arange(16.0).reshape(1, 4, 4)
     coarse = np.array([[True, False], [False, False]])
-    assert fitted(coarse, (4, 4)).tolist() == np.kron(coarse, np.ones((2, 2), bool)).tolist()
+    assert covered(coarse, (4, 4)).tolist() == np.kron(coarse, np.ones((2, 2), bool)).tolist()
     fine = np.zeros((8, 8), bool)
     fine[:2, 0] = True  # half of the first place
     fine[0, 2] = True  # a quarter of the second
-    assert fitted(fine, (4, 4)).sum() == 1 and fitted(fine, (4, 4))[0, 0]
+    assert covered(fine, (4, 4)).sum() == 1 and covered(fine, (4, 4))[0, 0]
     nothing = np.zeros((3, 5), bool)
     assert outside(maps, [(coarse, nothing)]) == [(maps.sum() - 0 - 1 - 4 - 5) / 12]
     assert outside(maps, [(nothing, ~nothing)]) == [None]

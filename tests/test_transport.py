@@ -1,20 +1,23 @@
 """Transport of features: every method against its formula in loops, and what must hold of any edit."""
 
+from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
+import accelerate
 import numpy as np
 import pytest
 import torch
+from made_saes import sae_of
 from torch import nn
 
-from sdxl_sae_kit.configs import SAEConfig, Site
+from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import ArtifactError, HookpointError, KitError
 from sdxl_sae_kit.hooks import record
-from sdxl_sae_kit.pipelines import describe, generate
-from sdxl_sae_kit.sae import SAE
-from sdxl_sae_kit.studies.choices import rank
+from sdxl_sae_kit.pipelines import generate, load_pipeline
+from sdxl_sae_kit.studies.choices import draw_alike, rank
 from sdxl_sae_kit.studies.traces import Encoder
-from sdxl_sae_kit.studies.transport import METHODS, Setting, Source, token_masks
+from sdxl_sae_kit.studies.transport import METHODS, Setting, Source
 
 BLOCKS = ("down.2.1", "mid.0", "up.0.1")
 PLACES = {
@@ -22,7 +25,7 @@ PLACES = {
     "mid.0": "mid_block.attentions.0",
     "up.0.1": "up_blocks.0.attentions.1",
 }
-STEPS, SIDE, D = 4, 8, 96
+STEPS, SIDE, D = 2, 8, 96
 DRAWN = {"num_inference_steps": STEPS, "guidance_scale": 0.0}
 ITEMS = [
     SimpleNamespace(original="a large red circle", edited="a large blue square", seed=3),
@@ -36,27 +39,9 @@ CONFIGS = {
 }
 
 
-def made_sae(pipe, block, config, name="test-00000000"):
-    model = describe(pipe)
-    sae = SAE(config, D, Site(model.name, model.revision, block, 1, 0.0), name).eval()
-    generator = torch.Generator().manual_seed(len(block))
-    with torch.no_grad():
-        sae.b_enc.copy_(torch.randn(sae.d_sae, generator=generator) / 10)
-        sae.b_dec.copy_(torch.randn(D, generator=generator) / 10)
-        if config.normalize == "channels":
-            sae.input_mean.copy_(torch.randn(D, generator=generator) / 10)
-            sae.input_scale.copy_(torch.rand(D, generator=generator) + 0.5)
-        if config.normalize == "whiten":
-            half = torch.randn(D, D, generator=generator) / D
-            sae.input_scale.copy_(half + half.T + 2 * torch.eye(D))
-        if config.kind == "batchtopk":
-            sae.threshold.fill_(0.7)
-    return sae
-
-
 @pytest.fixture(scope="module")
 def saes(pipe):
-    return {block: made_sae(pipe, block, config) for block, config in CONFIGS.items()}
+    return {block: sae_of(pipe, block, config) for block, config in CONFIGS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +63,17 @@ def masks():
 @pytest.fixture(scope="module")
 def transport(source, masks):
     return source.masked(masks)
+
+
+@pytest.fixture(scope="module")
+def edited(pipe, transport):
+    """What `changed` gives for each method with all blocks, made once."""
+
+    @cache
+    def of(method):
+        return changed(pipe, transport, setting_of(method))
+
+    return of
 
 
 def draw(pipe, items=ITEMS, side="original", **settings):
@@ -164,11 +160,11 @@ def features(saes, seen, method, item):
     return *pair, {block: saes[block].directions.detach().double().numpy() for block in BLOCKS}
 
 
-def choose_in_loops(F_o, F_e, m_o, m_e, k, blocks):
+def choose_in_loops(F_o, F_e, directions, m_o, m_e, k, blocks):
     a = []
     for F, m in ((F_o, m_o), (F_e, m_e)):
         means = [
-            (block, f, np.mean([abs(F[block][0, p, f]) for p in np.flatnonzero(m)]))
+            (block, f, np.abs(F[block][0, m, f]).mean() * np.linalg.norm(directions[block][f]))
             for block in blocks
             for f in range(F[block].shape[2])
         ]
@@ -210,7 +206,7 @@ def test_the_change_is_the_formula_of_the_chosen_features(
     for item, pair in enumerate(masks):
         m_o, m_e = map(half_covered, pair)
         F_o, F_e, directions = features(saes, seen, method, item)
-        added, removed = choose_in_loops(F_o, F_e, m_o, m_e, k, BLOCKS)
+        added, removed = choose_in_loops(F_o, F_e, directions, m_o, m_e, k, BLOCKS)
         close(found, left, delta_in_loops(F_o, F_e, directions, m_o, m_e, added, removed, strength, spatial), item)
 
 
@@ -220,7 +216,7 @@ def test_adaptive_removes_what_the_picture_being_made_has(pipe, saes, source, ma
     for item, pair in enumerate(masks):
         m_o, m_e = map(half_covered, pair)
         F_o, F_e, directions = features(saes, seen, "sae_adaptive", item)
-        added, removed = choose_in_loops(F_o, F_e, m_o, m_e, 12, BLOCKS)
+        added, removed = choose_in_loops(F_o, F_e, directions, m_o, m_e, 12, BLOCKS)
         live = {block: encoded(saes[block], found[block][item]) for block in BLOCKS}
         assert np.abs(live["up.0.1"] - F_o["up.0.1"]).max() > 1e-3
         close(found, left, delta_in_loops(live, F_e, directions, m_o, m_e, added, removed, 2.0, spatial), item)
@@ -245,28 +241,34 @@ def test_random_is_the_formula_of_other_features_as_many_that_are_active(pipe, s
     found, left, _ = changed(pipe, transport, setting)
     with transport.edited(Setting("sae", 8, 1.0, BLOCKS)) as of_sae, transport.edited(setting) as of_random:
         pass
-    chosen, chosen_by_sae = transport._choose(setting).chosen, transport._choose(Setting("sae", 8, 1.0, BLOCKS)).chosen
+    by_chance, by_rank = transport._choose(setting), transport._choose(Setting("sae", 8, 1.0, BLOCKS))
     for item, pair in enumerate(masks):
         m_o, m_e = map(half_covered, pair)
         F_o, F_e, directions = features(saes, seen, "random", item)
         removed, added = (
-            [(block, f) for block in BLOCKS for f in np.flatnonzero(chosen[block][side][item])] for side in (0, 1)
+            [(block, f) for block in BLOCKS for f in chosen_at(by_chance, block, side, item)] for side in (0, 1)
         )
         assert all(F_e[block][0, m_e, f].any() for block, f in added)
         assert all(F_o[block][0, m_o, f].any() for block, f in removed)
         close(found, left, delta_in_loops(F_o, F_e, directions, m_o, m_e, added, removed, 1.0, True), item)
         assert [np.sum(list(counts[item].values()), axis=0).tolist() for counts in (of_sae, of_random)] == [[8, 8]] * 2
-        by_sae = {(block, f) for block in BLOCKS for f in np.flatnonzero(chosen_by_sae[block][1][item])}
-        assert by_sae != set(added)
+        by_sae = {(block, f) for block in BLOCKS for side in (0, 1) for f in chosen_at(by_rank, block, side, item)}
+        assert len(by_sae) == 16 and not by_sae & {*removed, *added} and not {*removed} & {*added}
 
 
-def test_random_is_the_same_again_and_alone_and_another_for_another_k(pipe, saes, transport, masks):
+def chosen_at(choice, block, side, item):
+    """Features chosen of an item at a block, which is missing where there are none of any item."""
+    return np.flatnonzero(choice.chosen[block][side][item]) if block in choice.chosen else []
+
+
+def test_random_is_the_same_again_and_alone_and_another_for_another_k(transport, last_alone):
     setting = Setting("random", 8, 1.0, BLOCKS)
-    alone = Source.run(pipe, ITEMS[1:2], saes, DRAWN).masked(masks[1:2])
     for block in BLOCKS:
         for side in (0, 1):
-            here = transport._choose(setting).chosen[block][side][1]
-            assert torch.equal(here, alone._choose(setting).chosen[block][side][0])
+            here, there = (
+                chosen_at(each._choose(setting), block, side, at) for each, at in ((transport, 2), (last_alone, 0))
+            )
+            assert np.array_equal(here, there)
     more, fewer = (transport._choose(Setting("random", k, 1.0, BLOCKS)).chosen["down.2.1"][1][1] for k in (9, 8))
     assert (fewer & ~more).any()
 
@@ -279,27 +281,31 @@ def setting_of(method, strength=1.0, blocks=BLOCKS):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_strength_0_draws_the_original(pipe, source, transport, method):
+def test_strength_0_draws_the_original(pipe, source, transport, edited, method):
     with transport.edited(setting_of(method, 0.0)):
         pictures = draw(pipe)
     np.testing.assert_allclose(pictures, source.original, atol=1e-6)
-    with transport.edited(setting_of(method, 2.0)):
-        assert np.abs(draw(pipe) - source.original).max() > 1e-3
+    assert np.abs(edited(method)[2] - source.original).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def last_alone(pipe, saes, masks):
+    return Source.run(pipe, ITEMS[2:], saes, DRAWN, neurons=True).masked(masks[2:])
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_item_alone_is_edited_as_in_a_batch(pipe, saes, transport, masks, method):
-    alone = Source.run(pipe, ITEMS[2:], saes, DRAWN, neurons=method == "neurons").masked(masks[2:])
-    _, _, together = changed(pipe, transport, setting_of(method))
-    _, _, by_itself = changed(pipe, alone, setting_of(method), ITEMS[2:])
-    np.testing.assert_allclose(by_itself[0], together[2], atol=2e-3)
+def test_an_item_alone_is_edited_as_in_a_batch(pipe, transport, last_alone, edited, method):
+    alone = last_alone
+    with alone.edited(setting_of(method)):
+        by_itself = draw(pipe, ITEMS[2:])
+    np.testing.assert_allclose(by_itself[0], edited(method)[2][2], atol=2e-3)
     with transport.edited(setting_of(method)) as here, alone.edited(setting_of(method)) as there:
         assert here[2] == there[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_tokens_outside_both_masks_keep_every_bit(pipe, transport, masks, method):
-    found, left, _ = changed(pipe, transport, setting_of(method))
+def test_tokens_outside_both_masks_keep_every_bit(edited, masks, method):
+    found, left, _ = edited(method)
     for item, pair in enumerate(masks):
         inside = half_covered(pair[0]) | half_covered(pair[1])
         for block in BLOCKS:
@@ -341,7 +347,7 @@ def test_all_of_steering_puts_the_edited_prompts_update_in_the_first_block(pipe,
 
 
 def test_a_dictionary_that_leaves_nothing_out_writes_what_it_read(pipe, seen):
-    sae = made_sae(pipe, "mid.0", SAEConfig(k=2 * D, expansion=2))
+    sae = sae_of(pipe, "mid.0", SAEConfig(k=2 * D, expansion=2))
     with torch.no_grad():
         sae.W_enc.copy_(torch.cat([torch.eye(D), -torch.eye(D)], dim=1))
         sae.W_dec.copy_(sae.W_enc.T)
@@ -355,10 +361,25 @@ def test_a_dictionary_that_leaves_nothing_out_writes_what_it_read(pipe, seen):
         assert not codes.written(step, ~everything).any()
 
 
-def test_adaptive_is_the_same_as_long_as_the_picture_is_the_original(pipe, transport):
-    (_, plain, _), (_, adaptive, _) = (changed(pipe, transport, setting_of(m)) for m in ("sae", "sae_adaptive"))
+def test_adaptive_is_the_same_as_long_as_the_picture_is_the_original(edited):
+    (_, plain, _), (_, adaptive, _) = (edited(method) for method in ("sae", "sae_adaptive"))
     assert np.array_equal(plain["down.2.1"][:, 0], adaptive["down.2.1"][:, 0])
     assert not np.array_equal(plain["up.0.1"][:, -1], adaptive["up.0.1"][:, -1])
+
+
+def test_a_choice_does_not_depend_on_the_units_that_an_sae_reads_in(pipe, saes, source, masks):
+    """The same features in another unit, 1/50 as active and 50 times as long, count as much beside other blocks'."""
+    plain, config = saes["down.2.1"], CONFIGS["down.2.1"]
+    same = sae_of(pipe, "down.2.1", replace(config, normalize="scale"))
+    with torch.no_grad():
+        same.input_scale.fill_(50)
+        for name in ("b_enc", "b_dec"):
+            getattr(same, name).copy_(getattr(plain, name) / 50)
+        same.W_enc.copy_(plain.W_enc)
+        same.W_dec.copy_(plain.W_dec)
+    other = Source.run(pipe, ITEMS, saes | {"down.2.1": same}, DRAWN).masked(masks)
+    with source.masked(masks).edited(setting_of("sae")) as one, other.edited(setting_of("sae")) as two:
+        assert one == two and all(0 < sum(counts["down.2.1"]) < 24 for counts in one)
 
 
 def test_with_guidance_only_the_half_that_reads_the_prompt_is_changed(pipe, saes, masks):
@@ -384,7 +405,7 @@ def n_hooks(pipe):
 @pytest.mark.parametrize("method", ["sae", "neurons"])
 def test_other_pictures_than_the_items_are_refused_and_leave_nothing_hooked(pipe, transport, method):
     before = n_hooks(pipe)
-    for items, settings in ((ITEMS[:2], {}), (ITEMS, {"num_inference_steps": 2})):
+    for items, settings in ((ITEMS[:2], {}), (ITEMS, {"num_inference_steps": 1})):
         refused = pytest.raises(KitError, match="Draw the originals of exactly these items")
         with refused, transport.edited(setting_of(method)):
             draw(pipe, items, **settings)
@@ -439,7 +460,7 @@ def test_blocks_and_saes_that_are_not_there_are_refused(pipe, saes, source, tran
 
 def test_saes_that_do_not_fit_are_refused_before_anything_is_drawn(pipe, saes, monkeypatch):
     monkeypatch.setattr("sdxl_sae_kit.studies.transport.generate", lambda *_args, **_more: pytest.fail("drawn"))
-    each_token = made_sae(pipe, "mid.0", SAEConfig(k=4, expansion=1, normalize="layer_norm"))
+    each_token = sae_of(pipe, "mid.0", SAEConfig(k=4, expansion=1, normalize="layer_norm"))
     for given, error, complaint in (
         ({}, KitError, "got none"),
         ({"up.0.1": saes["mid.0"]}, ArtifactError, "was trained on updates of mid.0, not updates of up.0.1"),
@@ -464,12 +485,30 @@ def test_keys_are_unique_and_tell_the_setting():
     assert [each.key for each in settings[-2:]] == ["prompt", "none"]
 
 
-@pytest.mark.parametrize("size, grid", [((64, 64), (8, 8)), ((12, 18), (4, 6)), ((5, 7), (2, 3)), ((3, 3), (8, 8))])
-def test_a_token_belongs_where_half_of_it_is_covered(size, grid):
-    mask = np.random.default_rng(1).random(size) < 0.5
-    fine = mask.repeat(grid[0], axis=0).repeat(grid[1], axis=1)
-    cells = fine.reshape(grid[0], size[0], grid[1], size[1]).mean(axis=(1, 3))
-    assert np.array_equal(token_masks(mask, grid), cells >= 0.5)
+def test_random_draws_as_many_others_as_there_are_and_none_twice():
+    rng = np.random.default_rng(0)
+    for n in (0, 3, 9, 30):
+        means = [np.where(rng.random(60) < 0.6, rng.random(60), 0) for _ in range(2)]
+        chosen = [each[:n] for each in rank(*means)]
+        drawn = draw_alike(chosen, means, seed=1)
+        assert all((a[each] > 0).all() for each, a in zip(drawn, means, strict=True))
+        everything = np.concatenate([*drawn, *chosen]).tolist()
+        assert len(set(everything)) == len(everything)
+        left = {f for f in range(60) if means[0][f] + means[1][f] > 0} - set(np.concatenate(chosen).tolist())
+        wanted = [len(each) for each in chosen]
+        if [len(each) for each in drawn] != wanted:
+            short = {
+                f for f in left if any(a[f] > 0 and len(d) < n for a, d, n in zip(means, drawn, wanted, strict=True))
+            }
+            assert short <= set(np.concatenate(drawn).tolist()), "all that could be drawn is"
+        else:
+            assert n < 30
+    assert [each.tolist() for each in draw_alike([np.arange(2), np.arange(2, 4)], [np.ones(4), np.ones(4)], 0)] == [
+        [],
+        [],
+    ]
+    (first,), (second,) = draw_alike([np.array([0]), np.array([1])], [np.ones(4), np.ones(4)], 0)
+    assert {first, second} == {2, 3}
 
 
 def test_ties_go_to_the_feature_that_comes_first_and_nothing_comes_of_nothing():
@@ -479,9 +518,38 @@ def test_ties_go_to_the_feature_that_comes_first_and_nothing_comes_of_nothing():
     assert (removed.tolist(), added.tolist()) == ([], [2, 1])
 
 
+def test_a_compiled_unet_is_edited_all_the_same(pipe, saes, masks, edited):
+    compiled = load_pipeline("tiny-turbo", device="cpu", dtype="float32")
+    compiled.unet = torch.compile(compiled.unet, backend="eager")
+    with pytest.warns(UserWarning, match="runs uncompiled"):
+        transport = Source.run(compiled, ITEMS, saes, DRAWN, neurons=True).masked(masks)
+        for method in ("sae", "neurons"):
+            with transport.edited(setting_of(method)):
+                np.testing.assert_allclose(draw(compiled), edited(method)[2], atol=1e-5)
+
+
+def test_weights_that_wait_elsewhere_are_no_place_to_compute(saes, masks, edited):
+    offloaded = load_pipeline("tiny-turbo", device="cpu", dtype="float32")
+    offloaded.unet = accelerate.cpu_offload(offloaded.unet, execution_device=torch.device("cpu"))
+    assert offloaded.unet.device.type == "meta"
+    with Source.run(offloaded, ITEMS, saes, DRAWN).masked(masks).edited(setting_of("sae")):
+        np.testing.assert_allclose(draw(offloaded), edited("sae")[2], atol=1e-5)
+
+
+def test_forgotten_items_leave_what_the_others_did(pipe, saes, source, masks):
+    kept = Source.run(pipe, ITEMS, saes, DRAWN, neurons=True)
+    kept.masked(masks)._choose(setting_of("neurons"))
+    kept.keep([2, 0])
+    assert np.array_equal(kept.edited, source.edited[[2, 0]]) and kept.seeds == (8, 3)
+    here = kept.masked([masks[2], masks[0]])
+    for method in METHODS:
+        with here.edited(setting_of(method)) as some, source.masked(masks).edited(setting_of(method)) as all_of_them:
+            assert some == [all_of_them[2], all_of_them[0]]
+
+
 def test_half_precision_keeps_its_dtype_and_saes_stay_as_they_are(pipe, saes):
     sae = saes["mid.0"]
-    half = nn.Module.to(made_sae(pipe, "mid.0", CONFIGS["mid.0"]), torch.float16)
+    half = nn.Module.to(sae_of(pipe, "mid.0", CONFIGS["mid.0"]), torch.float16)
     encoder = Encoder(half, torch.device("cpu"))
     assert (half.W_enc.dtype, encoder.sae.W_enc.dtype) == (torch.float16, torch.float32)
     assert Encoder(sae, torch.device("cpu")).sae is sae

@@ -13,17 +13,16 @@ from jaxtyping import Bool, Float, Int
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.metrics import bootstrap_intervals
 from sdxl_sae_kit.studies.equal_damage import Trade, choose, compare_at_equal_damage, halves
-from sdxl_sae_kit.studies.grids import ALWAYS
 from sdxl_sae_kit.studies.scoring import MEASURES
 from sdxl_sae_kit.studies.statistics import wilson
-from sdxl_sae_kit.studies.transport import Setting
+from sdxl_sae_kit.studies.transport import ENDS, Setting
 
 OUTCOMES = ("reached", "to edited", "image similarity")
 """What tells whether an edit succeeded, the first that was told."""
 NEARNESS = {"to edited": -1, "image similarity": 1}
 """Measures that tell of no success by themselves, only beside no edit, and which way is nearer."""
 LESS_IS_BETTER = ("outside", "pixel", "to original", "to edited")
-FLOOR, CEILING = ALWAYS
+FLOOR, CEILING = ENDS
 """No edit at all, and the changed prompt itself."""
 
 Row = dict[str, Any]

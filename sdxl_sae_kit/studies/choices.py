@@ -12,6 +12,9 @@ from torch import Tensor
 
 from sdxl_sae_kit.neurons import hookpoint_of
 
+_DIGITS = 10
+"""Of a score: far more than tell features apart, and fewer than the order of a sum changes."""
+
 Pair = list[Int[np.ndarray, " _n"]]
 """Features of one item that are removed, and those that are added."""
 
@@ -20,12 +23,13 @@ def rank(original: Float[np.ndarray, " f"], edited: Float[np.ndarray, " f"]) -> 
     """What to remove and what to add, best first, by the means of features in the original and in the edited picture.
 
     The score is a feature's share of all means in the edited picture less that in the original (0 where there are
-    none); below 0 it may be removed, above 0 added; ties go to the feature that comes first.
+    none); below 0 it may be removed, above 0 added. Ties, up to how sums are rounded, go to the feature that comes
+    first.
 
     >>> [each.tolist() for each in rank(np.array([0.0, 3, 1]), np.array([1.0, 0, 1]))]
     [[1], [0, 2]]
     """
-    score = _shares(edited) - _shares(original)
+    score = (_shares(edited) - _shares(original)).round(_DIGITS)
     ascending, descending = (np.argsort(each, kind="stable") for each in (score, -score))
     return [ascending[score[ascending] < 0], descending[score[descending] > 0]]
 
@@ -36,16 +40,29 @@ def _shares(means: Float[np.ndarray, " f"]) -> Float[np.ndarray, " f"]:
 
 
 def draw_alike(chosen: Pair, means: Sequence[Float[np.ndarray, " f"]], seed: int) -> Pair:
-    """As many features as were chosen, any of those with means above 0 in the same picture."""
-    rng = np.random.default_rng(seed)
-    return [rng.choice(np.flatnonzero(a > 0), len(each), replace=False) for each, a in zip(chosen, means, strict=True)]
+    """As many other features as were chosen, at random from those with means above 0 in the same picture.
+
+    None of the chosen is among them, on either side, and none is drawn twice: what is active in both pictures goes to
+    the side that still wants more. Where there are too few such features, fewer are drawn.
+    """
+    wanted, active = np.array([len(each) for each in chosen]), np.stack(means) > 0
+    free: Bool[np.ndarray, " f"] = np.asarray(active.any(axis=0))
+    free[np.concatenate(chosen)] = False
+    drawn: tuple[list[int], list[int]] = [], []
+    for feature in np.random.default_rng(seed).permutation(np.flatnonzero(free)):
+        side = int((wanted * active[:, feature]).argmax())
+        if wanted[side] and active[side, feature]:
+            drawn[side].append(feature)
+            wanted[side] -= 1
+    return [np.array(each, dtype=np.intp) for each in drawn]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """By place, which features of each item are removed and which are added."""
+    """Which features of each item are removed and which are added."""
 
     chosen: Mapping[str, tuple[Bool[Tensor, "item feature"], Bool[Tensor, "item feature"]]]
+    """By place; those are left out where nothing is chosen of any item."""
     counts: list[dict[str, tuple[int, int]]]
     """For each item, how many were added and removed, by hookpoint; nothing where all are transported."""
 
@@ -57,7 +74,7 @@ class Choice:
             for side, features in enumerate(pair):
                 table[side, item, features] = True
         parts = torch.from_numpy(table).to(device).split(list(places.values()), dim=2)
-        chosen = {place: (part[0], part[1]) for place, part in zip(places, parts, strict=True)}
+        chosen = {place: (part[0], part[1]) for place, part in zip(places, parts, strict=True) if part.any()}
         return cls(chosen, _count(places, table))
 
     @classmethod

@@ -123,10 +123,20 @@ def written(row: Mapping[str, Any], name: str, share: bool = False) -> str:
 
 def sheet(rows: Sequence[Sequence[Float[np.ndarray, "y x 3"]]]) -> bytes:
     """One WebP picture of tiles in rows."""
+    return joined([[tile(picture) for picture in row] for row in rows])
+
+
+def tile(picture: Float[np.ndarray, "y x 3"]) -> Image.Image:
+    """A picture, colours 0 to 1, as small as a sheet shows it."""
+    made = Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
+    return made.resize((_TILE, _TILE), Image.Resampling.BICUBIC)
+
+
+def joined(rows: Sequence[Sequence[Image.Image]]) -> bytes:
+    """One WebP picture of the tiles that `tile` made."""
     step = _TILE + _GAP
     made = Image.new("RGB", (max(map(len, rows)) * step - _GAP, len(rows) * step - _GAP), "white")
     for down, row in enumerate(rows):
-        for across, picture in enumerate(row):
-            tile = Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
-            made.paste(tile.resize((_TILE, _TILE), Image.Resampling.BICUBIC), (across * step, down * step))
+        for across, each in enumerate(row):
+            made.paste(each, (across * step, down * step))
     return html.to_webp(made)

@@ -12,10 +12,7 @@ from sdxl_sae_kit.artifacts import counted, whole_number
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
 from sdxl_sae_kit.plans import duration
-from sdxl_sae_kit.studies.transport import METHODS, Setting
-
-ALWAYS = ("none", "prompt")
-"""What is measured whatever is asked: the original prompt and the edited prompt, with no features moved."""
+from sdxl_sae_kit.studies.transport import ENDS, METHODS, Setting
 
 Methods = Sequence[str] | Mapping[str, Mapping[str, Sequence[float]]]
 ByBlock = tuple[str, int | None, float]
@@ -26,7 +23,7 @@ _GRIDS: Mapping[str, Mapping[str, Sequence[float]]] = {
     "sae_adaptive": _FEATURES,
     "steering": {"strength": (0.25, 0.5, 1.0, 2.0)},
     "neurons": {"k": tuple(thousands / 204.8 for thousands in (5, 10, 20, 40, 80)), "strength": (1.0, 2.0)},
-    "random": {"k": _FEATURES["k"], "strength": (1.0, 2.0, 4.0)},  # further, so that it does any damage the others do
+    "random": {"k": _FEATURES["k"], "strength": (1.0, 2.0, 4.0, 8.0)},  # further: features that do less
 }
 """Grids of the benchmark, k as shares of all there are: 80 to 640 of SDXL's 20,480 features, 5 to 80 of its 204.8
 thousand neurons."""
@@ -35,7 +32,7 @@ thousand neurons."""
 def settings_of(
     methods: Methods, n_features: Mapping[str, int], n_neurons: Mapping[str, int], by_block: ByBlock | None = None
 ) -> tuple[Setting, ...]:
-    """Every setting that is asked for, once: `ALWAYS` first, then by method, k and strength, then block by block.
+    """Every setting that is asked for, once: `ENDS` first, then by method, k and strength, then block by block.
 
     Args:
         methods: names, with the benchmark's grids, or a mapping of each to its own {"k": [...], "strength": [...]},
@@ -47,10 +44,10 @@ def settings_of(
         KitError: unknown methods or settings, k for steering, more features than there are, numbers that are no such,
             the same twice, or one block alone to compare.
     """
-    found = [Setting(name, None, 0.0, ()) for name in ALWAYS]
+    found = [Setting(name, None, 0.0, ()) for name in ENDS]
     blocks = tuple(n_features)
     for method, given in _named(methods).items():
-        if method not in ALWAYS:
+        if method not in ENDS:
             there = n_neurons if method == "neurons" else n_features
             found += [
                 _setting(method, k, strength, blocks, there)
@@ -67,7 +64,7 @@ class Forecast:
 
     n_items: int
     n_settings: int
-    """`ALWAYS` included."""
+    """`ENDS` included."""
     num_inference_steps: int
     seconds: float | None = None
     """Of all pictures; None where that is not known."""
@@ -81,7 +78,7 @@ class Forecast:
         took = "" if self.seconds is None else f", about {duration(self.seconds)}"
         return (
             f"{counted(self.n_items, 'items')} in {counted(self.n_settings, 'settings')}: "
-            f"{counted(self.n_pictures, 'pictures')} in {self.num_inference_steps} step(s) each{took}."
+            f"{counted(self.n_pictures, 'pictures')} in {counted(self.num_inference_steps, 'steps')} each{took}."
         )
 
 
@@ -105,7 +102,7 @@ def forecast_riebench(
         KitError: what `riebench` would refuse.
 
     >>> print(forecast_riebench(296, seconds_per_picture=0.5))
-    296 items in 44 settings: 13,024 pictures in 4 step(s) each, about 1.81 hours.
+    296 items in 48 settings: 14,208 pictures in 4 steps each, about 1.97 hours.
     """
     features, neurons = dict.fromkeys(hookpoints, 5_120), dict.fromkeys(hookpoints, 51_200)
     settings = settings_of(methods, features, neurons, by_block)
@@ -116,7 +113,7 @@ def forecast_riebench(
 def _named(methods: Any) -> Mapping[str, Mapping[str, Any]]:
     names = [methods] if isinstance(methods, str) else list(methods)
     for name in names:
-        if name not in (*METHODS, *ALWAYS):
+        if name not in (*METHODS, *ENDS):
             hint = did_you_mean(str(name), METHODS)
             raise KitError(f"riebench: methods are {', '.join(METHODS)}, not {name!r}.{hint}")
     if len(set(names)) < len(names):

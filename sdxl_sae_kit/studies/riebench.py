@@ -12,32 +12,31 @@ from types import EllipsisType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from PIL import Image
 from tqdm.auto import tqdm
 
-from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
+from sdxl_sae_kit.artifacts import Artifact, Store, human_bytes, whole_number
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.files import write_atomically
-from sdxl_sae_kit.hookpoints import by_hookpoint, list_hookpoints
+from sdxl_sae_kit.hookpoints import by_hookpoint, list_hookpoints, resolve
 from sdxl_sae_kit.interventions import check_fit, check_model
 from sdxl_sae_kit.items import Item, Items
 from sdxl_sae_kit.judges import PictureJudge, Pictures, chosen_judge
+from sdxl_sae_kit.masks import covered
 from sdxl_sae_kit.neurons import list_layers
 from sdxl_sae_kit.pipelines import generate
 from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.segmenters import Segmenter, segmenter_of
 from sdxl_sae_kit.studies.benchmarked import FILE, PICTURE, RIEBench
-from sdxl_sae_kit.studies.distances import drawing, made_by, sheet
-from sdxl_sae_kit.studies.grids import ALWAYS, ByBlock, Forecast, Methods, settings_of
+from sdxl_sae_kit.studies.distances import drawing, joined, made_by, tile
+from sdxl_sae_kit.studies.grids import ByBlock, Forecast, Methods, settings_of
 from sdxl_sae_kit.studies.kept_masks import KeptMasks
 from sdxl_sae_kit.studies.lines import Lines
 from sdxl_sae_kit.studies.scoring import Pair, Scoring
-from sdxl_sae_kit.studies.transport import METHODS, Setting, Source, Transport, token_masks
+from sdxl_sae_kit.studies.transport import ENDS, METHODS, Setting, Source, Transport
 
 _ASKED = "riebench"
 _DRAWING = ("num_inference_steps", "guidance_scale", "height", "width")
-
-Picture = UInt8[np.ndarray, "y x 3"]
 
 
 def riebench(
@@ -67,8 +66,8 @@ def riebench(
     edited prompt (`prompt`, the ceiling) and of the original one (`none`, the floor).
 
     Pictures of the prompts are made once for all methods, masks once for all calls with these items and settings. An
-    item without a mask is kept in the result, with the reason. Killed at any moment, it goes on at the items that are
-    not done; a finished study is opened at once.
+    item without a mask is kept in the result, with the reason. Killed at any moment, it loses at most the batch in hand
+    and goes on at the items that are not done; a finished study is opened at once.
 
     Args:
         pipe: an SDXL pipeline of diffusers.
@@ -82,14 +81,14 @@ def riebench(
         num_inference_steps, guidance_scale: of every picture.
         spatial: move each activation to its own place; else the mean over the mask to all of it.
         seed: of the random features.
-        batch_size: items drawn at once.
+        batch_size: items drawn at once; what their blocks did is held in memory, for how much see the first line told.
         store: folder of artifacts.
 
     Raises:
         ArtifactError: SAEs of another model.
         HookpointError: the pipeline has no such hookpoint.
         KitError: no items, two of one name, no segmenter or judge for this model, unknown methods, impossible k or
-            strength; see `settings_of`.
+            strength (see `settings_of`), or a segmenter that refuses a whole batch for one reason.
 
     The benchmark: RIEBench, of the paper on sparse autoencoders for SDXL Turbo.
 
@@ -128,8 +127,8 @@ def riebench(
         with artifact.lock():
             if not artifact.finished:
                 masks = place.artifact("studies", f"masks_{len(items)}items", {"study": "riebench masks", **pictures})
-                with KeptMasks(masks, finds, len(items)).open() as kept:
-                    _Bench(pipe, placed, items, settings, kept, tells, artifact).run(size)
+                kept = KeptMasks(masks, finds, len(items))
+                _Bench(pipe, placed, items, settings, kept, tells, artifact).run(size)
     return RIEBench.open(artifact.folder)
 
 
@@ -192,6 +191,7 @@ class _Bench:
         self.pipe, self.saes, self.items, self.settings = pipe, saes, items, settings
         self.masks, self.judge, self.artifact = masks, judge, artifact
         self.lines = Lines(artifact, FILE)
+        self.neurons = any(setting.method == "neurons" for setting in settings)
         self.drawing, self.moving = (
             {name: artifact.recipe[name] for name in names} for names in (_DRAWING, ("spatial", "seed"))
         )
@@ -200,7 +200,8 @@ class _Bench:
         """Measure the items that are not done yet, in batches, and finish."""
         left = [place for place, item in enumerate(self.items) if item.name not in self.lines]
         cost = Forecast(len(left), len(self.settings), self.drawing["num_inference_steps"])
-        tqdm.write(f"{cost} As {self.artifact.name}.")
+        held = human_bytes(min(size, len(left)) * count_bytes(self.pipe, self.saes, self.drawing, self.neurons))
+        tqdm.write(f"{cost} A batch holds {held} of memory. As {self.artifact.name}.")
         total = len(self.items) * cost.n_settings
         with tqdm(desc=_ASKED, unit="picture", total=total, initial=total - cost.n_pictures) as self.bar:
             for start in range(0, len(left), size):
@@ -216,16 +217,16 @@ class _Bench:
         sound = [at for at, found in enumerate(masks) if not isinstance(found, str)]
         for at, (place, mask) in enumerate(zip(places, masks, strict=True)):
             if isinstance(mask, str):
-                pair = [_as_bytes(pictures[at]) for pictures in (source.original, source.edited)]
+                pair = [tile(pictures[at]) for pictures in (source.original, source.edited)]
                 self._keep(place, pair, {"failed": mask})
                 self.bar.update(len(self.settings))
         if sound:
-            source = source if len(sound) == len(places) else source.take(sound)
+            source.keep(sound)
             self._try([places[at] for at in sound], source, [masks[at] for at in sound])
 
     def _source(self, places: Sequence[int]) -> Source:
-        neurons = any(setting.method == "neurons" for setting in self.settings)
-        return Source.run(self.pipe, [self.items[place] for place in places], self.saes, self.drawing, neurons=neurons)
+        items = [self.items[place] for place in places]
+        return Source.run(self.pipe, items, self.saes, self.drawing, neurons=self.neurons)
 
     def _try(self, places: Sequence[int], source: Source, masks: Sequence[Any]) -> None:
         items = [self.items[place] for place in places]
@@ -233,14 +234,14 @@ class _Bench:
         transport = source.masked(masks, **self.moving)
         scores: list[dict[str, Any]] = [{} for _ in items]
         chosen: list[dict[str, Any]] = [{} for _ in items]
-        tiles = [[_as_bytes(picture) for picture in pair] for pair in zip(source.original, source.edited, strict=True)]
+        tiles = [[tile(picture) for picture in pair] for pair in zip(source.original, source.edited, strict=True)]
         for setting in self.settings:
             pictures, moved = self._draw(setting, items, source, transport)
             for at, told in enumerate(score(pictures)):
                 scores[at][setting.key] = told
-                if setting.method not in ALWAYS:
+                if setting.method not in ENDS:
                     chosen[at][setting.key] = moved[at]
-                    tiles[at].append(_as_bytes(pictures[at]))
+                    tiles[at].append(tile(pictures[at]))
             self.bar.update(len(items))
         for at, place in enumerate(places):
             self._keep(place, tiles[at], {"failed": None, "scores": scores[at], "chosen": chosen[at]})
@@ -249,16 +250,15 @@ class _Bench:
         self, setting: Setting, items: Sequence[Item], source: Source, transport: Transport
     ) -> tuple[Pictures, Sequence[Any]]:
         """The pictures of a setting, and how many features of each block were added and removed, item by item."""
-        if setting.method in ALWAYS:
+        if setting.method in ENDS:
             return (source.original if setting.method == "none" else source.edited), []
         with transport.edited(setting) as moved:
             drawn = draw_items(self.pipe, items, self.drawing)
         return drawn, moved
 
-    def _keep(self, place: int, tiles: Sequence[Picture], result: Mapping[str, Any]) -> None:
+    def _keep(self, place: int, tiles: Sequence[Image.Image], result: Mapping[str, Any]) -> None:
         item = self.items[place]
-        pictures = [tile / np.float32(255) for tile in tiles]
-        write_atomically(self.artifact.file(PICTURE.format(place)), sheet([pictures]))
+        write_atomically(self.artifact.file(PICTURE.format(place)), joined([tiles]))
         about = {"kind": item.kind, "original": item.original, "edited": item.edited, "seed": item.seed, "place": place}
         self.lines.add(item.name, about | {"target": item.target and list(item.target)} | dict(result))
 
@@ -267,9 +267,20 @@ def _on_grids(masks: Pair, grids: Mapping[str, tuple[int, int]]) -> Pair | str:
     """The masks, or why the item has failed: one covers no token at some hookpoint, so nothing could be moved there."""
     for side, mask in zip(("original", "edited"), masks, strict=True):
         for block, grid in grids.items():
-            if not token_masks(mask, grid).any():
+            if not covered(mask, grid).any():
                 return f"the mask of the {side} picture is empty: at {block} it covers no token by half"
     return masks
+
+
+def count_bytes(pipe: Any, saes: Mapping[str, SAE], drawn: Mapping[str, Any], neurons: bool) -> int:
+    """What `Source` holds of each item: updates, and neurons if asked, of both prompts at every step."""
+    latents = drawn["height"] // pipe.vae_scale_factor, drawn["width"] // pipe.vae_scale_factor
+    values = 0
+    for block, sae in saes.items():
+        height, width = resolve(pipe.unet, block).grid(*latents)
+        values += height * width * (sae.d_in + (_count_neurons(pipe, block) if neurons else 0))
+    halves = 2 if drawn["guidance_scale"] > 1 else 1
+    return int(2 * drawn["num_inference_steps"] * halves * values * pipe.unet.dtype.itemsize)
 
 
 def time_drawing(pipe: Any, items: Items, num_inference_steps: int = 4, guidance_scale: float = 0.0) -> float:
@@ -286,8 +297,3 @@ def draw_items(pipe: Any, items: Sequence[Item], settings: Mapping[str, Any]) ->
     """The pictures of the items' original prompts, colours 0 to 1."""
     texts, seeds = [item.original for item in items], [item.seed for item in items]
     return np.asarray(generate(pipe, texts, seeds, **settings, output_type="np"), dtype=np.float32)
-
-
-def _as_bytes(picture: Float[np.ndarray, "y x 3"]) -> Picture:
-    """A quarter of the memory, until its row is written: a batch has many settings."""
-    return np.asarray((np.clip(picture, 0, 1) * 255).round(), dtype=np.uint8)

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 
 from sdxl_sae_kit.items import Item
 from sdxl_sae_kit.judges import PictureJudge, Pictures, TextJudge
-from sdxl_sae_kit.masks import resized
+from sdxl_sae_kit.masks import covered
 from sdxl_sae_kit.tiny.judge import expected_answers
 from sdxl_sae_kit.tiny.world import FACTORS
 
@@ -131,19 +130,12 @@ def kept(before: Told | None, after: Told | None, others: Sequence[Sequence[tupl
 
 def outside(maps: Float[np.ndarray, "image y x"], masks: Sequence[Pair]) -> Values:
     """The mean of each map over the places that neither of its masks covers; None where there are none."""
-    free = [
-        ~(fitted(one, each.shape) | fitted(other, each.shape)) for each, (one, other) in zip(maps, masks, strict=True)
-    ]
+    size = maps.shape[1], maps.shape[2]
+    free = [~(covered(one, size) | covered(other, size)) for one, other in masks]
     return [
         float(each[there].mean(dtype=np.float64)) if there.any() else None
         for each, there in zip(maps, free, strict=True)
     ]
-
-
-def fitted(mask: Bool[np.ndarray, "_y _x"], size: tuple[int, ...]) -> Bool[np.ndarray, "_height _width"]:
-    """A mask of another size: each place is in it where it covers half of the place or more."""
-    shares = resized(torch.from_numpy(mask[None].astype(np.float32)), (size[0], size[1]))
-    return np.asarray(shares[0].numpy() >= 0.5)
 
 
 def expected(told: Told | None, items: Sequence[Item]) -> Values:

@@ -60,6 +60,7 @@ class Encoder:
         here = (sae.W_enc.device, sae.W_enc.dtype) == (device, torch.float32)
         self.sae = sae if here else copy.deepcopy(sae).to(device, torch.float32)
         self.directions = self.sae.directions.detach()
+        self.lengths = self.directions.norm(dim=1).cpu().double()
 
     @torch.no_grad()
     def read(self, updates: Iterable[Float[Tensor, "item token d_in"]]) -> Codes:
@@ -81,11 +82,15 @@ class Codes:
         return self.encoder.sae.d_sae
 
     def means(self, mask: Mask) -> Float[Tensor, "item feature"]:
-        """Mean magnitude of every feature over an item's tokens in the mask, at the first step; 0 where it has none."""
-        indices, values = self.steps[0]
-        sums = values.new_zeros(len(values), self.encoder.sae.d_sae)
-        sums.scatter_add_(1, indices.flatten(1), (values * mask).flatten(1))
-        return sums / mask.sum(dim=1).clamp_min(1)
+        """Mean length of what every feature writes over an item's tokens in the mask, at the first step; 0 if none.
+
+        On the CPU in float64, where sums do not depend on the order in which a GPU's threads happen to come.
+        """
+        indices, values = (each.cpu().flatten(1) for each in (self.steps[0][0], self.steps[0][1] * mask))
+        sums = torch.zeros(len(values), self.n_features, dtype=torch.float64)
+        sums.scatter_add_(1, indices, values.double())
+        means: Tensor = self.encoder.lengths * sums / mask.sum(dim=1).clamp_min(1).cpu()
+        return means
 
     def written(self, step: int, chosen: Chosen) -> Written:
         """What each item's chosen features amount to at this step: only these are decoded."""

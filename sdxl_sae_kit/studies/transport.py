@@ -2,7 +2,8 @@
 
 Both prompts are drawn from the same seed, and the original once more, with a change made to its updates at every step.
 With F(t, p, f) the features of either at step t and token p, d_f what one unit of feature f adds, m_e and m_o the
-tokens of the edited and of the original picture that count, and a_e, a_o the means of |F| over these at the first step,
+tokens of the edited and of the original picture that count, and a_e, a_o the means of |F| · ‖d_f‖ over these at the
+first step (d_f has length 1 unless the SAE normalises its input),
 
     score = a_e / Σ a_e − a_o / Σ a_o             over the features of all blocks of a setting together
     delta = strength · (Σ F_e · d_f · m_e         over the k features of highest score, as far as it is above 0
@@ -15,8 +16,8 @@ the feature that comes first. Where not spatial, each F is replaced by its mean 
     sae_adaptive  the same; what is removed is what they are in the picture being made
     steering      all channels of the updates themselves: delta = strength · (u_e · m_e − u_o · m_o)
     neurons       features are the outputs of the gated layers in the blocks, which are changed there
-    random        as many features added and removed as `sae` would, any that are active in the edited or in the
-                  original picture at the first step
+    random        as many features added and removed as `sae` would, but others, and none on both sides: any that are
+                  active in the edited or in the original picture at the first step; fewer where there are too few
 
 With guidance the cond half is read and changed, and nothing else.
 """
@@ -41,7 +42,7 @@ from sdxl_sae_kit.files import sha256
 from sdxl_sae_kit.hookpoints import resolve
 from sdxl_sae_kit.hooks import Call, Recording, record, rewrite
 from sdxl_sae_kit.interventions import check_fit
-from sdxl_sae_kit.masks import resized
+from sdxl_sae_kit.masks import covered
 from sdxl_sae_kit.neurons import hookpoint_of, list_layers, record_neurons, rewrite_neurons
 from sdxl_sae_kit.pipelines import generate
 from sdxl_sae_kit.sae import SAE
@@ -51,8 +52,8 @@ from sdxl_sae_kit.studies.traces import Encoder, Mask, Trace, Values, Written, m
 
 METHODS = ("sae", "sae_adaptive", "steering", "neurons", "random")
 """What transports something."""
-ENDS = ("prompt", "none")
-"""The ceiling, the edited prompt's own picture, and the floor, the original's: nothing is transported."""
+ENDS = ("none", "prompt")
+"""The floor, the original prompt's own picture, and the ceiling, the edited one's: nothing is transported."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class TwoPrompts(Protocol):
 Means = Float[np.ndarray, "item feature"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Side:
     """What one of the two prompts of every item did."""
 
@@ -133,12 +134,17 @@ class _Side:
     updates: Recording
     neurons: Recording | None
 
+    def keep(self, items: list[int]) -> None:
+        self.pictures = self.pictures[items]
+        for recording in (self.updates, self.neurons):
+            if recording is not None:
+                recording.keep(items)
+
 
 class Source:
     """What two prompts of a batch of items did, at all steps.
 
     Attributes:
-        original, edited: the pictures (item, y, x, 3), colours 0 to 1.
         blocks: (height, width) of the grid by hookpoint.
         n_steps: denoising steps.
     """
@@ -146,8 +152,7 @@ class Source:
     def __init__(
         self, pipe: Any, seeds: Sequence[int], encoders: Mapping[str, Encoder], sides: Sequence[_Side]
     ) -> None:
-        self.pipe, self.seeds, self.device, self._sides = pipe, tuple(seeds), pipe.unet.device, tuple(sides)
-        self.original, self.edited = (side.pictures for side in sides)
+        self.pipe, self.seeds, self.device, self._sides = pipe, tuple(seeds), _device(pipe), tuple(sides)
         self.n_steps, first = len(sides[0].updates.steps), sides[0].updates
         self.blocks = {block: (first.update(block).shape[1], first.update(block).shape[2]) for block in encoders}
         self._encoders = encoders
@@ -183,19 +188,28 @@ class Source:
         for block, sae in saes.items():
             sae.check_site(block)
             check_fit(pipe, sae)
-        encoders = {block: Encoder(sae, pipe.unet.device) for block, sae in saes.items()}
+        encoders = {block: Encoder(sae, _device(pipe)) for block, sae in saes.items()}
         seeds = [item.seed for item in items]
         texts = [item.original for item in items], [item.edited for item in items]
         return cls(pipe, seeds, encoders, [_watch(pipe, each, seeds, list(saes), settings, neurons) for each in texts])
 
-    def take(self, items: Sequence[int]) -> Source:
-        """What some of the items did, by their places."""
+    @property
+    def original(self) -> Pictures:
+        """Pictures of the original prompts, colours 0 to 1."""
+        return self._sides[0].pictures
+
+    @property
+    def edited(self) -> Pictures:
+        """Pictures of the edited prompts."""
+        return self._sides[1].pictures
+
+    def keep(self, items: Sequence[int]) -> None:
+        """Forget what all but some of the items did, by their places."""
         kept = list(items)
-        sides = [
-            _Side(each.pictures[kept], each.updates.take(kept), each.neurons and each.neurons.take(kept))
-            for each in self._sides
-        ]
-        return Source(self.pipe, [self.seeds[at] for at in kept], self._encoders, sides)
+        self.seeds = tuple(self.seeds[at] for at in kept)
+        self._traces.clear()
+        for side in self._sides:
+            side.keep(kept)
 
     def masked(
         self,
@@ -207,7 +221,7 @@ class Source:
         """What counts in each item's original and edited picture: masks of any size that cover the whole picture.
 
         Args:
-            masks: for each item; see `token_masks`.
+            masks: for each item; see `masks.covered`.
             spatial: whether every token gets its own features rather than their mean over the mask.
             seed: of the choice of random features, beside the item's own.
 
@@ -218,7 +232,7 @@ class Source:
             raise KitError(f"There are {len(masks)} pairs of masks for {len(self.seeds)} items. Pass one for each.")
         fitted = {
             block: tuple(
-                torch.from_numpy(np.stack([token_masks(pair[side], grid).reshape(-1, 1) for pair in masks]))
+                torch.from_numpy(np.stack([covered(pair[side], grid).reshape(-1, 1) for pair in masks]))
                 .to(self.device)
                 .float()
                 for side in (0, 1)
@@ -264,14 +278,10 @@ def _watch(
     return _Side(np.asarray(drawn, dtype=np.float32), updates, kept)
 
 
-def token_masks(mask: Bool[np.ndarray, "_y _x"], grid: tuple[int, int]) -> Bool[np.ndarray, "height width"]:
-    """Which tokens of a grid (height, width) a mask of the whole picture covers by half or more; there may be none.
-
-    >>> token_masks(np.eye(4, dtype=bool), (2, 2)).tolist()
-    [[True, False], [False, True]]
-    """
-    shares = resized(torch.from_numpy(mask.astype(np.float32))[None], grid)[0]
-    return np.asarray(shares.numpy() >= 0.5 - 1e-6)  # sums of thirds are not quite a half
+def _device(pipe: Any) -> torch.device:
+    """Where the pipeline computes: not where weights wait that are offloaded."""
+    found: torch.device = getattr(pipe, "_execution_device", pipe.unet.device)
+    return found
 
 
 # What is changed ------------------------------------------------------------------------------------------------------
@@ -320,8 +330,13 @@ class Transport:
                     "Pass one for it too, or leave it out."
                 )
 
-    def _edit(self, setting: Setting, choice: Choice, update: Float[Tensor, "row *token width"], call: Call) -> Tensor:
-        """The original's update or neurons with the change: summed up in float32 and rounded once."""
+    def _edit(
+        self, setting: Setting, choice: Choice, update: Float[Tensor, "row *token width"], call: Call
+    ) -> Tensor | None:
+        """The original's update or neurons with the change: summed up in float32 and rounded once.
+
+        None where nothing changes, as in a layer of which no neuron was chosen.
+        """
         *uncond, cond = update.chunk(2) if call.guided else [update]
         n = len(self.source.seeds)
         if len(cond) != n or call.n_steps != self.source.n_steps:
@@ -329,6 +344,8 @@ class Transport:
                 f"These edits are for {n} items in {self.source.n_steps} steps, but {len(cond)} are being drawn in "
                 f"{call.n_steps}. Draw the originals of exactly these items, with the source's settings."
             )
+        if call.hookpoint not in choice.chosen:
+            return None
         x = cond.float().flatten(1, -2)
         moved = x + setting.strength * self._delta(setting, choice, x, call).to(x.device)
         return torch.cat([*uncond, moved.to(update.dtype).view_as(cond)])
@@ -376,6 +393,6 @@ class Transport:
         """Of the original's and of the edited picture's features there, in float64."""
         if place not in self._means:
             traces = zip(self.source.traces(method, place), self.masks[hookpoint_of(place)], strict=True)
-            original, edited = (trace.means(mask).double().cpu().numpy() for trace, mask in traces)
+            original, edited = (trace.means(mask).cpu().double().numpy() for trace, mask in traces)
             self._means[place] = original, edited
         return self._means[place]
