@@ -104,5 +104,5 @@ def test_one_block_cannot_be_compared_with_others() -> None:
 def test_the_forecast_multiplies_items_and_settings() -> None:
     forecast = forecast_riebench(296, by_block=("sae", 640, 2), seconds_per_picture=0.5)
     assert forecast == Forecast(296, 48 + 8, 4, 296 * 56 / 2) and forecast.n_pictures == 16_576
-    assert str(forecast) == "296 items in 56 settings: 16,576 pictures in 4 step(s) each, about 2.3 hours."
-    assert str(forecast_riebench(1, [])) == "1 item in 2 settings: 2 pictures in 4 step(s) each."
+    assert str(forecast) == "296 items in 56 settings: 16,576 pictures in 4 steps each, about 2.3 hours."
+    assert str(forecast_riebench(1, [])) == "1 item in 2 settings: 2 pictures in 4 steps each."
