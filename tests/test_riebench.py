@@ -147,15 +147,14 @@ def test_half_precision_measures_the_same_about(bench, saes, items, tmp_path) ->
     assert min(scores["pixel"] for _, scores in (prompt, sae, neurons)) > 0
 
 
-@pytest.mark.parametrize("neurons", [False, True])
-def test_the_memory_told_is_what_a_source_holds(pipe, saes, items, neurons) -> None:
+@pytest.mark.parametrize(("guidance", "neurons"), [(0.0, True), (3.0, False)])
+def test_the_memory_told_is_what_a_source_holds(pipe, saes, items, guidance, neurons) -> None:
     placed = {sae.hookpoint: sae for sae in saes}
-    for guidance in (0.0, 3.0):
-        drawn = {"num_inference_steps": 2, "guidance_scale": guidance, "height": 64, "width": 64}
-        source = transport.Source.run(pipe, items[:2], placed, drawn, neurons=neurons)
-        held = [each for side in source._sides for each in (side.updates, side.neurons) if each]
-        found = sum(part.nbytes for each in held for parts in each._parts.values() for part in parts)
-        assert found == 2 * module.count_bytes(pipe, placed, drawn, neurons)
+    drawn = {"num_inference_steps": 2, "guidance_scale": guidance, "height": 64, "width": 64}
+    source = transport.Source.run(pipe, items[:2], placed, drawn, neurons=neurons)
+    held = [each for side in source._sides for each in (side.updates, side.neurons) if each]
+    found = sum(part.nbytes for each in held for parts in each._parts.values() for part in parts)
+    assert found == 2 * module.count_bytes(pipe, placed, drawn, neurons)
 
 
 def test_what_a_break_leaves_is_gone_on_with_and_gives_the_same(pipe, bench, saes, items, drawn, tmp_path) -> None:
