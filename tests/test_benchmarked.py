@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 import sdxl_sae_kit
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.studies.benchmark_scores import Scores, estimates
-from sdxl_sae_kit.studies.benchmark_views import verdict
+from sdxl_sae_kit.studies.benchmark_views import pair_table, verdict
 from sdxl_sae_kit.studies.benchmarked import RIEBench
 from sdxl_sae_kit.studies.equal_damage import _best_mixture, halves, hull
 from sdxl_sae_kit.studies.scoring import MEASURES
@@ -193,7 +193,7 @@ def test_without_factors_the_strongest_setting_is_taken_and_not_called_best(tmp_
     assert bench.best("sae")["settings"] == [Setting("sae", 8, 1.0, BLOCKS).key]
     row = bench.compare("sae", "random")
     assert row["by"] == "to edited" and row["damage"] == pytest.approx(0.3) and row["damage is"].startswith("distance")
-    assert row["reached"] == pytest.approx(0.3, abs=0.01) and row["difference"] == pytest.approx(0, abs=0.002)
+    assert row["value"] == pytest.approx(0.3, abs=0.01) and row["difference"] == pytest.approx(0, abs=0.002)
     assert row["chosen by"] == "least mean(to edited)" and "At its strongest" in bench.sentence()
     assert np.isnan(bench.best("sae")["reached"]) and bench.best("sae")["reached n"] == 0
 
@@ -276,7 +276,7 @@ def test_either_order_tells_the_same(bench) -> None:
     assert row["difference interval"] == pytest.approx(
         (-back["difference interval"][1], -back["difference interval"][0])
     )
-    assert row["reached"] == pytest.approx(bench.best("sae")["reached"])
+    assert row["value"] == pytest.approx(bench.best("sae")["reached"])
 
 
 def test_a_copy_of_a_method_is_not_told_apart(bench) -> None:
@@ -298,12 +298,31 @@ def test_beyond_the_largest_damage_the_others_highest_value_holds(tmp_path) -> N
     score = fixed({"sae": 1.0, "random": 0.4}, {"sae": 0.5, "random": 0.1})
     bench = made_up(tmp_path, grid("sae", "random"), score)
     row, back = bench.compare("sae", "random"), bench.compare("random", "sae")
-    assert (row["beyond"], row["below"], row["other beyond"], row["other below"]) == (True, False, False, True)
-    assert (back["beyond"], back["below"], back["other beyond"], back["other below"]) == (False, True, True, False)
+    assert (row["beyond"], row["below"], row["other beyond"], row["other below"]) == (2, 0, 0, 2)
+    assert (back["beyond"], back["below"], back["other beyond"], back["other below"]) == (0, 2, 2, 0)
     assert row["difference at own damage"] == pytest.approx(1 - 0.4)
     assert row["difference at other damage"] == pytest.approx(0.2 - 0.4), "a fifth of the way from no edit"
     assert row["difference"] == pytest.approx(0.2) and row["verdict"] == "more"
-    assert "no setting of random does as much damage as sae" in bench.sentence()
+    (told,) = pair_table([row])
+    but = "sae does more damage than any setting of random; random does less damage than every setting of sae"
+    assert told["but"] == but and "damage than" not in bench.sentence()
+    (told,) = pair_table([row | {"beyond": 1, "below": 1, "other below": 0}])
+    assert told["but"] == "sae does more damage than any setting of random on one half of the items"
+
+
+@pytest.mark.parametrize("by", ["reached", "to edited"])
+def test_the_other_is_read_within_what_is_possible(tmp_path, by) -> None:
+    """A steep hull of the other, chosen on items of which those scored do far more or less damage."""
+
+    def score(setting, place, rng):
+        own, reach = place % 2 if setting.method == "sae" else 0.01, setting.method == "random"
+        return floor() | {"reached": float(reach), "kept": 1 - own, "to edited": 0.5 - 0.5 * reach}
+
+    bench = made_up(tmp_path, [*grid("sae", "random"), *ENDS], score)
+    row = bench.compare("sae", "random", by=by)
+    least, most = {"reached": (0, 1), "to edited": (0, 0.5)}[by]
+    for name in ("difference at own damage", "difference at other damage"):
+        assert least - most <= row[name] <= most - least
 
 
 def test_a_certain_difference_on_few_items_is_no_verdict(tmp_path) -> None:
@@ -311,7 +330,7 @@ def test_a_certain_difference_on_few_items_is_no_verdict(tmp_path) -> None:
     bench = made_up(tmp_path, grid("sae", "random"), score, per_kind=6)
     row = bench.compare("sae", "random")
     assert row["n"] == 18 and row["difference"] == pytest.approx(1) and row["verdict"] == "too few items"
-    assert "cannot be compared, on 18 items, with random" in bench.sentence()
+    assert "too few items (18 of at least 20) to be told from random" in bench.sentence()
 
 
 def test_differences_of_kinds_average_to_that_of_all(bench) -> None:
@@ -319,14 +338,15 @@ def test_differences_of_kinds_average_to_that_of_all(bench) -> None:
     counts = [row["n"] for row in rows]
     assert counts == [20, 20, 19] and len({row["difference"] for row in rows}) == 3
     whole = bench.compare("sae", "random")["difference"]
-    assert np.average([row["difference"] for row in rows], weights=counts) == pytest.approx(whole)
+    mean = np.average([row["difference"] for row in rows], weights=counts)
+    assert mean == pytest.approx(whole, abs=0.01), "but for the limits of what each is read as"
     with pytest.raises(KitError, match="No items of kind 'change colours'.*Did you mean 'change colour'"):
         bench.compare("sae", "random", kind="change colours")
 
 
 def test_the_probability_of_the_target_can_be_what_is_reached(bench) -> None:
     row = bench.compare("sae", "random", by="target")
-    assert row["by"] == "target" and 0.1 < row["difference"] < row["reached"] < 0.9
+    assert row["by"] == "target" and 0.1 < row["difference"] < row["value"] < 0.9
     assert row["chosen by"] == "greatest mean(target) × mean(kept)"
 
 

@@ -22,6 +22,8 @@ OUTCOMES = ("reached", "to edited", "image similarity")
 NEARNESS = {"to edited": -1, "image similarity": 1}
 """Measures that tell of no success by themselves, only beside no edit, and which way is nearer."""
 LESS_IS_BETTER = ("outside", "pixel", "to original", "to edited")
+LEAST = 20
+"""Items from which on a comparison is concluded from."""
 FLOOR, CEILING = ENDS
 """No edit at all, and the changed prompt itself."""
 
@@ -160,7 +162,7 @@ class Scores:
         if by in NEARNESS:
             reached, floor = reached - floor[:, None], np.zeros_like(floor)
         best = _times_kept if self.by_product(by) else _reached_alone
-        return Trade(reached, 1 - harm if kept else harm, floor, best)
+        return Trade(reached, 1 - harm if kept else harm, floor, best, None if by in NEARNESS else (0.0, 1.0))
 
     def by_product(self, by: str) -> bool:
         """Whether settings are chosen by reached × kept; else by reached alone."""
@@ -252,4 +254,4 @@ def _reached_alone(reached: Any, _: Any) -> Any:
 
 
 def _only(trade: Trade, mask: Bool[np.ndarray, " item"]) -> Trade:
-    return Trade(trade.reached[mask], trade.damage[mask], trade.unedited[mask], trade.merit)
+    return Trade(trade.reached[mask], trade.damage[mask], trade.unedited[mask], trade.merit, trade.limits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -11,22 +12,21 @@ from PIL import Image
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import counted
-from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR, LESS_IS_BETTER, NEARNESS, Line, Row, Scores
+from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR, LEAST, LESS_IS_BETTER, NEARNESS, Line, Row, Scores
 from sdxl_sae_kit.studies.distances import written
 from sdxl_sae_kit.studies.transport import Setting
 
-_LEAST = 20
-"""Items from which on a comparison is concluded from."""
 EQUAL_DAMAGE = (
     "Difference: how much more the method reaches than the other at equal damage. Each is read at the mean damage of "
     "the other at its best, off the upper concave hull of its settings' means and of no edit (what mixing two settings "
     "reaches); the difference is the mean of both readings. Settings and hulls are chosen on one half of the items for "
-    "the other. 95 % bootstrap intervals over items, everything chosen anew in each of 1,000 samples. Every comparison "
+    "the other. Where a method does more damage than any setting of the other, the other's highest value holds; where "
+    "less than every one, the other is read on the line to no edit. 95 % bootstrap intervals over items, everything chosen anew in each of 1,000 samples. Every comparison "
     "stands for itself: of twenty where there is no difference, one is expected to be told apart"
 )
 KIND_DIFFERENCES = (
     "Differences at equal damage by kind of edit, choices being made on all kinds; 95 % bootstrap intervals over "
-    f"items. Every comparison stands for itself; nothing is concluded from fewer than {_LEAST} items"
+    f"items. Every comparison stands for itself; nothing is concluded from fewer than {LEAST} items"
 )
 GRID = (
     "Every setting, over all items, each counting once; 95 % intervals over items: Wilson's of reached, else bootstrap"
@@ -123,26 +123,26 @@ def _mean(scores: Scores, row: Row) -> str:
 
 def _beside(row: Row) -> str:
     words = {"more": "reaches more than", "less": "reaches less than", "not told apart": "is not told apart from"}
-    verb = words.get(row["verdict"], f"cannot be compared, on {counted(row['n'], 'items')}, with")
-    but = _reserve(row)
-    return f"{row['method']} {verb} {row['other']} ({written(row, 'difference')}{but and f'; {but}'})"
+    verb = words.get(row["verdict"], f"has too few items ({row['n']} of at least {LEAST}) to be told from")
+    return f"{row['method']} {verb} {row['other']} ({_written(row, 'difference')})"
 
 
 def _reserve(row: Row) -> str:
-    """What weakens a comparison, in words: where one was read beyond its own settings, or below them."""
+    """What weakens a comparison: where one is read beyond its own settings or, if it is not, below them."""
     told = []
     for mine, other, flag in ((row["method"], row["other"], ""), (row["other"], row["method"], "other ")):
-        if row[f"{flag}beyond"]:
-            told.append(f"no setting of {other} does as much damage as {mine}, so its highest value holds there")
-        if row[f"{flag}below"]:
-            told.append(f"every setting of {other} does more damage than {mine}, so it is read on the line to no edit")
+        for where, words in (("beyond", "more damage than any"), ("below", "less damage than every")):
+            on = row[flag + where]
+            if on:
+                told.append(f"{mine} does {words} setting of {other}" + (" on one half of the items" if on == 1 else ""))
+                break
     return "; ".join(told)
 
 
 def verdict(row: Row) -> str:
     """What a comparison says of the method: "more", "less", "not told apart", or "too few items"."""
     low, high = row["difference interval"]
-    if row["n"] < _LEAST or np.isnan(low):
+    if row["n"] < LEAST or np.isnan(low):
         return "too few items"
     return "more" if low > 0 else "less" if high < 0 else "not told apart"
 
@@ -189,7 +189,7 @@ def pair_table(pairs: Sequence[Row]) -> list[Row]:
         {
             "at equal damage": f"{row['method']} beside {row['other']}",
             "by": row["by"],
-            "difference": written(row, "difference"),
+            "difference": _written(row, "difference"),
             "at own damage": f"{_number(row['difference at own damage'])} at {_number(row['damage'])}",
             "at the other's": f"{_number(row['difference at other damage'])} at {_number(row['other damage'])}",
             "n": row["n"],
@@ -205,7 +205,7 @@ def kind_pair_table(pairs: Sequence[Row]) -> list[Row]:
     found: dict[str, Row] = {}
     for row in pairs:
         own = found.setdefault(row["kind"], {"kind": row["kind"], "n": row["n"]})
-        own[f"{row['method']} less {row['other']}"] = f"{written(row, 'difference')}: {row['verdict']}"
+        own[f"{row['method']} less {row['other']}"] = f"{_written(row, 'difference')}: {row['verdict']}"
     return list(found.values())
 
 
@@ -214,7 +214,7 @@ def kind_table(rows: Sequence[Row], measure: str) -> list[Row]:
     found: dict[str, Row] = {}
     for row in rows:
         counts = {"kind": row["kind"], "n": row[f"{measure} n"], "failed": row["failed"]}
-        found.setdefault(row["kind"], counts)[row["method"]] = written(row, measure)
+        found.setdefault(row["kind"], counts)[row["method"]] = _written(row, measure)
     return list(found.values())
 
 
@@ -222,13 +222,22 @@ def block_table(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
     """A row per kind and block, with these columns."""
     return [
         {"kind": row["kind"], "block": row["block"], "n": row["n"]}
-        | {name: written(row, name) if f"{name} interval" in row else _number(row[name]) for name in names}
+        | {name: _written(row, name) if f"{name} interval" in row else _number(row[name]) for name in names}
         for row in rows
     ]
 
 
 def _number(value: float) -> str:
-    return "–" if np.isnan(value) else html.short(value)
+    return "–" if np.isnan(value) else _signed(html.short(value))
+
+
+def _written(row: Row, name: str) -> str:
+    return _signed(written(row, name))
+
+
+def _signed(text: str) -> str:
+    """Numbers with a minus sign."""
+    return re.sub(r"(?<!\w)-(?=\d)", "−", text)
 
 
 def _measures(scores: Scores, rows: Sequence[Row]) -> list[Row]:
@@ -238,7 +247,7 @@ def _measures(scores: Scores, rows: Sequence[Row]) -> list[Row]:
         counts = sorted({row[f"{measure} n"] for row in rows})
         few = "" if counts == [len(scores)] else f" (n {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))})"
         heads[measure] = measure + few
-    return [{head: written(row, measure) for measure, head in heads.items()} for row in rows]
+    return [{head: _written(row, measure) for measure, head in heads.items()} for row in rows]
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------

@@ -158,10 +158,11 @@ class RIEBench:
 
         Returns:
             `difference`, the mean of `difference at own damage` and `difference at other damage`, with its 95 %
-            bootstrap interval over items (everything chosen anew in each sample); `reached` and `damage` at its best,
-            `other damage`; `n`; `beyond`: it does more damage than any setting of the other, whose highest value then
-            holds; `below`: less than all of them, the other being read on the line to no edit; `other beyond`, `other
-            below`: the same of the other; `verdict`: "more", "less", "not told apart", or "too few items" (under 20).
+            bootstrap interval over items (everything chosen anew in each sample); `value` (of `by`) and `damage` at its
+            best, `other damage`; `n`; `beyond`: on how many halves of the items it does more damage than any setting of
+            the other, whose highest value then holds; `below`: on how many less than all of them, the other being read
+            on the line to no edit; `other beyond`, `other below`: the same of the other; `verdict`: "more", "less",
+            "not told apart", or "too few items" (under 20).
 
         Raises:
             KitError: no such method was run, nothing tells what is asked, or too few items were scored to choose by.
