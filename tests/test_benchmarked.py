@@ -125,9 +125,9 @@ def test_halves_take_every_other_item_so_that_one_of_each_kind_makes_two_halves(
 def test_one_item_is_not_enough_to_choose_by(tmp_path) -> None:
     bench = made_up(tmp_path, [*grid("sae", "random"), *ENDS], plain, per_kind=1, kinds=KINDS[:1])
     for ask in (lambda: bench.best("sae"), lambda: bench.compare("sae", "random"), bench.kind_rows):
-        with pytest.raises(KitError, match="told of 1 of 1 items, which are not on both halves"):
+        with pytest.raises(KitError, match="At least 2 items must be scored; 1 is"):
             ask()
-    assert "too few were scored" in bench.sentence() and bench.to_json()["best"] == []
+    assert "1 item scored. At least 2 items must be" in bench.sentence() and bench.to_json()["best"] == []
 
 
 def test_one_value_has_no_interval() -> None:
@@ -279,9 +279,12 @@ def test_either_order_tells_the_same(bench) -> None:
     assert row["value"] == pytest.approx(bench.best("sae")["reached"])
 
 
-def test_a_copy_of_a_method_is_not_told_apart(bench) -> None:
-    own = bench.compare("sae", "sae")
-    assert own["difference"] == 0 and own["difference interval"] == (0, 0) and own["verdict"] == "not told apart"
+def test_a_copy_of_a_method_is_not_told_apart(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    reached, kept = (rng.random((60, 4)) < p for p in (0.5, 0.9))
+    own = scores_of(np.tile(reached, 2), np.tile(kept, 2), ["sae"] * 4 + ["random"] * 4)
+    row = own.compare("sae", "random", "reached")
+    assert row["difference"] == 0 and row["difference interval"] == (0, 0) and verdict(row) == "not told apart"
 
 
 def fixed(reach: dict[str, float], harm: dict[str, float]) -> Any:
@@ -454,6 +457,12 @@ def test_only_like_results_agree(tmp_path) -> None:
         one.block_agreement(made_up(tmp_path / "3", [*grid("sae"), *by_block(k=16)], by_gain(GAINS), seed=1))
 
 
+def test_of_few_items_no_agreement_is_concluded(tmp_path) -> None:
+    one, other = (made_up(tmp_path / str(n), SETTINGS, by_gain(GAINS), per_kind=n) for n in (20, 6))
+    assert (found := one.block_agreement(other))["n"] == 18
+    assert found["verdict"] == "too few items (18 of at least 20)"
+
+
 def test_the_same_block_for_all_kinds_is_nothing_special_to_kinds(tmp_path) -> None:
     """Blocks differ in the same way for every kind, which differ in size: ranks agree, what is special does not."""
     special = []
@@ -559,7 +568,7 @@ def test_a_frame_has_a_row_per_item_and_setting(bench, monkeypatch) -> None:
         bench.to_frame()
 
 
-def test_what_is_not_there_is_refused_with_what_is(bench, tmp_path) -> None:
+def test_what_is_not_there_is_refused_with_what_is(bench, tmp_path, unchecked_types) -> None:
     with pytest.raises(KitError, match="No method 'sea' in this result; it has sae, .*Did you mean 'sae'"):
         bench.best("sea")
     with pytest.raises(KitError, match="No method 'stearing'"):
@@ -568,6 +577,16 @@ def test_what_is_not_there_is_refused_with_what_is(bench, tmp_path) -> None:
         bench.kind_rows("reach")
     with pytest.raises(KitError, match="compare by 'kept': this result tells reached, target, to edited"):
         bench.compare("sae", "random", by="kept")
+    for ask, words in {
+        lambda: bench.compare("sae", None): "No method None", lambda: bench.compare(["sae"], "random"): "No method",
+        lambda: bench.plot_kinds(5): "Measure 5 was not told", lambda: bench.compare("sae", "sae"): "both are 'sae'",
+        lambda: bench.compare("sae", "random", kind=["a"]): "No items of kind",
+        lambda: bench.plot_blocks(what=[]): "what is 'alone'",
+        lambda: bench.block_agreement(None): "pass another RIEBench, not NoneType",
+        lambda: bench.write_json(None): "name a file", lambda: bench.write_json("/proc/x.json"): "Choose another place",
+    }.items():  # fmt: skip
+        with pytest.raises(KitError, match=words):
+            ask()
     pixels = made_up(tmp_path, grid("sae", "random"), unjudged(*MEASURES[:4], *MEASURES[5:]))
     with pytest.raises(KitError, match="Nothing here tells whether edits succeeded: pixel alone cannot"):
         pixels.best("sae")
