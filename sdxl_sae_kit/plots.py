@@ -15,7 +15,7 @@ from plotly.colors import qualitative
 from sdxl_sae_kit.artifacts import human_bytes
 
 COLOURS = qualitative.Safe
-_STRONG = [COLOURS[at] for at in (4, 1, 3, 2, 6, 5)]
+_STRONG = [COLOURS[at] for at in (4, 1, 3, 7, 6, 5)]
 """The same for points with thin intervals, the darkest first."""
 """Colour-blind-safe."""
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon")
