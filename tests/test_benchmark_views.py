@@ -167,3 +167,16 @@ def test_where_no_target_is_told_what_is_kept_still_counts_for_an_item(tmp_path)
     sheet = BeautifulSoup(bench.contact_sheet(), "html.parser")
     best, _, worst = (figure.get_text() for figure in sheet.find_all("figure"))
     assert "kept 0.80" in best and "kept 0.00" in worst and "− to edited + kept" in sheet.get_text()
+
+
+def test_pictures_of_a_single_item_are_shown_too(tmp_path) -> None:
+    bench = made_up(tmp_path, [*grid("sae"), *ENDS], plain, per_kind=1, kinds=("change colour",), pictures=True)
+    assert len(BeautifulSoup(bench.contact_sheet(), "html.parser").find_all("figure")) == 1
+    assert "Too few were scored to choose settings on others" in bench._repr_html_()
+
+
+def test_only_points_on_fronts_have_their_intervals_drawn(bench) -> None:
+    own, front = (trace for trace in bench.plot().data if trace.name == "sae")
+    corners = set(zip(front.x, front.y, strict=True))
+    drawn = [bool(high or low) for high, low in zip(own.error_y.array, own.error_y.arrayminus, strict=True)]
+    assert drawn == [corner in corners for corner in zip(own.x, own.y, strict=True)] and any(drawn)
