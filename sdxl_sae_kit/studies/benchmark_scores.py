@@ -176,7 +176,7 @@ class Scores:
             KitError: so it is.
         """
         if len(self) < 2:
-            raise KitError("At least 2 items must be scored; 1 is.")
+            raise KitError("At least 2 items must be scored; 1 is. Run more.")
         if not self._on_both_halves(by):
             raise KitError(
                 f"Settings are chosen on one half of the items for the other, and {by} and {self.harm} are told of "
