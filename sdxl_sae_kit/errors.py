@@ -30,12 +30,12 @@ class EditError(KitError, ValueError):
     """An edit that cannot be expressed."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: object, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'down.2.1'?"`` for the nearest known name, or ``""`` when nothing is near.
 
     >>> did_you_mean("down.2.l", ["down.2.1", "mid.0"])
     " Did you mean 'down.2.1'?"
     """
     by_lower = {candidate.lower(): candidate for candidate in known}
-    nearest = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    nearest = difflib.get_close_matches(str(name).lower(), by_lower, n=1, cutoff=0.6)
     return f" Did you mean {by_lower[nearest[0]]!r}?" if nearest else ""

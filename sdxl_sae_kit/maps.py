@@ -151,6 +151,10 @@ def share_map(
     return made
 
 
+_BETTER, _WORSE = "#67a9cf", "#ef8a62"
+"""Light enough for black numbers on them."""
+
+
 def gain_map(
     rows: Sequence[str],
     columns: Sequence[str],
@@ -171,15 +175,23 @@ def gain_map(
         title=title, height=200 + 34 * len(rows),
     )  # fmt: skip
     largest = float(np.nanmax(np.abs(gains[..., 0]), initial=1e-9))
-    texts = [[f"{v:z.2f}<br>[{a:z.2f}, {b:z.2f}]" for v, a, b in line] for line in gains.tolist()]
+    texts = [[_gain(*cell) for cell in line] for line in gains.tolist()]
+    colours = [_WORSE, "#ffffff", _BETTER]
     made.add_heatmap(
         z=gains[..., 0], x=list(columns), y=list(rows), text=texts, texttemplate="%{text}", hoverinfo="x+y+text",
-        colorscale="RdBu_r" if less_is_better else "RdBu", zmin=-largest, zmax=largest, textfont={"size": 10},
+        colorscale=colours[::-1] if less_is_better else colours, zmin=-largest, zmax=largest,
+        textfont={"size": 10, "color": "#111"},
         xgap=1, ygap=1, colorbar={"title": {"text": scale, "side": "right"}},
     )  # fmt: skip
     made.update_yaxes(autorange="reversed", automargin=True, dtick=1)
     made.update_xaxes(automargin=True, dtick=1)
     return made
+
+
+def _gain(value: float, low: float, high: float) -> str:
+    """A gain over its interval, which is left out where all of it is 0 to two digits."""
+    told = f"{value:z.2f}<br>[{low:z.2f}, {high:z.2f}]".replace("-", "−")
+    return "0.00" if told == "0.00<br>[0.00, 0.00]" else told
 
 
 def selectivity_map(points: Mapping[str, Sequence[tuple[float, float, str]]], moved: float, kept: float) -> go.Figure:

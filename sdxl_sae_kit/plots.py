@@ -15,6 +15,8 @@ from plotly.colors import qualitative
 from sdxl_sae_kit.artifacts import human_bytes
 
 COLOURS = qualitative.Safe
+_STRONG = [COLOURS[at] for at in (4, 1, 3, 7, 6, 5)]
+"""The same for points with thin intervals, the darkest first."""
 """Colour-blind-safe."""
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon")
 
@@ -294,8 +296,8 @@ def points_by_group(
         made.add_scatter(
             x=[place + apart * (at - (len(series) - 1) / 2) for place in there], y=values, name=name,
             error_y={"type": "data", "symmetric": False, "array": high - values, "arrayminus": values - low},
-            mode="markers", marker={"symbol": at, "size": 8}, hovertext=[groups[place] for place in there],
-            hoverinfo="text+y+name",
+            mode="markers", marker={"symbol": at, "size": 8, "color": _STRONG[at % len(_STRONG)]},
+            hovertext=[groups[place] for place in there], hoverinfo="text+y+name",
         )  # fmt: skip
     made.update_xaxes(tickvals=list(range(len(groups))), ticktext=list(groups), automargin=True)
     return made
@@ -320,7 +322,7 @@ def pareto(
 ) -> go.Figure:
     """Points (x, low, high, y, low, high, text) with both intervals, and a line per name along its front (x, y).
 
-    Names without a front are only marked, with a star or a cross.
+    Names without a front are only marked, with a star or a cross. Of those with one, points on it have their intervals.
     """
     marked = [name for name in points if name not in fronts]
     told = "; ".join(f"{name} {_each(there)}" for name, there in points.items())
@@ -331,14 +333,16 @@ def pareto(
     made = figure(alt, title=title, x=x, y=y, height=520)
     for at, (name, there) in enumerate(points.items()):
         numbers = np.array([point[:6] for point in there], dtype=float).reshape(-1, 6).T
+        drawn = np.array([name in marked or (point[0], point[3]) in fronts[name] for point in there], dtype=bool)
         errors = [
             {
-                "type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low,
+                "type": "data", "symmetric": False, "array": np.where(drawn, high - value, 0),
+                "arrayminus": np.where(drawn, value - low, 0),
                 "thickness": 1, "width": 0,
             }
             for value, low, high in (numbers[:3], numbers[3:])
         ]  # fmt: skip
-        colour = COLOURS[at % len(COLOURS)]
+        colour = _STRONG[at % len(_STRONG)]
         alone = {"symbol": ("star", "x")[marked.index(name) % 2], "size": 13} if name in marked else {}
         made.add_scatter(
             x=numbers[0], y=numbers[3], error_x=errors[0], error_y=errors[1], name=name, hoverinfo="text+x+y",

@@ -29,7 +29,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> RIEBench:
 def test_the_sentence_claims_what_intervals_say_and_nothing_else(bench, tmp_path) -> None:
     said = bench.sentence()
     assert "59 items scored; 1 failed" in said and "sae reaches more than random" in said
-    assert "Every comparison stands for itself" in said and all(f"{m} " in said for m in bench.edits)
+    assert "Every comparison stands for itself" in bench._repr_html_() and all(f"{m} " in said for m in bench.edits)
     random = bench.compare("sae", "random")
     assert random["difference interval"][0] > 0 and f"{random['difference']:#.3g}" in said
 
@@ -83,8 +83,8 @@ def test_the_contact_sheet_shows_best_median_and_worst_of_each_method_from_its_o
         key = figure.img["alt"].rsplit("the edit by ", 1)[1]
         assert key.startswith(methods[at // 3])
         tiles = Image.open(io.BytesIO(base64.b64decode(figure.img["src"].split(",")[1]))).convert("RGB")
-        assert tiles.size == (3 * 96 + 2 * 4, 96)
-        greens = [np.asarray(tiles)[48, 48 + 100 * tile, 1] for tile in range(3)]
+        assert tiles.size == (3 * 120 + 2 * 5, 120)
+        greens = [np.asarray(tiles)[60, 60 + 125 * tile, 1] for tile in range(3)]
         n = 2 + len(drawn)
         assert greens == pytest.approx([255 * each / n for each in (0, 1, 2 + drawn.index(key))], abs=4)
     for at in range(0, len(shown), 3):
@@ -118,7 +118,7 @@ def test_figures_have_alt_text_with_their_numbers(bench) -> None:
     blocks = bench.plot_blocks()
     alone = np.array([r["alone"] for r in bench.block_rows()]).reshape(-1, len(BLOCKS))
     assert np.allclose(np.array(blocks.data[0].z), alone) and "mid.0" in blocks.layout.meta["alt"]
-    assert list(blocks.data[0].y)[0] == "all (59)" and blocks.data[0].colorbar.title.text == "change of target"
+    assert list(blocks.data[0].y)[0] == "all (59)" and blocks.data[0].colorbar.title.text == "gain of target"
     lost = np.array([r["left out"] for r in bench.block_rows()]).reshape(-1, len(BLOCKS))
     assert np.allclose(np.array(bench.plot_blocks(what="left out").data[0].z), lost)
     with pytest.raises(KitError, match="what is 'alone' or 'left out', not 'out'"):
@@ -156,7 +156,7 @@ def test_items_with_masks_of_everything_have_a_dash_outside_and_come_last_among_
     bench = made_up(tmp_path, [*grid("sae"), *ENDS], score, per_kind=3, pictures=True)
     sheet = BeautifulSoup(bench.contact_sheet(), "html.parser")
     best, _, worst = (figure.get_text() for figure in sheet.find_all("figure"))
-    assert "outside 0.51" in best and "outside –" in worst and "nan" not in sheet.get_text()
+    assert "outside 0.51" in best and "outside" not in worst and "nan" not in sheet.get_text()
 
 
 def test_where_no_target_is_told_what_is_kept_still_counts_for_an_item(tmp_path) -> None:
@@ -166,4 +166,17 @@ def test_where_no_target_is_told_what_is_kept_still_counts_for_an_item(tmp_path)
     bench = made_up(tmp_path, [*grid("sae"), *ENDS], score, per_kind=3, pictures=True)
     sheet = BeautifulSoup(bench.contact_sheet(), "html.parser")
     best, _, worst = (figure.get_text() for figure in sheet.find_all("figure"))
-    assert "kept 0.800" in best and "kept 0.00" in worst and "− to edited + kept" in sheet.get_text()
+    assert "kept 0.80" in best and "kept 0.00" in worst and "− to edited + kept" in sheet.get_text()
+
+
+def test_pictures_of_a_single_item_are_shown_too(tmp_path) -> None:
+    bench = made_up(tmp_path, [*grid("sae"), *ENDS], plain, per_kind=1, kinds=("change colour",), pictures=True)
+    assert len(BeautifulSoup(bench.contact_sheet(), "html.parser").find_all("figure")) == 1
+    assert "Too few were scored to choose settings on others" in bench._repr_html_()
+
+
+def test_only_points_on_fronts_have_their_intervals_drawn(bench) -> None:
+    own, front = (trace for trace in bench.plot().data if trace.name == "sae")
+    corners = set(zip(front.x, front.y, strict=True))
+    drawn = [bool(high or low) for high, low in zip(own.error_y.array, own.error_y.arrayminus, strict=True)]
+    assert drawn == [corner in corners for corner in zip(own.x, own.y, strict=True)] and any(drawn)

@@ -18,7 +18,7 @@ from scipy.stats import spearmanr
 import sdxl_sae_kit
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.studies.benchmark_scores import Scores, estimates
-from sdxl_sae_kit.studies.benchmark_views import verdict
+from sdxl_sae_kit.studies.benchmark_views import pair_table, verdict
 from sdxl_sae_kit.studies.benchmarked import RIEBench
 from sdxl_sae_kit.studies.equal_damage import _best_mixture, halves, hull
 from sdxl_sae_kit.studies.scoring import MEASURES
@@ -125,9 +125,9 @@ def test_halves_take_every_other_item_so_that_one_of_each_kind_makes_two_halves(
 def test_one_item_is_not_enough_to_choose_by(tmp_path) -> None:
     bench = made_up(tmp_path, [*grid("sae", "random"), *ENDS], plain, per_kind=1, kinds=KINDS[:1])
     for ask in (lambda: bench.best("sae"), lambda: bench.compare("sae", "random"), bench.kind_rows):
-        with pytest.raises(KitError, match="told of 1 of 1 items, which are not on both halves"):
+        with pytest.raises(KitError, match="At least 2 items must be scored; 1 is"):
             ask()
-    assert "too few were scored" in bench.sentence() and bench.to_json()["best"] == []
+    assert "1 item scored. At least 2 items must be" in bench.sentence() and bench.to_json()["best"] == []
 
 
 def test_one_value_has_no_interval() -> None:
@@ -193,7 +193,7 @@ def test_without_factors_the_strongest_setting_is_taken_and_not_called_best(tmp_
     assert bench.best("sae")["settings"] == [Setting("sae", 8, 1.0, BLOCKS).key]
     row = bench.compare("sae", "random")
     assert row["by"] == "to edited" and row["damage"] == pytest.approx(0.3) and row["damage is"].startswith("distance")
-    assert row["reached"] == pytest.approx(0.3, abs=0.01) and row["difference"] == pytest.approx(0, abs=0.002)
+    assert row["value"] == pytest.approx(0.3, abs=0.01) and row["difference"] == pytest.approx(0, abs=0.002)
     assert row["chosen by"] == "least mean(to edited)" and "At its strongest" in bench.sentence()
     assert np.isnan(bench.best("sae")["reached"]) and bench.best("sae")["reached n"] == 0
 
@@ -276,12 +276,15 @@ def test_either_order_tells_the_same(bench) -> None:
     assert row["difference interval"] == pytest.approx(
         (-back["difference interval"][1], -back["difference interval"][0])
     )
-    assert row["reached"] == pytest.approx(bench.best("sae")["reached"])
+    assert row["value"] == pytest.approx(bench.best("sae")["reached"])
 
 
-def test_a_copy_of_a_method_is_not_told_apart(bench) -> None:
-    own = bench.compare("sae", "sae")
-    assert own["difference"] == 0 and own["difference interval"] == (0, 0) and own["verdict"] == "not told apart"
+def test_a_copy_of_a_method_is_not_told_apart(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    reached, kept = (rng.random((60, 4)) < p for p in (0.5, 0.9))
+    own = scores_of(np.tile(reached, 2), np.tile(kept, 2), ["sae"] * 4 + ["random"] * 4)
+    row = own.compare("sae", "random", "reached")
+    assert row["difference"] == 0 and row["difference interval"] == (0, 0) and verdict(row) == "not told apart"
 
 
 def fixed(reach: dict[str, float], harm: dict[str, float]) -> Any:
@@ -298,12 +301,32 @@ def test_beyond_the_largest_damage_the_others_highest_value_holds(tmp_path) -> N
     score = fixed({"sae": 1.0, "random": 0.4}, {"sae": 0.5, "random": 0.1})
     bench = made_up(tmp_path, grid("sae", "random"), score)
     row, back = bench.compare("sae", "random"), bench.compare("random", "sae")
-    assert (row["beyond"], row["below"], row["other beyond"], row["other below"]) == (True, False, False, True)
-    assert (back["beyond"], back["below"], back["other beyond"], back["other below"]) == (False, True, True, False)
+    assert (row["beyond"], row["below"], row["other beyond"], row["other below"]) == (2, 0, 0, 2)
+    assert (back["beyond"], back["below"], back["other beyond"], back["other below"]) == (0, 2, 2, 0)
     assert row["difference at own damage"] == pytest.approx(1 - 0.4)
     assert row["difference at other damage"] == pytest.approx(0.2 - 0.4), "a fifth of the way from no edit"
     assert row["difference"] == pytest.approx(0.2) and row["verdict"] == "more"
-    assert "no setting of random does as much damage as sae" in bench.sentence()
+    (told,) = pair_table([row])
+    but = "sae does more damage than any setting of random; random does less damage than every setting of sae"
+    assert told["but"] == but and "damage than" not in bench.sentence()
+    (told,) = pair_table([row | {"beyond": 1, "below": 1, "other below": 0}])
+    assert told["but"] == "sae does more damage than any setting of random on one half of the items"
+
+
+@pytest.mark.parametrize("by", ["reached", "to edited"])
+def test_the_other_is_read_within_what_is_possible(tmp_path, by) -> None:
+    """A steep hull of the other, read where this one did little damage, for items to which it does much."""
+
+    def score(setting, place, rng):
+        damage = {"sae": 0.5 if place % 2 else 0.05, "random": 0.1}.get(setting.method, 0)
+        reach = float(setting.method == "random")
+        return floor() | {"reached": reach, "kept": 1 - damage, "to edited": 0.5 - 0.5 * reach}
+
+    bench = made_up(tmp_path, [*grid("sae", "random"), *ENDS], score)
+    row = bench.compare("sae", "random", by=by)
+    least, most = {"reached": (0, 1), "to edited": (0, 0.5)}[by]
+    for name in ("difference at own damage", "difference at other damage"):
+        assert least - most <= row[name] <= most - least
 
 
 def test_a_certain_difference_on_few_items_is_no_verdict(tmp_path) -> None:
@@ -311,7 +334,7 @@ def test_a_certain_difference_on_few_items_is_no_verdict(tmp_path) -> None:
     bench = made_up(tmp_path, grid("sae", "random"), score, per_kind=6)
     row = bench.compare("sae", "random")
     assert row["n"] == 18 and row["difference"] == pytest.approx(1) and row["verdict"] == "too few items"
-    assert "cannot be compared, on 18 items, with random" in bench.sentence()
+    assert "too few items (18 of at least 20) to be told from random" in bench.sentence()
 
 
 def test_differences_of_kinds_average_to_that_of_all(bench) -> None:
@@ -319,14 +342,15 @@ def test_differences_of_kinds_average_to_that_of_all(bench) -> None:
     counts = [row["n"] for row in rows]
     assert counts == [20, 20, 19] and len({row["difference"] for row in rows}) == 3
     whole = bench.compare("sae", "random")["difference"]
-    assert np.average([row["difference"] for row in rows], weights=counts) == pytest.approx(whole)
+    mean = np.average([row["difference"] for row in rows], weights=counts)
+    assert mean == pytest.approx(whole, abs=0.01), "but for the limits of what each is read as"
     with pytest.raises(KitError, match="No items of kind 'change colours'.*Did you mean 'change colour'"):
         bench.compare("sae", "random", kind="change colours")
 
 
 def test_the_probability_of_the_target_can_be_what_is_reached(bench) -> None:
     row = bench.compare("sae", "random", by="target")
-    assert row["by"] == "target" and 0.1 < row["difference"] < row["reached"] < 0.9
+    assert row["by"] == "target" and 0.1 < row["difference"] < row["value"] < 0.9
     assert row["chosen by"] == "greatest mean(target) × mean(kept)"
 
 
@@ -431,6 +455,12 @@ def test_only_like_results_agree(tmp_path) -> None:
         one.block_agreement(made_up(tmp_path / "2", SETTINGS, by_gain(GAINS), kinds=KINDS[:2], seed=1))
     with pytest.raises(KitError, match="sae, k 8, strength 1 here and with sae, k 16, strength 1 there"):
         one.block_agreement(made_up(tmp_path / "3", [*grid("sae"), *by_block(k=16)], by_gain(GAINS), seed=1))
+
+
+def test_of_few_items_no_agreement_is_concluded(tmp_path) -> None:
+    one, other = (made_up(tmp_path / str(n), SETTINGS, by_gain(GAINS), per_kind=n) for n in (20, 6))
+    assert (found := one.block_agreement(other))["n"] == 18
+    assert found["verdict"] == "too few items (18 of at least 20)"
 
 
 def test_the_same_block_for_all_kinds_is_nothing_special_to_kinds(tmp_path) -> None:
@@ -538,7 +568,7 @@ def test_a_frame_has_a_row_per_item_and_setting(bench, monkeypatch) -> None:
         bench.to_frame()
 
 
-def test_what_is_not_there_is_refused_with_what_is(bench, tmp_path) -> None:
+def test_what_is_not_there_is_refused_with_what_is(bench, tmp_path, unchecked_types) -> None:
     with pytest.raises(KitError, match="No method 'sea' in this result; it has sae, .*Did you mean 'sae'"):
         bench.best("sea")
     with pytest.raises(KitError, match="No method 'stearing'"):
@@ -547,6 +577,16 @@ def test_what_is_not_there_is_refused_with_what_is(bench, tmp_path) -> None:
         bench.kind_rows("reach")
     with pytest.raises(KitError, match="compare by 'kept': this result tells reached, target, to edited"):
         bench.compare("sae", "random", by="kept")
+    for ask, words in {
+        lambda: bench.compare("sae", None): "No method None", lambda: bench.compare(["sae"], "random"): "No method",
+        lambda: bench.plot_kinds(5): "Measure 5 was not told", lambda: bench.compare("sae", "sae"): "both are 'sae'",
+        lambda: bench.compare("sae", "random", kind=["a"]): "No items of kind",
+        lambda: bench.plot_blocks(what=[]): "what is 'alone'",
+        lambda: bench.block_agreement(None): "pass another RIEBench, not NoneType",
+        lambda: bench.write_json(None): "name a file", lambda: bench.write_json("/proc/x.json"): "Choose another place",
+    }.items():  # fmt: skip
+        with pytest.raises(KitError, match=words):
+            ask()
     pixels = made_up(tmp_path, grid("sae", "random"), unjudged(*MEASURES[:4], *MEASURES[5:]))
     with pytest.raises(KitError, match="Nothing here tells whether edits succeeded: pixel alone cannot"):
         pixels.best("sae")

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sdxl_sae_kit.errors import KitError
-from sdxl_sae_kit.studies.benchmark_scores import LESS_IS_BETTER, Row, Scores, estimates, named
+from sdxl_sae_kit.studies.benchmark_scores import LEAST, LESS_IS_BETTER, Row, Scores, estimates, named
 from sdxl_sae_kit.studies.rank_agreement import spearman
 from sdxl_sae_kit.studies.transport import Setting
 
@@ -91,7 +91,8 @@ def agreement(one: Scores, other: Scores, measure: str) -> Row:
     off both tables. p is one-sided, the share of orders with as large a ρ, of 2,000 and their own: blocks are shuffled
     within each kind, and for what is special, which kind is which. Intervals (95 %) are of 1,000 bootstrap samples of
     the items of each kind of either result. `top agrees`: for how many kinds the block that does most is the same, and
-    `top by chance` for how many it would be. NaN where a block does the same for all.
+    `top by chance` for how many it would be. NaN where a block does the same for all. `n` is how many items tell it in
+    the result that has fewer; of under 20 nothing is concluded.
 
     Raises:
         KitError: one of them tells nothing of blocks, or they are of other settings, blocks or kinds.
@@ -99,7 +100,8 @@ def agreement(one: Scores, other: Scores, measure: str) -> Row:
     kinds, blocks = _shared(one, other, measure)
     rng = np.random.default_rng(0)
     left, right = (_tables(scores, measure, kinds, blocks, rng) for scores in (one, other))
-    row: Row = {"kinds": len(kinds), "blocks": len(blocks)}
+    told = [int(np.isfinite(_alone(scores, measure)).all(axis=1).sum()) for scores in (one, other)]
+    row: Row = {"n": min(told), "kinds": len(kinds), "blocks": len(blocks)}
     orders = {
         "ρ within kinds": (_within_kinds, rng.permuted(np.tile(left[0], (_ORDERS, 1, 1)), axis=-1)),
         "ρ of what is special": (_of_special, np.stack([rng.permutation(left[0]) for _ in range(_ORDERS)])),
@@ -107,9 +109,9 @@ def agreement(one: Scores, other: Scores, measure: str) -> Row:
     for name, (of, shuffled) in orders.items():
         found, chance = of(left, right), of(shuffled, np.broadcast_to(right[0], shuffled.shape))
         rho, drawn = float(found[0]), found[1:][np.isfinite(found[1:])]
-        told = np.isfinite(rho)
-        low, high = np.quantile(drawn, [0.025, 0.975]).tolist() if told and len(drawn) else (np.nan, np.nan)
-        p = float((1 + (chance >= rho - 1e-12).sum()) / (1 + _ORDERS)) if told else np.nan
+        known = np.isfinite(rho)
+        low, high = np.quantile(drawn, [0.025, 0.975]).tolist() if known and len(drawn) else (np.nan, np.nan)
+        p = float((1 + (chance >= rho - 1e-12).sum()) / (1 + _ORDERS)) if known else np.nan
         row |= {name: rho, f"{name} interval": (low, high), f"{name} p": p}
     sign = -1 if measure in LESS_IS_BETTER else 1
     tops = [(sign * table[0]).argmax(axis=1) for table in (left, right)]
@@ -179,6 +181,8 @@ def _mean_over_kinds(each: Float[np.ndarray, "order kind"]) -> Float[np.ndarray,
 
 def _verdict(row: Mapping[str, Any]) -> str:
     name = "ρ within kinds"
+    if row["n"] < LEAST:
+        return f"too few items ({row['n']} of at least {LEAST})"
     if np.isnan(row[name]):
         return "whether blocks rank alike cannot be told: blocks do not differ"
     alike = "blocks rank alike within kinds" if row[f"{name} p"] <= 0.05 else "no evidence that blocks rank alike"

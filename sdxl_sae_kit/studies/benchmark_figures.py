@@ -14,7 +14,7 @@ from sdxl_sae_kit.plots import pareto, points_by_group
 from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR, LESS_IS_BETTER, Row, Scores
 from sdxl_sae_kit.studies.equal_damage import hull
 
-_WHAT = {"alone": "Change of {of} by each block alone, beside no edit", "left out": "{of} lost without each block"}
+_WHAT = {"alone": "{Gain} of {of} by each block alone, beside no edit", "left out": "{of} lost without each block"}
 
 
 def trade_offs(scores: Scores, rows: Sequence[Row], x: str, y: str) -> go.Figure:
@@ -61,17 +61,18 @@ def block_map(scores: Scores, rows: Sequence[Row], measure: str, what: str) -> g
     Raises:
         KitError: there are no rows, or `what` is neither "alone" nor "left out".
     """
-    if what not in _WHAT:
+    if what not in list(_WHAT):
         raise KitError(f"plot_blocks: what is {' or '.join(map(repr, _WHAT))}, not {what!r}.")
     if not rows:
         raise KitError("plot_blocks: no block was tried by itself. Call riebench with by_block.")
     kinds = {row["kind"]: row["n"] for row in rows}
+    gain = "change" if measure in LESS_IS_BETTER else "gain"
     told = np.array([[row[what], *row[f"{what} interval"]] for row in rows])
     return gain_map(
         [f"{kind} ({n})" for kind, n in kinds.items()],
         scores.blocks,
         told.reshape(len(kinds), len(scores.blocks), 3),
-        title=f"{_WHAT[what].format(of=measure)}, by kind of edit (items)",
-        scale=f"change of {measure}",
+        title=f"{_WHAT[what].format(of=measure, Gain=gain.capitalize())}, by kind of edit (items)",
+        scale=f"{gain} of {measure}",
         less_is_better=measure in LESS_IS_BETTER,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,8 @@ OUTCOMES = ("reached", "to edited", "image similarity")
 NEARNESS = {"to edited": -1, "image similarity": 1}
 """Measures that tell of no success by themselves, only beside no edit, and which way is nearer."""
 LESS_IS_BETTER = ("outside", "pixel", "to original", "to edited")
+LEAST = 20
+"""Items from which on a comparison is concluded from."""
 FLOOR, CEILING = ENDS
 """No edit at all, and the changed prompt itself."""
 
@@ -160,7 +163,7 @@ class Scores:
         if by in NEARNESS:
             reached, floor = reached - floor[:, None], np.zeros_like(floor)
         best = _times_kept if self.by_product(by) else _reached_alone
-        return Trade(reached, 1 - harm if kept else harm, floor, best)
+        return Trade(reached, 1 - harm if kept else harm, floor, best, None if by in NEARNESS else (0.0, 1.0))
 
     def by_product(self, by: str) -> bool:
         """Whether settings are chosen by reached × kept; else by reached alone."""
@@ -172,6 +175,8 @@ class Scores:
         Raises:
             KitError: so it is.
         """
+        if len(self) < 2:
+            raise KitError("At least 2 items must be scored; 1 is. Run more.")
         if not self._on_both_halves(by):
             raise KitError(
                 f"Settings are chosen on one half of the items for the other, and {by} and {self.harm} are told of "
@@ -181,11 +186,19 @@ class Scores:
     def taken(self, method: str) -> Int[np.ndarray, " item"]:
         """The setting at which each item is scored: the method's best on the other half of the items."""
         self.check_halves(self.outcome)
-        trade, second, counted = self.trade(method, self.outcome), halves(len(self)), self.counted(self.outcome)
-        once = np.ones((1, len(self)))
-        first, other = (int(choose(trade, half & counted, once)[0]) for half in (second, ~second))
-        at = np.array(self.methods[method])
-        return np.asarray(np.where(second, at[other], at[first]))
+        second = halves(len(self))
+        first, other = (self._best_on(method, half) for half in (second, ~second))
+        return np.where(second, other, first)
+
+    def shown(self, method: str) -> Int[np.ndarray, " item"]:
+        """The same where that can be chosen, else the best on all items, which flatters: for pictures alone."""
+        if self.judged:
+            return self.taken(method)
+        return np.full(len(self), self._best_on(method, np.ones(len(self), dtype=bool)))
+
+    def _best_on(self, method: str, items: Bool[np.ndarray, " item"]) -> int:
+        best = choose(self.trade(method, self.outcome), items & self.counted(self.outcome), np.ones((1, len(self))))
+        return self.methods[method][int(best[0])]
 
     def best(self, method: str) -> Row:
         """Means of every measure, each item at the setting taken for it, and which settings those are."""
@@ -236,6 +249,15 @@ def named(name: str, estimate: Estimate) -> Row:
     return {name: value, f"{name} interval": interval, f"{name} n": n}
 
 
+def plain(told: Any) -> Any:
+    """The same for JSON: lists for tuples, null for NaN."""
+    if isinstance(told, Mapping):
+        return {key: plain(value) for key, value in told.items()}
+    if isinstance(told, list | tuple):
+        return [plain(each) for each in told]
+    return None if isinstance(told, float) and not math.isfinite(told) else told
+
+
 _UNKNOWN = (float("nan"), (float("nan"), float("nan")))
 
 
@@ -252,4 +274,4 @@ def _reached_alone(reached: Any, _: Any) -> Any:
 
 
 def _only(trade: Trade, mask: Bool[np.ndarray, " item"]) -> Trade:
-    return Trade(trade.reached[mask], trade.damage[mask], trade.unedited[mask], trade.merit)
+    return Trade(trade.reached[mask], trade.damage[mask], trade.unedited[mask], trade.merit, trade.limits)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import Artifact, counted
+from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.files import writable, write_atomically
 from sdxl_sae_kit.items import EDIT_TYPES
 from sdxl_sae_kit.studies import benchmark_figures as figures
 from sdxl_sae_kit.studies import benchmark_views as views
 from sdxl_sae_kit.studies.benchmark_blocks import agreement, chosen_shares, gains
-from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR, Line, Row, Scores, estimates, named
+from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR, Line, Row, Scores, estimates, named, plain
 from sdxl_sae_kit.studies.lines import Lines, open_study
 from sdxl_sae_kit.studies.scoring import MEASURES
 from sdxl_sae_kit.studies.transport import Setting
@@ -158,18 +157,22 @@ class RIEBench:
 
         Returns:
             `difference`, the mean of `difference at own damage` and `difference at other damage`, with its 95 %
-            bootstrap interval over items (everything chosen anew in each sample); `reached` and `damage` at its best,
-            `other damage`; `n`; `beyond`: it does more damage than any setting of the other, whose highest value then
-            holds; `below`: less than all of them, the other being read on the line to no edit; `other beyond`, `other
-            below`: the same of the other; `verdict`: "more", "less", "not told apart", or "too few items" (under 20).
+            bootstrap interval over items (everything chosen anew in each sample); `value` (of `by`) and `damage` at its
+            best, `other damage`; `n`; `beyond`: on how many halves of the items it does more damage than any setting of
+            the other, whose highest value then holds; `below`: on how many less than all of them, the other being read
+            on the line to no edit; `other beyond`, `other below`: the same of the other; `verdict`: "more", "less",
+            "not told apart", or "too few items" (under 20).
 
         Raises:
-            KitError: no such method was run, nothing tells what is asked, or too few items were scored to choose by.
+            KitError: no such method was run, both are the same, nothing tells what is asked, or too few items were
+                scored to choose by.
         """
         by = by or self.scores.outcome
         if by not in _BY or not self.scores.told(by):
             raise KitError(f"compare by {by!r}: this result tells {', '.join(m for m in _BY if self.scores.told(m))}.")
         pair: Row = {"method": self._method(method), "other": self._method(other), "by": by, "kind": self._kind(kind)}
+        if method == other:
+            raise KitError(f"compare: both are {method!r}. Name two of {', '.join(self.methods)}.")
         found = self.scores.compare(method, other, by, kind)
         formulas = {"damage is": views.damage_formula(self.scores), "chosen by": views.choice_formula(self.scores, by)}
         return pair | found | {"verdict": views.verdict(found)} | formulas
@@ -229,6 +232,8 @@ class RIEBench:
             KitError: they are the same result, one of them was run without `by_block`, or they are of other settings,
                 blocks or kinds.
         """
+        if not isinstance(other, RIEBench):
+            raise KitError(f"block_agreement: pass another RIEBench, not {type(other).__name__}.")
         if self.artifact.recipe == other.artifact.recipe:
             raise KitError("block_agreement: both are the same result. Pass one of other seeds, SAEs or items.")
         return agreement(self.scores, other.scores, self.scores.gain)
@@ -240,7 +245,7 @@ class RIEBench:
         return name
 
     def _kind(self, name: str | None) -> str | None:
-        if name is not None and name not in self.kinds:
+        if name is not None and name not in list(self.kinds):
             hint = did_you_mean(name, self.kinds)
             raise KitError(f"No items of kind {name!r} in this result; it has {', '.join(self.kinds)}.{hint}")
         return name
@@ -311,8 +316,8 @@ class RIEBench:
             "blocks": self.block_rows() if self._best else [],
             "choices": self.choices() if self.n else [],
         }  # fmt: skip
-        plain: dict[str, Any] = _plain(told)
-        return plain
+        made: dict[str, Any] = plain(told)
+        return made
 
     def _kind_measures(self) -> list[Row]:
         """`kind_rows` of every measure that was told, one row per kind and method."""
@@ -325,8 +330,14 @@ class RIEBench:
         Raises:
             KitError: it cannot be written there.
         """
+        if not isinstance(path, str | Path):
+            raise KitError(f"write_json: name a file, as text or a Path, not {path!r}.")
         target = writable("benchmark", Path(path))
-        write_atomically(target, json.dumps(self.to_json(), indent=1, allow_nan=False, ensure_ascii=False).encode())
+        told = json.dumps(self.to_json(), indent=1, allow_nan=False, ensure_ascii=False).encode()
+        try:
+            write_atomically(target, told)
+        except OSError as error:
+            raise KitError(f"The benchmark cannot go to {target}: {error}. Choose another place.") from None
         return target
 
     def to_frame(self) -> Any:
@@ -353,47 +364,31 @@ class RIEBench:
 
     def sentence(self) -> str:
         """What the numbers say; that a method reaches more only where the interval of the difference is above 0."""
+        return " ".join(self._clauses())
+
+    def _clauses(self) -> list[str]:
         if not self.n:
-            return (
-                f"All {counted(len(self.failed), 'items')} failed, so nothing can be told: see the reasons in .failed."
-            )
-        return views.sentence(self.scores, len(self.failed), self._best, self._pairs)
+            return [f"All {len(self.failed)} items failed, so nothing can be told: see the reasons in .failed."]
+        return views.clauses(self.scores, len(self.failed), self._best, self._pairs)
 
     def _repr_html_(self) -> str:
-        title = html.heading("RIEBench: editing while the picture is being made", html.escape(self.sentence()))
-        folds = {"Every setting": html.table(views.grid_table(self.scores, self._rows), views.GRID)} if self.n else {}
+        title = html.heading("RIEBench: editing while the picture is being made", views.paragraph(self._clauses()))
+        folds = {"Every setting": views.every_setting(self.scores, self._rows)} if self.n else {}
         folds |= self._by_parts() if self._best else {}
+        if self.n and self.scores.succeeds:
+            folds["Best, median and worst items"] = self.contact_sheet()
         if self.failed:
             folds[f"Failed items ({len(self.failed)})"] = html.table(self.failed, "They count for no method")
-        best = self._at_best() if self._best else ""
+        best = views.at_best(self.scores, self._best, self._pairs) if self._best else ""
         return html.fragment(title, best, *(html.folded(name, part) for name, part in folds.items() if part))
 
-    def _at_best(self) -> str:
-        best = html.table(views.best_table(self.scores, self._best), views.best_caption(self.scores))
-        return best + html.table(views.pair_table(self._pairs), views.EQUAL_DAMAGE) if self._pairs else best
-
     def _by_parts(self) -> dict[str, str]:
-        """By kind, by block and item by item."""
-        blocks, choices, of = self.block_rows(), self.choices(), self.scores.outcome
-        kinds = html.table(views.kind_table(self.kind_rows(), of), views.kind_caption(self.scores))
-        apart = views.kind_pair_table(self._pairs_by_kind)
-        by_block = views.block_table(blocks, ("alone", "left out")), views.block_caption(self.scores)
-        by_choice = views.block_table(choices, ("added", "removed", "expected")), views.CHOICES
+        """By kind and by block."""
         return {
-            "Kinds of edits": kinds + (html.table(apart, views.KIND_DIFFERENCES) if apart else ""),
-            "Blocks": html.table(*by_block) if blocks else "",
-            "Where features are chosen": html.table(*by_choice) if choices else "",
-            "Best, median and worst items": self.contact_sheet(),
+            "Kinds of edits": views.by_kind(self.scores, self.kind_rows(), self._pairs_by_kind),
+            "Blocks": views.by_block(self.scores, self.block_rows()),
+            "Where features are chosen": views.by_choice(self.choices()),
         }
 
     def __repr__(self) -> str:
         return f"RIEBench of {self.n} items and {len(self.settings)} settings: {self.sentence()}"
-
-
-def _plain(told: Any) -> Any:
-    """The same for JSON: lists for tuples, null for NaN."""
-    if isinstance(told, Mapping):
-        return {key: _plain(value) for key, value in told.items()}
-    if isinstance(told, list | tuple):
-        return [_plain(each) for each in told]
-    return None if isinstance(told, float) and not math.isfinite(told) else told

@@ -22,6 +22,8 @@ class Trade:
     """What is reached without any edit."""
     merit: Callable[[Any, Any], Any]
     """How good a setting with these means is: the greater the better."""
+    limits: tuple[float, float] | None = None
+    """Between which means of what is reached must lie; None where nothing says so."""
 
     def with_none(self) -> tuple[Float[np.ndarray, "item point"], Float[np.ndarray, "item point"]]:
         """Reached and damage of no edit and of every setting."""
@@ -89,10 +91,10 @@ class Reading:
     damage: Float[np.ndarray, " draw"]
     more: Float[np.ndarray, " draw"]
     """How much more it reaches than the other at this damage."""
-    beyond: bool
-    """Whether it does more damage than any setting of the other, on either half; the other's highest value holds."""
-    below: bool
-    """Whether it does less than every setting of the other: the other is read between no edit and a setting."""
+    beyond: int
+    """On how many halves it does more damage than any setting of the other, whose highest value then holds."""
+    below: int
+    """On how many it does less than every setting of the other, which is read between no edit and a setting."""
 
 
 def read(
@@ -106,8 +108,8 @@ def read(
 
     Chosen there are this method's setting of greatest merit, the mixture of the other's settings (see `_best_mixture`)
     that does as much damage, and the slope of the other's hull. The half is then scored by what this one reaches more
-    than that mixture, less slope × what damage it does more: whatever was chosen, the items that chose it are not those
-    that are scored.
+    than the other, read as that mixture and slope × what damage this one does more: whatever was chosen, the items that
+    chose it are not those that are scored. The other is read within its limits, or else those of its points.
 
     Args:
         mine, other: of the same items. Neither half may be empty.
@@ -127,10 +129,12 @@ def read(
             np.take_along_axis(_means(of, half & scored, counts), taken, axis=1)[:, 0]
             for of in (mine.reached, mine.damage)
         )
-        beside, harm = ((weights * _means(of, half & scored, counts)).sum(axis=1) for of in points)
-        told += share * np.stack([reached, damage, reached - beside - slope * (damage - harm)])
+        there, harms = (_means(of, half & scored, counts) for of in points)
+        beside, harm = ((weights * of).sum(axis=1) for of in (there, harms))
+        least, most = other.limits or (there.min(axis=1), there.max(axis=1))
+        told += share * np.stack([reached, damage, reached - np.clip(beside + slope * (damage - harm), least, most)])
         flags.append((at[0] > widths[0].max(), at[0] < widths[0, 1:].min()))
-    beyond, below = (any(each) for each in zip(*flags, strict=True))
+    beyond, below = (int(sum(each)) for each in zip(*flags, strict=True))
     return Reading(told[0], told[1], told[2], beyond, below)
 
 
@@ -151,7 +155,7 @@ def compare_at_equal_damage(
     low, high = np.quantile(drawn, [0.025, 0.975]) if n > 1 else (np.nan, np.nan)
     return {
         "n": n,
-        "reached": float(there.reached[0]) if n else np.nan,
+        "value": float(there.reached[0]) if n else np.nan,
         "damage": float(there.damage[0]) if n else np.nan,
         "other damage": float(back.damage[0]) if n else np.nan,
         "difference": float(differences[0]) if n else np.nan,
