@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_riebench(commands: Any) -> None:
     text = "edit pictures while they are drawn, by every method on the same items, and measure what comes out"
     about = (
-        f"{text[0].upper()}{text[1:]}. Updates are collected and SAEs trained as in the notebooks, unless the store "
+        f"{text[0].upper()}{text[1:]}. Updates are collected and SAEs trained as in notebook 07, unless the store "
         "has them; what cannot be done is refused before. Interrupted, it goes on when run again with the same "
         "settings."
     )
@@ -112,15 +112,17 @@ def _add_riebench(commands: Any) -> None:
     bench.add_argument(
         "-n", type=int, metavar="PER_TYPE", help="items of each type (default: 20 of world, else all there are)"
     )
-    bench.add_argument("--saes", metavar="NAME", help="which of the scale's SAEs, such as k10 (default: the first)")
+    bench.add_argument("--saes", metavar="NAME", help="which of the scale's SAEs, such as k10 (default: the second)")
     bench.add_argument(
         "--methods",
         type=_words,
         help="some of sae, sae_adaptive, steering, neurons and random, by commas (default: all)",
     )
     bench.add_argument(
-        "--hookpoints", type=_words, help="blocks whose features are moved, by commas (default: the four of the paper)"
-    )
+        "--hookpoints", type=_words, metavar="BLOCKS",
+        help="blocks whose features are moved, by commas (default: down.2.1,up.0.2,up.1.0,up.1.1, which decide most, "
+        "for tiny models, else the four of the paper)",
+    )  # fmt: skip
     bench.add_argument(
         "--num-inference-steps", type=int, metavar="STEPS",
         help="of every picture (default: 4, or as a model that is meant to be guided draws)",
@@ -160,7 +162,7 @@ def _report(options: argparse.Namespace) -> None:
 def _riebench(options: argparse.Namespace) -> None:
     from sdxl_sae_kit.artifacts import whole_number
     from sdxl_sae_kit.files import writable
-    from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, resolve
+    from sdxl_sae_kit.hookpoints import resolve
     from sdxl_sae_kit.items import load_items
     from sdxl_sae_kit.pipelines import load_pipeline
     from sdxl_sae_kit.studies.grids import forecast_riebench
@@ -177,7 +179,7 @@ def _riebench(options: argparse.Namespace) -> None:
     if options.json:
         writable("benchmark", options.json)
     pipe = load_pipeline(options.model)
-    named = (resolve(pipe.unet, name).name for name in options.hookpoints or DEFAULT_HOOKPOINTS)
+    named = (resolve(pipe.unet, name).name for name in options.hookpoints or saes.hookpoints)
     hookpoints, methods = list(dict.fromkeys(named)), options.methods or METHODS
     draws = _draws(options, pipe)
     forecast = forecast_riebench(
