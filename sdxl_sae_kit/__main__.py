@@ -161,6 +161,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _riebench(options: argparse.Namespace) -> None:
     from sdxl_sae_kit.artifacts import whole_number
+    from sdxl_sae_kit.attended import few_steps
     from sdxl_sae_kit.files import writable
     from sdxl_sae_kit.hookpoints import resolve
     from sdxl_sae_kit.items import load_items
@@ -181,7 +182,7 @@ def _riebench(options: argparse.Namespace) -> None:
     pipe = load_pipeline(options.model)
     named = (resolve(pipe.unet, name).name for name in options.hookpoints or saes.hookpoints)
     hookpoints, methods = list(dict.fromkeys(named)), options.methods or METHODS
-    draws = _draws(options, pipe)
+    draws = few_steps(pipe, options.num_inference_steps, options.guidance_scale)
     forecast = forecast_riebench(
         len(items), methods, hookpoints=hookpoints, num_inference_steps=draws["num_inference_steps"]
     )
@@ -198,18 +199,6 @@ def _riebench(options: argparse.Namespace) -> None:
     if options.json:
         result.write_json(options.json)
     print(f"\n{result.artifact.folder}")
-
-
-def _draws(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
-    """Steps and guidance: the benchmark's own, 4 and 0, but for models that draw nothing good without guidance."""
-    from sdxl_sae_kit.pipelines import chosen, chosen_guidance, describe
-
-    meant = describe(pipe)
-    steps, guidance = (meant.num_inference_steps, meant.guidance_scale) if meant.guidance_scale > 1 else (4, 0.0)
-    return {
-        "num_inference_steps": chosen("--num-inference-steps", options.num_inference_steps, steps),
-        "guidance_scale": chosen_guidance(options.guidance_scale, guidance),
-    }
 
 
 def _tell_plan(pipe: Any, some: Any, draws: dict[str, Any], forecast: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -35,6 +35,7 @@ WHOLE = 0.75
 Mask = Bool[np.ndarray, "_y _x"]
 """Of any size; it covers the whole picture."""
 Side = Literal["original", "edited"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,11 @@ def _by_the_rules(item: Item, original: Shot, edited: Shot) -> list[_Question]:
     before, after = (
         _Question(each.shot, each.prompt, *_read(each.prompt.strip())) for each in _as_they_are(item, original, edited)
     )
+    return _looked_for(item, before, after)
+
+
+def _looked_for(item: Item, before: T, after: T) -> list[T]:
+    """Nothing is on the original picture of what is added, nor on the edited one of what is deleted."""
     return {"add object": [after], "delete object": [before]}.get(item.kind, [before, after])
 
 
@@ -180,6 +186,22 @@ def _found(segmenter: Segmenter, questions: Sequence[_Question]) -> list[Mask | 
         return [f"there is no mask of the {side} picture for {prompt!r}: {segmenter.name} says: {error}"]
 
 
+def check_asked(segmenter: Segmenter, items: Sequence[Item]) -> None:
+    """Refuse, before anything is drawn, items of which it is clear that no mask will be found.
+
+    Raises:
+        KitError: masks are given and one is missing, or none of the words asked for are the tiny world's.
+    """
+    if isinstance(segmenter, GivenMasks):
+        segmenter.check([item.name for item in items])
+    if isinstance(segmenter, WorldSegmenter):
+        prompts = (_looked_for(item, item.original_mask, item.edited_mask) for item in items)
+        asked = [_read(prompt.strip())[0] for pair in prompts for prompt in pair]
+        sought = [words for words in asked if words not in (EVERYTHING, FOREGROUND)]
+        if sought and not set(sought) & set(segmenter.KNOWN):
+            segmenter.check(sought)
+
+
 # The tiny world and masks by hand -----------------------------------------------------------------------------------
 
 _HALVES = {
@@ -210,16 +232,23 @@ class WorldSegmenter:
         Raises:
             KitError: it does not know the words, or a picture has another size.
         """
-        for words in asked:
-            if words not in self.KNOWN:
-                raise KitError(
-                    f"The tiny world has no {words!r}; a mask prompt can be {', '.join(self.KNOWN)}."
-                    f"{did_you_mean(words, self.KNOWN)}"
-                )
+        self.check(asked)
         pictures = [np.clip(shot.picture * 255, 0, 255).round().astype(np.uint8) for shot in shots]
         masks = self._judge.read([Image.fromarray(picture) for picture in pictures]).mask
         pairs = zip(masks, asked, strict=True)
         return [_in_half(mask, _HALVES[words]) if words in _HALVES else mask for mask, words in pairs]
+
+    def check(self, asked: Sequence[str]) -> None:
+        """Refuse words that it does not know.
+
+        Raises:
+            KitError: naming the first of them.
+        """
+        if words := next((words for words in asked if words not in self.KNOWN), None):
+            raise KitError(
+                f"The tiny world has no {words!r}, only {', '.join(self.KNOWN)}. Take load_items('world'), or "
+                f"segmenter=AttentionSegmenter(pipe).{did_you_mean(words, self.KNOWN)}"
+            )
 
 
 def _in_half(mask: Bool[np.ndarray, "64 64"], half: tuple[slice, slice]) -> Bool[np.ndarray, "64 64"]:
@@ -263,13 +292,20 @@ class GivenMasks:
         Raises:
             KitError: there is none.
         """
-        for shot in shots:
-            if shot.item not in self._masks:
-                raise KitError(
-                    f"No mask is given for item {shot.item!r}; there are {len(self._masks)}. Add it to the masks."
-                    f"{did_you_mean(shot.item, self._masks)}"
-                )
+        self.check([shot.item for shot in shots])
         return [self._masks[shot.item][shot.side == "edited"] for shot in shots]
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuse items that it has no mask for.
+
+        Raises:
+            KitError: naming the first of them.
+        """
+        if missing := [name for name in names if name not in self._masks]:
+            raise KitError(
+                f"No mask is given for item {missing[0]!r}; there are {len(self._masks)}. Add it to the masks."
+                f"{did_you_mean(missing[0], self._masks)}"
+            )
 
 
 def _pair(item: str, given: Any) -> tuple[Mask, Mask]:

@@ -279,7 +279,7 @@ REFUSED = [
     (["--batch-size", "-3"], "--batch-size must be an integer of at least 1, not -3"),
     (["--hookpoints", "down.9,foo"], "No hookpoint 'down.9' in this U-Net"),
     (["--scale", "huge"], "SCALE is 'smoke' or 'demo', not 'huge'"),
-    (["--num-inference-steps", "0"], "--num-inference-steps must be an integer of at least 1, not 0"),
+    (["--num-inference-steps", "0"], "num_inference_steps must be an integer of at least 1, not 0"),
     (["--guidance-scale", "nan"], "guidance_scale must be a finite number from 0 on, not nan"),
     (["--json", "/proc/none/out.json"], "The benchmark cannot go to /proc/none/out.json"),
     (["--json", "/"], "it is a folder"),
