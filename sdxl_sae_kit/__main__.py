@@ -160,7 +160,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _riebench(options: argparse.Namespace) -> None:
-    from sdxl_sae_kit.artifacts import whole_number
+    from sdxl_sae_kit.artifacts import counted, whole_number
     from sdxl_sae_kit.attended import few_steps
     from sdxl_sae_kit.files import writable
     from sdxl_sae_kit.hookpoints import resolve
@@ -199,6 +199,10 @@ def _riebench(options: argparse.Namespace) -> None:
     if options.json:
         result.write_json(options.json)
     print(f"\n{result.artifact.folder}")
+    if not result.n:
+        raise KitError(
+            f"Nothing could be scored: {counted(len(result.failed), 'items')} failed, for the reasons above."
+        )
 
 
 def _tell_plan(pipe: Any, some: Any, draws: dict[str, Any], forecast: Any) -> None:
@@ -212,15 +216,16 @@ def _tell_plan(pipe: Any, some: Any, draws: dict[str, Any], forecast: Any) -> No
 
 
 def _tell_bench(result: Any) -> None:
+    from sdxl_sae_kit.artifacts import counted
     from sdxl_sae_kit.studies.distances import written
 
-    measures = [measure for measure in result.scores.measures if result.n]
-    rows = [
-        {name: "–" if row[name] is None else row[name] for name in ("method", "k", "strength")}
-        | {measure: written(row, measure) for measure in measures}
-        for row in result.rows()
-    ]
-    print(f"Means over {result.n} items, with 95 % intervals\n{_table(rows)}\n\n{result.sentence()}")
+    if result.n:
+        rows = [
+            {name: "–" if row[name] is None else row[name] for name in ("method", "k", "strength")}
+            | {measure: written(row, measure) for measure in result.scores.measures}
+            for row in result.rows()
+        ]
+        print(f"Means over {counted(result.n, 'items')}, with 95 % intervals\n{_table(rows)}\n\n{result.sentence()}")
     if result.failed:
         print(f"\nFailed items\n{_table(result.failed)}")
 

@@ -211,6 +211,15 @@ def test_riebench_passes_on_what_it_was_given_and_prints_rows_sentence_failures_
     assert said.endswith(f"{tmp_path / 'there'}\n") and (tmp_path / "new" / "out.json").read_text() == "{}"
 
 
+def test_where_every_item_fails_riebench_says_why_and_writes_what_there_is(bench_of, tmp_path, capsys):
+    bench_of(n=0, rows=None, sentence=None)
+    assert cli.main(["riebench", "-n", "1", "--json", str(tmp_path / "out.json")]) == 1
+    said = capsys.readouterr()
+    assert "change pose 1  change pose  the mask is empty" in said.out and str(tmp_path / "there") in said.out
+    assert said.err == "KitError: Nothing could be scored: 1 item failed; the reasons are above.\n"
+    assert (tmp_path / "out.json").read_text() == "{}"
+
+
 def test_riebench_collects_other_hookpoints_by_themselves_and_knows_module_paths(bench_of, capsys):
     calls = bench_of(failed=[])
     assert cli.main(["riebench", "--hookpoints", "up.0.0, unet.up_blocks.0.attentions.0,up.0.1", "-n", "1"]) == 0

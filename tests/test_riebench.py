@@ -400,9 +400,7 @@ def test_what_cannot_be_measured_is_refused(pipe, saes, items, tmp_path, uncheck
         asked(methods=["steerng"])
     with pytest.raises(KitError, match="segmenter is one such as AttentionSegmenter"):
         asked(segmenter=WorldSegmenter)
-    with pytest.raises(
-        KitError, match=r"no 'pear', only .* Take load_items\('world'\), or segmenter="
-    ):
+    with pytest.raises(KitError, match=r"no 'pear', only .* Take load_items\('world'\), or segmenter="):
         asked(items=load_items("natural", 1))
     with pytest.raises(KitError, match="No mask is given for item 'change object 1'; there are 1"):
         asked(segmenter=GivenMasks({"other": np.ones((4, 4))}))
