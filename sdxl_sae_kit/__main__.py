@@ -110,13 +110,13 @@ def _add_riebench(commands: Any) -> None:
         "--items", help="world, natural, or the published JSON file (default: world for tiny models, else natural)"
     )
     bench.add_argument(
-        "-n", type=int, metavar="PER_TYPE", help="items of each type (default: 20 of world, else all there are)"
+        "-n", type=int, metavar="PER_KIND", help="items of each kind (default: 20 of world, else all there are)"
     )
     bench.add_argument("--saes", metavar="NAME", help="which of the scale's SAEs, such as k10 (default: the second)")
     bench.add_argument(
         "--methods",
         type=_words,
-        help="some of sae, sae_adaptive, steering, neurons and random, by commas (default: all)",
+        help="of sae, sae_adaptive, steering, neurons, random, by commas (default: all); prompt and none always are",
     )
     bench.add_argument(
         "--hookpoints", type=_words, metavar="BLOCKS",
@@ -133,7 +133,7 @@ def _add_riebench(commands: Any) -> None:
     bench.add_argument("--seed", type=int, default=0, help="of items and random features (default: %(default)s)")
     bench.add_argument("--batch-size", type=int, default=20, help="items drawn at once (default: %(default)s)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
-    bench.add_argument("--plan", action="store_true", help="only say what it costs")
+    bench.add_argument("--plan", action="store_true", help="only say what it costs; draws a few pictures to time them")
     _add_store(bench)
     bench.set_defaults(command=_riebench)
 
@@ -201,7 +201,7 @@ def _riebench(options: argparse.Namespace) -> None:
     print(f"\n{result.artifact.folder}")
     if not result.n:
         raise KitError(
-            f"Nothing could be scored: {counted(len(result.failed), 'items')} failed, for the reasons above."
+            f"Nothing could be scored: {counted(len(result.failed), 'items')} failed; the reasons are above."
         )
 
 

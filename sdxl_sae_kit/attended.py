@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,7 +63,7 @@ class AttentionSegmenter:
 
     Raises:
         HookpointError: the U-Net has no such block.
-        KitError: impossible threshold, steps, guidance or batch size.
+        KitError: no hookpoints, impossible threshold, steps, guidance or batch size.
 
     Source: Hertz et al. 2022, Prompt-to-Prompt (arXiv 2208.01626), the averages of cross-attention maps.
 
@@ -80,12 +81,14 @@ class AttentionSegmenter:
         guidance_scale: float | None = None,
         batch_size: int = 20,
     ) -> None:
-        if not 0 < threshold <= 1:
-            raise KitError(f"AttentionSegmenter: threshold is a share of the range, above 0 to 1, not {threshold!r}.")
+        _check_share(threshold)
         model = describe(pipe)
         self._pipe, self._threshold = pipe, threshold
         self._batch_size = whole_number("AttentionSegmenter: batch_size", batch_size)
-        self._hookpoints = [resolve(pipe.unet, name) for name in hookpoints]
+        names = [hookpoints] if isinstance(hookpoints, str) else hookpoints
+        self._hookpoints = [resolve(pipe.unet, name) for name in names]
+        if not self._hookpoints:
+            raise KitError("AttentionSegmenter reads one hookpoint or more, such as ['up.0.1'], not none.")
         self._settings = few_steps(pipe, num_inference_steps, guidance_scale)
         read = ", ".join(hookpoint.name for hookpoint in self._hookpoints)
         self.name = (
@@ -153,6 +156,11 @@ class AttentionSegmenter:
                 f"pass num_inference_steps= and guidance_scale= as the pictures had; it draws with "
                 f"{self._settings['num_inference_steps']} steps and guidance {self._settings['guidance_scale']:g}."
             )
+
+
+def _check_share(threshold: Any) -> None:
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 < float(threshold) <= 1:
+        raise KitError(f"AttentionSegmenter: threshold is a share of the range, above 0 to 1, not {threshold!r}.")
 
 
 def few_steps(pipe: Any, num_inference_steps: int | None = None, guidance_scale: float | None = None) -> dict[str, Any]:

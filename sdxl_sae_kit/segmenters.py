@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from sdxl_sae_kit.errors import KitError, ModelError, did_you_mean
 from sdxl_sae_kit.files import hash_file, sha256
-from sdxl_sae_kit.masks import Where, as_mask
+from sdxl_sae_kit.masks import Where, as_mask, shortened
 from sdxl_sae_kit.pipelines import describe
 from sdxl_sae_kit.tiny import NAMES, WEIGHTS
 from sdxl_sae_kit.tiny.judge import FILE, load_judge
@@ -143,6 +143,8 @@ def _read_plain(prompt: str) -> tuple[str, bool]:
 def _paired(answers: Sequence[Mask | str]) -> tuple[Mask, Mask] | str:
     reasons = [answer for answer in answers if isinstance(answer, str)]
     masks = [answer for answer in answers if not isinstance(answer, str)]
+    if len(reasons) == 2 and reasons[0].replace("original picture", "edited picture") == reasons[1]:
+        return reasons[1].replace("the edited picture", "either picture")
     return "; ".join(reasons) if reasons else (masks[0], masks[-1])
 
 
@@ -172,18 +174,32 @@ def _answer(segmenter: Segmenter, question: _Question, found: Mask | str) -> Mas
 
 def _found(segmenter: Segmenter, questions: Sequence[_Question]) -> list[Mask | str]:
     """What the segmenter finds for the words of each; one that it refuses costs the others nothing."""
-    if not questions:
+    if not (n := len(questions)):
         return []
     try:
-        return [*segmenter([each.shot for each in questions], [each.words for each in questions])]
+        return _checked(segmenter, segmenter([each.shot for each in questions], [each.words for each in questions]), n)
     except ModelError:
         raise
     except KitError as error:
-        if len(questions) > 1:
-            half = len(questions) // 2
+        if n > 1:
+            half = n // 2
             return _found(segmenter, questions[:half]) + _found(segmenter, questions[half:])
         side, prompt = questions[0].shot.side, questions[0].prompt
         return [f"there is no mask of the {side} picture for {prompt!r}: {segmenter.name} says: {error}"]
+
+
+def _checked(segmenter: Segmenter, masks: Any, n: int) -> list[Mask | str]:
+    """The answer of a segmenter, which may be anyone's."""
+    if not isinstance(masks, Sequence | np.ndarray) or len(masks) != n:
+        found = f"{len(masks)}" if isinstance(masks, Sequence | np.ndarray) else f"{type(masks).__name__}"
+        raise ModelError(
+            f"The segmenter {segmenter.name!r} was asked for {n} masks and gave {found}. Give one for each."
+        )
+    for mask in masks:
+        if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.ndim != 2 or not mask.size:
+            found = f"{mask.dtype} of shape {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
+            raise ModelError(f"The segmenter {segmenter.name!r} gives arrays (y, x) of bool as masks, not {found}.")
+    return list(masks)
 
 
 def check_asked(segmenter: Segmenter, items: Sequence[Item]) -> None:
@@ -274,12 +290,16 @@ class GivenMasks:
             A token is in the mask where at least half of it is covered.
 
     Raises:
-        KitError: one is no mask.
+        KitError: it is no mapping, or one is no mask or empty.
 
     >>> segmenter = GivenMasks({"0007": Polygon([(0, 0), (0.5, 0), (0.5, 1), (0, 1)])})                # doctest: +SKIP
     """
 
     def __init__(self, masks: Mapping[str, Where | tuple[Where, Where]]) -> None:
+        if not isinstance(masks, Mapping):
+            raise KitError(
+                f"GivenMasks takes a mapping such as {{'0007': mask}} by items' names, not {shortened(masks)}."
+            )
         self._masks = {str(item): _pair(str(item), given) for item, given in masks.items()}
         bits = b"".join(
             f"{item}\n".encode() + np.packbits(pair).tobytes() for item, pair in sorted(self._masks.items())
@@ -324,7 +344,12 @@ def _filled(item: str, where: Any) -> Mask:
         raise KitError(
             f"GivenMasks: item {item!r} has {len(covered)} masks in one array. Pass (original, edited) as a tuple."
         )
-    return np.asarray(covered[0] >= 0.5)
+    mask = np.asarray(covered[0] >= 0.5)
+    if not mask.any():
+        raise KitError(
+            f"GivenMasks: the mask of item {item!r} is empty: it covers no token by half. Give a larger one."
+        )
+    return mask
 
 
 def segmenter_of(pipe: Any) -> Segmenter | None:

@@ -227,7 +227,7 @@ def test_masks_are_asked_once_and_items_without_are_told_with_reasons(pipe, saes
     assert len(segmenter.asked) == asked and second.artifact.name != first.artifact.name
     for result in (first, second):
         (failed,) = result.failed
-        assert failed["item"] == bad and "the mask of the original picture is empty" in failed["reason"]
+        assert failed["item"] == bad and "the mask of either picture is empty" in failed["reason"]
         assert result.n == len(items) - 1
         assert result.artifact.stamp["facts"] == {"items": len(items), "failed": 1}
         line = lines(result)[bad]
@@ -406,6 +406,8 @@ def test_what_cannot_be_measured_is_refused(pipe, saes, items, tmp_path, uncheck
         asked(segmenter=GivenMasks({"other": np.ones((4, 4))}))
     with pytest.raises(KitError, match="judge is one such as WorldJudge"):
         asked(judge=WorldJudge)
+    with pytest.raises(KitError, match="spatial is True or False, not 'no'"):
+        asked(spatial="no")
     with pytest.raises(KitError, match="batch_size must be an integer of at least 1"):
         asked(batch_size=0)
     with pytest.raises(KitError, match="seed must be an integer of at least 0"):

@@ -107,6 +107,8 @@ def riebench(
     check_asked(finds, items)
     tells = _read_judge(pipe, judge)
     size = whole_number(f"{_ASKED}: batch_size", batch_size)
+    if not isinstance(spatial, bool):
+        raise KitError(f"{_ASKED}: spatial is True or False, not {spatial!r}.")
     model = made_by(pipe)
     pictures = {
         "items": {"digest": items.digest, "counts": items.counts()},
@@ -121,7 +123,7 @@ def riebench(
         "features": features,
         "settings": [[each.method, each.k, each.strength, list(each.blocks)] for each in settings],
         "judge": tells and tells.name,
-        "spatial": bool(spatial),
+        "spatial": spatial,
         "seed": whole_number(f"{_ASKED}: seed", seed, least=0),
         **({"n_contest": len(settings_of(methods, features, neurons))} if by_block else {}),
     }
