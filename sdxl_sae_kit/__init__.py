@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.icons import draw_icons as draw_icons
     from sdxl_sae_kit.interventions import replay as replay
     from sdxl_sae_kit.interventions import steer as steer
+    from sdxl_sae_kit.items import Item as Item
+    from sdxl_sae_kit.items import Items as Items
     from sdxl_sae_kit.items import load_items as load_items
     from sdxl_sae_kit.judges import EmbeddingJudge as EmbeddingJudge
     from sdxl_sae_kit.label_tests import auto_label as auto_label
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.streaming import stream as stream
     from sdxl_sae_kit.studies.ablation import ablate as ablate
     from sdxl_sae_kit.studies.attribution import attribute as attribute
+    from sdxl_sae_kit.studies.benchmarked import RIEBench as RIEBench
     from sdxl_sae_kit.studies.block_ranking import rank_blocks as rank_blocks
     from sdxl_sae_kit.studies.causes import measure_causes as measure_causes
     from sdxl_sae_kit.studies.generalization import generalize as generalize
@@ -102,7 +105,7 @@ _NAMES = {
     "html": ["show_images", "show_table"],
     "icons": ["draw_icons"],
     "interventions": ["replay", "steer"],
-    "items": ["load_items"],
+    "items": ["Item", "Items", "load_items"],
     "judges": ["EmbeddingJudge"],
     "label_tests": ["auto_label", "score_label", "test_label"],
     "labellers": ["EndpointLabeller", "TransformersLabeller", "WorldLabeller"],
@@ -125,6 +128,7 @@ _NAMES = {
     "streaming": ["stream"],
     "studies.ablation": ["ablate"],
     "studies.attribution": ["attribute"],
+    "studies.benchmarked": ["RIEBench"],
     "studies.block_ranking": ["rank_blocks"],
     "studies.causes": ["measure_causes"],
     "studies.generalization": ["generalize"],

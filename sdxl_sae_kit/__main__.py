@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_riebench(commands: Any) -> None:
     text = "edit pictures while they are drawn, by every method on the same items, and measure what comes out"
     about = (
-        f"{text[0].upper()}{text[1:]}. Updates are collected and SAEs trained as in the notebooks, unless the store "
+        f"{text[0].upper()}{text[1:]}. Updates are collected and SAEs trained as in notebook 07, unless the store "
         "has them; what cannot be done is refused before. Interrupted, it goes on when run again with the same "
         "settings."
     )
@@ -110,17 +110,19 @@ def _add_riebench(commands: Any) -> None:
         "--items", help="world, natural, or the published JSON file (default: world for tiny models, else natural)"
     )
     bench.add_argument(
-        "-n", type=int, metavar="PER_TYPE", help="items of each type (default: 20 of world, else all there are)"
+        "-n", type=int, metavar="PER_KIND", help="items of each kind (default: 20 of world, else all there are)"
     )
-    bench.add_argument("--saes", metavar="NAME", help="which of the scale's SAEs, such as k10 (default: the first)")
+    bench.add_argument("--saes", metavar="NAME", help="which of the scale's SAEs, such as k10 (default: the second)")
     bench.add_argument(
         "--methods",
         type=_words,
-        help="some of sae, sae_adaptive, steering, neurons and random, by commas (default: all)",
+        help="of sae, sae_adaptive, steering, neurons, random, by commas (default: all); prompt and none always are",
     )
     bench.add_argument(
-        "--hookpoints", type=_words, help="blocks whose features are moved, by commas (default: the four of the paper)"
-    )
+        "--hookpoints", type=_words, metavar="BLOCKS",
+        help="blocks whose features are moved, by commas (default: down.2.1,up.0.2,up.1.0,up.1.1, which decide most, "
+        "for tiny models, else the four of the paper)",
+    )  # fmt: skip
     bench.add_argument(
         "--num-inference-steps", type=int, metavar="STEPS",
         help="of every picture (default: 4, or as a model that is meant to be guided draws)",
@@ -131,7 +133,7 @@ def _add_riebench(commands: Any) -> None:
     bench.add_argument("--seed", type=int, default=0, help="of items and random features (default: %(default)s)")
     bench.add_argument("--batch-size", type=int, default=20, help="items drawn at once (default: %(default)s)")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write everything there too")
-    bench.add_argument("--plan", action="store_true", help="only say what it costs")
+    bench.add_argument("--plan", action="store_true", help="only say what it costs; draws a few pictures to time them")
     _add_store(bench)
     bench.set_defaults(command=_riebench)
 
@@ -158,9 +160,10 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _riebench(options: argparse.Namespace) -> None:
-    from sdxl_sae_kit.artifacts import whole_number
+    from sdxl_sae_kit.artifacts import counted, whole_number
+    from sdxl_sae_kit.attended import few_steps
     from sdxl_sae_kit.files import writable
-    from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, resolve
+    from sdxl_sae_kit.hookpoints import resolve
     from sdxl_sae_kit.items import load_items
     from sdxl_sae_kit.pipelines import load_pipeline
     from sdxl_sae_kit.studies.grids import forecast_riebench
@@ -177,9 +180,9 @@ def _riebench(options: argparse.Namespace) -> None:
     if options.json:
         writable("benchmark", options.json)
     pipe = load_pipeline(options.model)
-    named = (resolve(pipe.unet, name).name for name in options.hookpoints or DEFAULT_HOOKPOINTS)
+    named = (resolve(pipe.unet, name).name for name in options.hookpoints or saes.hookpoints)
     hookpoints, methods = list(dict.fromkeys(named)), options.methods or METHODS
-    draws = _draws(options, pipe)
+    draws = few_steps(pipe, options.num_inference_steps, options.guidance_scale)
     forecast = forecast_riebench(
         len(items), methods, hookpoints=hookpoints, num_inference_steps=draws["num_inference_steps"]
     )
@@ -196,18 +199,10 @@ def _riebench(options: argparse.Namespace) -> None:
     if options.json:
         result.write_json(options.json)
     print(f"\n{result.artifact.folder}")
-
-
-def _draws(options: argparse.Namespace, pipe: Any) -> dict[str, Any]:
-    """Steps and guidance: the benchmark's own, 4 and 0, but for models that draw nothing good without guidance."""
-    from sdxl_sae_kit.pipelines import chosen, chosen_guidance, describe
-
-    meant = describe(pipe)
-    steps, guidance = (meant.num_inference_steps, meant.guidance_scale) if meant.guidance_scale > 1 else (4, 0.0)
-    return {
-        "num_inference_steps": chosen("--num-inference-steps", options.num_inference_steps, steps),
-        "guidance_scale": chosen_guidance(options.guidance_scale, guidance),
-    }
+    if not result.n:
+        raise KitError(
+            f"Nothing could be scored: {counted(len(result.failed), 'items')} failed; the reasons are above."
+        )
 
 
 def _tell_plan(pipe: Any, some: Any, draws: dict[str, Any], forecast: Any) -> None:
@@ -221,15 +216,16 @@ def _tell_plan(pipe: Any, some: Any, draws: dict[str, Any], forecast: Any) -> No
 
 
 def _tell_bench(result: Any) -> None:
+    from sdxl_sae_kit.artifacts import counted
     from sdxl_sae_kit.studies.distances import written
 
-    measures = [measure for measure in result.scores.measures if result.n]
-    rows = [
-        {name: "–" if row[name] is None else row[name] for name in ("method", "k", "strength")}
-        | {measure: written(row, measure) for measure in measures}
-        for row in result.rows()
-    ]
-    print(f"Means over {result.n} items, with 95 % intervals\n{_table(rows)}\n\n{result.sentence()}")
+    if result.n:
+        rows = [
+            {name: "–" if row[name] is None else row[name] for name in ("method", "k", "strength")}
+            | {measure: written(row, measure) for measure in result.scores.measures}
+            for row in result.rows()
+        ]
+        print(f"Means over {counted(result.n, 'items')}, with 95 % intervals\n{_table(rows)}\n\n{result.sentence()}")
     if result.failed:
         print(f"\nFailed items\n{_table(result.failed)}")
 

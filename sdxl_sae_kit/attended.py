@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,13 +57,13 @@ class AttentionSegmenter:
         pipe: what the pictures are drawn with.
         hookpoints: the transformer blocks to read.
         threshold: share of the attention's range, 0 to 1.
-        num_inference_steps: as the pictures were drawn.
-        guidance_scale: as the pictures were drawn; with guidance only the half of the prompt is read.
+        num_inference_steps: as the pictures were drawn; by default as `riebench` draws them.
+        guidance_scale: likewise; with guidance only the half of the prompt is read.
         batch_size: pictures drawn at once.
 
     Raises:
         HookpointError: the U-Net has no such block.
-        KitError: impossible threshold, steps, guidance or batch size.
+        KitError: no hookpoints, impossible threshold, steps, guidance or batch size.
 
     Source: Hertz et al. 2022, Prompt-to-Prompt (arXiv 2208.01626), the averages of cross-attention maps.
 
@@ -76,24 +77,23 @@ class AttentionSegmenter:
         hookpoints: Sequence[str] = DEFAULT_HOOKPOINTS,
         *,
         threshold: float = 0.5,
-        num_inference_steps: int = 4,
-        guidance_scale: float = 0.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         batch_size: int = 20,
     ) -> None:
-        if not 0 < threshold <= 1:
-            raise KitError(f"AttentionSegmenter: threshold is a share of the range, above 0 to 1, not {threshold!r}.")
+        _check_share(threshold)
         model = describe(pipe)
         self._pipe, self._threshold = pipe, threshold
         self._batch_size = whole_number("AttentionSegmenter: batch_size", batch_size)
-        self._hookpoints = [resolve(pipe.unet, name) for name in hookpoints]
-        self._settings: dict[str, Any] = {
-            "num_inference_steps": chosen("num_inference_steps", num_inference_steps, 4),
-            "guidance_scale": chosen_guidance(guidance_scale, 0.0),
-        }
+        names = [hookpoints] if isinstance(hookpoints, str) else hookpoints
+        self._hookpoints = [resolve(pipe.unet, name) for name in names]
+        if not self._hookpoints:
+            raise KitError("AttentionSegmenter reads one hookpoint or more, such as ['up.0.1'], not none.")
+        self._settings = few_steps(pipe, num_inference_steps, guidance_scale)
         read = ", ".join(hookpoint.name for hookpoint in self._hookpoints)
         self.name = (
-            f"attention of {model.name} {model.revision} at {read} from {threshold:g} on, {num_inference_steps} steps, "
-            f"guidance {guidance_scale:g}"
+            f"attention of {model.name} {model.revision} at {read} from {threshold:g} on, "
+            f"{self._settings['num_inference_steps']} steps, guidance {self._settings['guidance_scale']:g}"
         )
 
     def __call__(self, shots: Sequence[Shot], asked: Sequence[str]) -> list[Bool[np.ndarray, "_y _x"]]:
@@ -156,6 +156,27 @@ class AttentionSegmenter:
                 f"pass num_inference_steps= and guidance_scale= as the pictures had; it draws with "
                 f"{self._settings['num_inference_steps']} steps and guidance {self._settings['guidance_scale']:g}."
             )
+
+
+def _check_share(threshold: Any) -> None:
+    if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 < float(threshold) <= 1:
+        raise KitError(f"AttentionSegmenter: threshold is a share of the range, above 0 to 1, not {threshold!r}.")
+
+
+def few_steps(pipe: Any, num_inference_steps: int | None = None, guidance_scale: float | None = None) -> dict[str, Any]:
+    """How a benchmark of edits draws unless told otherwise: in 4 steps without guidance.
+
+    A model that is meant to be guided draws nothing good so; its pictures have its own steps and guidance.
+
+    Raises:
+        KitError: impossible steps or guidance.
+    """
+    meant = describe(pipe)
+    steps, guidance = (meant.num_inference_steps, meant.guidance_scale) if meant.guidance_scale > 1 else (4, 0.0)
+    return {
+        "num_inference_steps": chosen("num_inference_steps", num_inference_steps, steps),
+        "guidance_scale": chosen_guidance(guidance_scale, guidance),
+    }
 
 
 def _made(shot: Shot) -> tuple[str, int]:

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from sdxl_sae_kit.errors import PromptError, did_you_mean
 from sdxl_sae_kit.masks import shortened
 
+RESULT = "sdxl-sae-kit riebench"
+"""The format of what `RIEBench.write_json` writes."""
 LARGEST_FILE = 64 * 2**20
 FIELDS = (
     "id", "editing_type_id", "original_prompt", "editing_prompt", "editing_instruction", "original_gsam_prompt",
@@ -88,6 +90,8 @@ def _parse(text: str, path: Path | str) -> Any:
         raise PromptError(f"{path} is not JSON ({cause}). Mend it there.") from None
     if not isinstance(content, list | Mapping):
         raise PromptError(f"{path} holds {shortened(content)}. Write a list of records, or an object id → record.")
+    if isinstance(content, Mapping) and content.get("format") == RESULT:
+        raise PromptError(f"{path} is a result of riebench, not items. Give the file that holds its items.")
     if isinstance(content, Mapping) and set(FIELDS[1:]) & content.keys():
         raise PromptError(f"{path} holds a single record, not a list of them. Write [ before and ] behind it.")
     return content
@@ -113,12 +117,15 @@ def _record(key: str | None, record: Any) -> Record:
     for field, value in record.items():
         _refuse_foreign(field, value)
     name, type_id = _id(key, record), _type_id(record)
+    original, edited = _prompt(record, "original_prompt"), _prompt(record, "editing_prompt")
+    if original == edited:
+        raise PromptError("its original_prompt and editing_prompt are the same. Write what changes.")
     # What is added is not on the original picture, nor what is deleted on the edited one: nothing is looked for there.
     return Record(
         name,
         int(type_id),
-        _prompt(record, "original_prompt"),
-        _prompt(record, "editing_prompt"),
+        original,
+        edited,
         _text(record, "original_gsam_prompt", needed=type_id != "2"),
         _text(record, "editing_gsam_prompt", needed=type_id != "3"),
         _text(record, "editing_instruction", needed=False),

@@ -54,9 +54,9 @@ class Item:
     """A value of `EDIT_TYPES`."""
     original: str
     edited: str
-    original_mask: str
+    original_mask: str = "#everything"
     """What to find on the picture of the original prompt: a thing, "background", "#everything", or "~" and what not."""
-    edited_mask: str
+    edited_mask: str = "#everything"
     instruction: str = ""
     seed: int = 0
     """Of both pictures."""
@@ -68,6 +68,11 @@ class Item:
         _check_kind(self.kind)
         for name in _TEXTS:
             _check_text(name, getattr(self, name), needed=name in _NEEDED)
+        if self.original == self.edited:
+            raise PromptError(f"Item: original and edited are both {shortened(self.original)}. Write what changes.")
+        for name, scene in (("before", self.before), ("after", self.after)):
+            if not isinstance(scene, Scene | None):
+                raise PromptError(f"Item: {name} is a Scene of the tiny world or None, not {shortened(scene)}.")
         object.__setattr__(self, "seed", whole_number("Item: seed", self.seed, least=0))
         if self.seed >= 2**63:
             raise PromptError(f"Item: the seed {self.seed} is too large; seeds are at most 2⁶³ − 1.")
@@ -115,6 +120,8 @@ class Items(Sequence[Item]):
     items: tuple[Item, ...]
 
     def __post_init__(self) -> None:
+        if strange := [item for item in self.items if not isinstance(item, Item)]:
+            raise PromptError(f"Items are made of Items such as load_items gives, not {shortened(strange[0])}.")
         if twins := [name for name, n in Counter(item.name for item in self.items).items() if n > 1]:
             raise PromptError(f"Items need different names; there is more than one {twins[0]!r}. Rename all but one.")
 
@@ -164,7 +171,12 @@ class Items(Sequence[Item]):
         return Items(tuple(replace(item, seed=seed + place) for place, item in enumerate(self.items)))
 
     def rows(self, n: int | None = None) -> list[dict[str, Any]]:
-        """The first n as rows of a table."""
+        """The first n as rows of a table.
+
+        Raises:
+            KitError: n is no integer from 0 on.
+        """
+        n = len(self) if n is None else whole_number("n", n, least=0)
         return [
             {
                 "item": item.name,
@@ -251,6 +263,8 @@ def _check_kind(kind: str) -> None:
 def _check_text(name: str, text: object, *, needed: bool) -> None:
     if not isinstance(text, str):
         raise PromptError(f"Item: {name} is a text, not {shortened(text)}.")
+    if not text.isascii() and any("\ud800" <= sign <= "\udfff" for sign in text):
+        raise PromptError(f"Item: {name} is {shortened(text)}, no valid Unicode. Mend it.")
     if needed and not text.strip():
         raise PromptError(f"Item: {name} is {shortened(text)}, which says nothing. Write a text.")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from sdxl_sae_kit.errors import KitError, ModelError, did_you_mean
 from sdxl_sae_kit.files import hash_file, sha256
-from sdxl_sae_kit.masks import Where, as_mask
+from sdxl_sae_kit.masks import Where, as_mask, shortened
 from sdxl_sae_kit.pipelines import describe
 from sdxl_sae_kit.tiny import NAMES, WEIGHTS
 from sdxl_sae_kit.tiny.judge import FILE, load_judge
@@ -35,6 +35,7 @@ WHOLE = 0.75
 Mask = Bool[np.ndarray, "_y _x"]
 """Of any size; it covers the whole picture."""
 Side = Literal["original", "edited"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,11 @@ def _by_the_rules(item: Item, original: Shot, edited: Shot) -> list[_Question]:
     before, after = (
         _Question(each.shot, each.prompt, *_read(each.prompt.strip())) for each in _as_they_are(item, original, edited)
     )
+    return _looked_for(item, before, after)
+
+
+def _looked_for(item: Item, before: T, after: T) -> list[T]:
+    """Nothing is on the original picture of what is added, nor on the edited one of what is deleted."""
     return {"add object": [after], "delete object": [before]}.get(item.kind, [before, after])
 
 
@@ -137,6 +143,8 @@ def _read_plain(prompt: str) -> tuple[str, bool]:
 def _paired(answers: Sequence[Mask | str]) -> tuple[Mask, Mask] | str:
     reasons = [answer for answer in answers if isinstance(answer, str)]
     masks = [answer for answer in answers if not isinstance(answer, str)]
+    if len(reasons) == 2 and reasons[0].replace("original picture", "edited picture") == reasons[1]:
+        return reasons[1].replace("the edited picture", "either picture")
     return "; ".join(reasons) if reasons else (masks[0], masks[-1])
 
 
@@ -166,18 +174,48 @@ def _answer(segmenter: Segmenter, question: _Question, found: Mask | str) -> Mas
 
 def _found(segmenter: Segmenter, questions: Sequence[_Question]) -> list[Mask | str]:
     """What the segmenter finds for the words of each; one that it refuses costs the others nothing."""
-    if not questions:
+    if not (n := len(questions)):
         return []
     try:
-        return [*segmenter([each.shot for each in questions], [each.words for each in questions])]
+        return _checked(segmenter, segmenter([each.shot for each in questions], [each.words for each in questions]), n)
     except ModelError:
         raise
     except KitError as error:
-        if len(questions) > 1:
-            half = len(questions) // 2
+        if n > 1:
+            half = n // 2
             return _found(segmenter, questions[:half]) + _found(segmenter, questions[half:])
         side, prompt = questions[0].shot.side, questions[0].prompt
         return [f"there is no mask of the {side} picture for {prompt!r}: {segmenter.name} says: {error}"]
+
+
+def _checked(segmenter: Segmenter, masks: Any, n: int) -> list[Mask | str]:
+    """The answer of a segmenter, which may be anyone's."""
+    if not isinstance(masks, Sequence | np.ndarray) or len(masks) != n:
+        found = f"{len(masks)}" if isinstance(masks, Sequence | np.ndarray) else f"{type(masks).__name__}"
+        raise ModelError(
+            f"The segmenter {segmenter.name!r} was asked for {n} masks and gave {found}. Give one for each."
+        )
+    for mask in masks:
+        if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.ndim != 2 or not mask.size:
+            found = f"{mask.dtype} of shape {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__
+            raise ModelError(f"The segmenter {segmenter.name!r} gives arrays (y, x) of bool as masks, not {found}.")
+    return list(masks)
+
+
+def check_asked(segmenter: Segmenter, items: Sequence[Item]) -> None:
+    """Refuse, before anything is drawn, items of which it is clear that no mask will be found.
+
+    Raises:
+        KitError: masks are given and one is missing, or none of the words asked for are the tiny world's.
+    """
+    if isinstance(segmenter, GivenMasks):
+        segmenter.check([item.name for item in items])
+    if isinstance(segmenter, WorldSegmenter):
+        prompts = (_looked_for(item, item.original_mask, item.edited_mask) for item in items)
+        asked = [_read(prompt.strip())[0] for pair in prompts for prompt in pair]
+        sought = [words for words in asked if words not in (EVERYTHING, FOREGROUND)]
+        if sought and not set(sought) & set(segmenter.KNOWN):
+            segmenter.check(sought)
 
 
 # The tiny world and masks by hand -----------------------------------------------------------------------------------
@@ -210,16 +248,23 @@ class WorldSegmenter:
         Raises:
             KitError: it does not know the words, or a picture has another size.
         """
-        for words in asked:
-            if words not in self.KNOWN:
-                raise KitError(
-                    f"The tiny world has no {words!r}; a mask prompt can be {', '.join(self.KNOWN)}."
-                    f"{did_you_mean(words, self.KNOWN)}"
-                )
+        self.check(asked)
         pictures = [np.clip(shot.picture * 255, 0, 255).round().astype(np.uint8) for shot in shots]
         masks = self._judge.read([Image.fromarray(picture) for picture in pictures]).mask
         pairs = zip(masks, asked, strict=True)
         return [_in_half(mask, _HALVES[words]) if words in _HALVES else mask for mask, words in pairs]
+
+    def check(self, asked: Sequence[str]) -> None:
+        """Refuse words that it does not know.
+
+        Raises:
+            KitError: naming the first of them.
+        """
+        if words := next((words for words in asked if words not in self.KNOWN), None):
+            raise KitError(
+                f"The tiny world has no {words!r}, only {', '.join(self.KNOWN)}. Take load_items('world'), or "
+                f"segmenter=AttentionSegmenter(pipe).{did_you_mean(words, self.KNOWN)}"
+            )
 
 
 def _in_half(mask: Bool[np.ndarray, "64 64"], half: tuple[slice, slice]) -> Bool[np.ndarray, "64 64"]:
@@ -245,12 +290,16 @@ class GivenMasks:
             A token is in the mask where at least half of it is covered.
 
     Raises:
-        KitError: one is no mask.
+        KitError: it is no mapping, or one is no mask or empty.
 
     >>> segmenter = GivenMasks({"0007": Polygon([(0, 0), (0.5, 0), (0.5, 1), (0, 1)])})                # doctest: +SKIP
     """
 
     def __init__(self, masks: Mapping[str, Where | tuple[Where, Where]]) -> None:
+        if not isinstance(masks, Mapping):
+            raise KitError(
+                f"GivenMasks takes a mapping such as {{'0007': mask}} by items' names, not {shortened(masks)}."
+            )
         self._masks = {str(item): _pair(str(item), given) for item, given in masks.items()}
         bits = b"".join(
             f"{item}\n".encode() + np.packbits(pair).tobytes() for item, pair in sorted(self._masks.items())
@@ -263,13 +312,20 @@ class GivenMasks:
         Raises:
             KitError: there is none.
         """
-        for shot in shots:
-            if shot.item not in self._masks:
-                raise KitError(
-                    f"No mask is given for item {shot.item!r}; there are {len(self._masks)}. Add it to the masks."
-                    f"{did_you_mean(shot.item, self._masks)}"
-                )
+        self.check([shot.item for shot in shots])
         return [self._masks[shot.item][shot.side == "edited"] for shot in shots]
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuse items that it has no mask for.
+
+        Raises:
+            KitError: naming the first of them.
+        """
+        if missing := [name for name in names if name not in self._masks]:
+            raise KitError(
+                f"No mask is given for item {missing[0]!r}; there are {len(self._masks)}. Add it to the masks."
+                f"{did_you_mean(missing[0], self._masks)}"
+            )
 
 
 def _pair(item: str, given: Any) -> tuple[Mask, Mask]:
@@ -288,7 +344,12 @@ def _filled(item: str, where: Any) -> Mask:
         raise KitError(
             f"GivenMasks: item {item!r} has {len(covered)} masks in one array. Pass (original, edited) as a tuple."
         )
-    return np.asarray(covered[0] >= 0.5)
+    mask = np.asarray(covered[0] >= 0.5)
+    if not mask.any():
+        raise KitError(
+            f"GivenMasks: the mask of item {item!r} is empty: it covers no token by half. Give a larger one."
+        )
+    return mask
 
 
 def segmenter_of(pipe: Any) -> Segmenter | None:

@@ -249,7 +249,7 @@ def test_pictures_of_other_sizes_are_drawn_apart(pipe):
     assert one.shape == (64, 64) and other.shape == (64, 96)
 
 
-def test_the_name_tells_the_model_and_the_settings(pipe):
+def test_the_name_tells_the_model_and_the_settings(pipe, unchecked_types):
     names = {
         AttentionSegmenter(pipe).name, AttentionSegmenter(pipe, ["mid.0"]).name,
         AttentionSegmenter(pipe, threshold=0.4).name, AttentionSegmenter(pipe, num_inference_steps=1).name,
@@ -259,6 +259,11 @@ def test_the_name_tells_the_model_and_the_settings(pipe):
     assert isinstance(AttentionSegmenter(pipe), Segmenter)
     with pytest.raises(KitError, match="threshold is a share"):
         AttentionSegmenter(pipe, threshold=0.0)
+    with pytest.raises(KitError, match="threshold is a share of the range, above 0 to 1, not '0.5'"):
+        AttentionSegmenter(pipe, threshold="0.5")
+    with pytest.raises(KitError, match="reads one hookpoint or more"):
+        AttentionSegmenter(pipe, [])
+    assert AttentionSegmenter(pipe, "up.0.1").name == AttentionSegmenter(pipe, ["up.0.1"]).name
     with pytest.raises(KitError, match="batch_size must be an integer of at least 1"):
         AttentionSegmenter(pipe, batch_size=0)
     with pytest.raises(HookpointError, match="No hookpoint .up.0.l."):

@@ -11,11 +11,10 @@ import pytest
 from sdxl_sae_kit import __main__ as cli
 from sdxl_sae_kit.artifacts import Store, kit_version
 from sdxl_sae_kit.errors import ModelError
-from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
 from sdxl_sae_kit.pipelines import load_pipeline
 from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.scales import load_scale
-from sdxl_sae_kit.usual_saes import UsualSAEs
+from sdxl_sae_kit.usual_saes import DECISIVE, UsualSAEs
 
 
 def finished_artifact(root):
@@ -196,26 +195,35 @@ def test_riebench_passes_on_what_it_was_given_and_prints_rows_sentence_failures_
     bench_of, tmp_path, pipe, capsys
 ):
     calls = bench_of()
-    chosen = ["--saes", "k10", "--methods", "sae, random,", "--hookpoints", "mid.0,up.0.1", "-n", "2", "--seed", "3"]
+    chosen = ["--saes", "k10", "--methods", "sae, random,", "--hookpoints", "up.1.0,down.2.1", "-n", "2", "--seed", "3"]
     kept = ["--json", str(tmp_path / "new" / "out.json"), "--store", str(tmp_path), "--batch-size", "5"]
     assert cli.main(["riebench", *chosen, *kept]) == 0
     assert [name for name, *_ in calls] == ["collect", "train", "riebench"]
     (_, (given_pipe, saes, items), settings) = calls[2]
     names = {hookpoint: sae.name for hookpoint, sae in saes.items()}
-    assert given_pipe is pipe and names == {h: f"k10 at {h}" for h in ("mid.0", "up.0.1")}
+    assert given_pipe is pipe and names == {h: f"k10 at {h}" for h in ("up.1.0", "down.2.1")}
     assert len(items) == 18 and items[0].seed == 3
     assert settings == {"methods": ["sae", "random"], "seed": 3, "batch_size": 5, "store": tmp_path, **TURBO}
-    assert calls[0][1][2] == DEFAULT_HOOKPOINTS, "what the notebooks collect, which the store may have"
+    assert calls[0][1][2] == DECISIVE, "what the notebook collects, which the store may have"
     said = capsys.readouterr().out
     assert "Means over 4 items" in said and "none    –  0.000" in said and "0.500 [0.250, 0.750]" in said
     assert "4 items scored." in said and "change pose 1  change pose  the mask is empty" in said
     assert said.endswith(f"{tmp_path / 'there'}\n") and (tmp_path / "new" / "out.json").read_text() == "{}"
 
 
+def test_where_every_item_fails_riebench_says_why_and_writes_what_there_is(bench_of, tmp_path, capsys):
+    bench_of(n=0, rows=None, sentence=None)
+    assert cli.main(["riebench", "-n", "1", "--json", str(tmp_path / "out.json")]) == 1
+    said = capsys.readouterr()
+    assert "change pose 1  change pose  the mask is empty" in said.out and str(tmp_path / "there") in said.out
+    assert said.err == "KitError: Nothing could be scored: 1 item failed; the reasons are above.\n"
+    assert (tmp_path / "out.json").read_text() == "{}"
+
+
 def test_riebench_collects_other_hookpoints_by_themselves_and_knows_module_paths(bench_of, capsys):
     calls = bench_of(failed=[])
-    assert cli.main(["riebench", "--hookpoints", "up.1.0, unet.up_blocks.1.attentions.1,up.1.1", "-n", "1"]) == 0
-    assert calls[0][1][2] == ["up.1.0", "up.1.1"] and list(calls[2][1][1]) == ["up.1.0", "up.1.1"]
+    assert cli.main(["riebench", "--hookpoints", "up.0.0, unet.up_blocks.0.attentions.0,up.0.1", "-n", "1"]) == 0
+    assert calls[0][1][2] == ["up.0.0", "up.0.1"] and list(calls[2][1][1]) == ["up.0.0", "up.0.1"]
     assert "Failed" not in capsys.readouterr().out
 
 
@@ -249,25 +257,25 @@ def test_riebench_plan_draws_one_batch_and_says_what_drawing_collecting_and_trai
     assert drawing.startswith("18 items in 10 settings: 180 pictures in 4 step")
     assert drawing.endswith("each, about 1.5 minutes.")
     assert re.match(
-        r"Updates to be collected before: 240 images, .* tokens, .*MB, about .* on this machine", collecting
+        r"Updates to be collected before: 120 images, .* tokens, .*MB, about .* on this machine", collecting
     )
-    assert training == "4 SAEs to be trained before, in 4 passes over the updates."
+    assert training == "4 SAEs to be trained before, in 1 pass over the updates."
 
 
 def test_a_plan_leaves_out_what_the_store_has(pipe, store, monkeypatch):
     """Collected and trained for a moment, with few prompts and one pass."""
-    few = replace(load_scale("tiny-turbo", "smoke"), n_images=30, epochs=1)
+    few = replace(load_scale("tiny-turbo", "smoke"), n_images=30)
     monkeypatch.setattr("sdxl_sae_kit.usual_saes.load_scale", lambda *_: few)
     saes = UsualSAEs("tiny-turbo", "smoke", "k10", store)
-    assert saes.forecast(pipe, ["up.0.1"]).startswith("Updates to be collected before: 30 images")
-    made = saes.make(pipe, ["up.0.1"])
-    assert made["up.0.1"].k == 10 and made["up.0.1"].hookpoint == "up.0.1"
-    assert saes.forecast(pipe, ["up.0.1"]) == "The SAEs are in the store."
-    more = saes.forecast(pipe, ["up.0.1", "mid.0"])
+    assert saes.forecast(pipe, ["up.1.0"]).startswith("Updates to be collected before: 15 images")
+    made = saes.make(pipe, ["up.1.0"])
+    assert made["up.1.0"].k == 10 and made["up.1.0"].hookpoint == "up.1.0"
+    assert saes.forecast(pipe, ["up.1.0"]) == "The SAEs are in the store."
+    more = saes.forecast(pipe, ["up.1.0", "up.1.1"])
     assert re.fullmatch(r"1 SAE to be trained before, in 1 pass over the updates: \d+ steps? of 1,024 tokens\.", more)
-    other = UsualSAEs("tiny-turbo", "smoke", "k5", store).forecast(pipe, ["up.0.1"])
+    other = UsualSAEs("tiny-turbo", "smoke", "k5", store).forecast(pipe, ["up.1.0"])
     assert other.startswith("1 SAE to be trained before")
-    assert saes.forecast(pipe, ["up.1.0"]).startswith("Updates to be collected before")
+    assert saes.forecast(pipe, ["mid.0"]).startswith("Updates to be collected before")
 
 
 REFUSED = [
@@ -280,7 +288,7 @@ REFUSED = [
     (["--batch-size", "-3"], "--batch-size must be an integer of at least 1, not -3"),
     (["--hookpoints", "down.9,foo"], "No hookpoint 'down.9' in this U-Net"),
     (["--scale", "huge"], "SCALE is 'smoke' or 'demo', not 'huge'"),
-    (["--num-inference-steps", "0"], "--num-inference-steps must be an integer of at least 1, not 0"),
+    (["--num-inference-steps", "0"], "num_inference_steps must be an integer of at least 1, not 0"),
     (["--guidance-scale", "nan"], "guidance_scale must be a finite number from 0 on, not nan"),
     (["--json", "/proc/none/out.json"], "The benchmark cannot go to /proc/none/out.json"),
     (["--json", "/"], "it is a folder"),

@@ -62,6 +62,9 @@ def test_by_block_tries_all_blocks_each_alone_and_each_left_out_once(by_block, t
     [
         (["steer"], r"methods are sae, .*, not 'steer'. Did you mean 'steering'\?"),
         (["sae", "sae"], "has one twice"),
+        (None, "methods are names such as .* or a mapping, not None"),
+        (5, "methods are names such as"),
+        ({"sae": {"k": [[8]]}}, r"k of sae must be an integer of at least 1, not \[8\]"),
         ({"sae": [8]}, r"is a mapping such as \{'k': \[8, 16\]"),
         ({"sae": {"strengths": [1]}}, r"takes k and strength, no 'strengths'. .* Did you mean 'strength'\?"),
         ({"steering": {"k": [1]}}, "steering takes strength, no 'k'. Leave it out"),
@@ -106,3 +109,19 @@ def test_the_forecast_multiplies_items_and_settings() -> None:
     assert forecast == Forecast(296, 48 + 8, 4, 296 * 56 / 2) and forecast.n_pictures == 16_576
     assert str(forecast) == "296 items in 56 settings: 16,576 pictures in 4 steps each, about 2.3 hours."
     assert str(forecast_riebench(1, [])) == "1 item in 2 settings: 2 pictures in 4 steps each."
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        *(({"n_items": n}, "n_items must be an integer of at least 1") for n in ("296", None, -1, 1.5, True)),
+        *(({"seconds_per_picture": s}, "seconds_per_picture is a finite number above 0") for s in ("0.5", -1, True)),
+        ({"num_inference_steps": 0}, "num_inference_steps must be an integer of at least 1, not 0"),
+        ({"hookpoints": []}, "hookpoints are one or more"),
+        ({"hookpoints": ["up.0.l"]}, "SDXL has no hookpoint 'up.0.l', only .* Did you mean 'up.0"),
+    ],
+)
+def test_a_forecast_of_what_cannot_be_is_refused(asked, message, unchecked_types) -> None:
+    with pytest.raises(KitError, match=message):
+        forecast_riebench(**{"n_items": 296} | asked)
+    assert forecast_riebench(1, ["sae"], hookpoints="up.0.1").n_settings == 2 + 8

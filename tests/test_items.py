@@ -16,6 +16,7 @@ from sdxl_sae_kit.errors import KitError, PromptError
 from sdxl_sae_kit.item_files import FIELDS, Record, read_records
 from sdxl_sae_kit.items import EDIT_TYPES, Item, Items, load_items
 from sdxl_sae_kit.prompts import is_held_out
+from sdxl_sae_kit.studies.benchmarked import FORMAT
 from sdxl_sae_kit.tiny.judge import load_judge
 from sdxl_sae_kit.tiny.world import ONE_OBJECT_FACTORS, TWO_OBJECT_FACTORS, factors, object_mask, render
 
@@ -196,7 +197,10 @@ plain = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="[]"
 )
 
 
-@given(st.lists(st.tuples(*[plain] * 5), min_size=1, max_size=4), st.integers(1, 9))
+rows_of_texts = st.tuples(*[plain] * 5).filter(lambda texts: texts[0].split() != texts[1].split())
+
+
+@given(st.lists(rows_of_texts, min_size=1, max_size=4), st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
 def test_any_texts_come_back_with_their_blanks_squeezed(tmp_path_factory, rows, type_id):
     names = ("original_prompt", "editing_prompt", "original_gsam_prompt", "editing_gsam_prompt", "editing_instruction")
@@ -434,6 +438,9 @@ def test_mistakes_say_what_to_do(tmp_path, world):
         ({"original_mask": None}, "Item: original_mask is a text, not None"),
         ({"edited_mask": ["x" * 5000]}, "Item: edited_mask is a text"),
         ({"instruction": 1}, "Item: instruction is a text, not 1"),
+        ({"edited": "a \ud83d bell"}, "Item: edited is .*, no valid Unicode"),
+        ({"edited": "a bell"}, "Item: original and edited are both 'a bell'. Write what changes"),
+        ({"before": {"shape": "star"}}, "Item: before is a Scene of the tiny world or None, not {'shape'"),
     ],
 )
 def test_an_item_checks_itself(unchecked_types, change, complaint):
@@ -449,14 +456,34 @@ def test_wrong_kinds_of_arguments_are_refused_in_words(unchecked_types):
         load_items([record()])
     with pytest.raises(KitError, match="n must be an integer"):
         load_items("natural", 2.5)
+    with pytest.raises(KitError, match="n must be an integer of at least 0, not -1"):
+        load_items("natural", 1).rows(-1)
+    for strange in ("x", 5, None, ""):
+        with pytest.raises(PromptError, match="Items are made of Items such as load_items"):
+            Items((strange,))
+
+
+def test_without_mask_prompts_the_whole_picture_is_edited():
+    assert Item("7", "change style", "a bell", "a sketch").original_mask == "#everything"
+
+
+def test_a_result_of_the_benchmark_is_not_taken_for_items(tmp_path):
+    with pytest.raises(PromptError, match="is a result of riebench, not items"):
+        load_items(written(tmp_path, {"format": FORMAT, "items": []}))
+
+
+def test_a_record_that_changes_nothing_is_refused_by_its_number(tmp_path):
+    same = record() | {"editing_prompt": record()["original_prompt"]}
+    with pytest.raises(PromptError, match=r"Item 1 \(id '7'\) of the file .* are the same"):
+        load_items(written(tmp_path, [same]))
 
 
 def test_a_set_shows_its_counts_and_first_items_and_runs_nothing(world):
     bad = "<script>alert(1)</script>"
-    page = BeautifulSoup(Items((Item(bad, "change style", bad, bad, bad, bad),))._repr_html_(), "html.parser")
+    page = BeautifulSoup(Items((Item(bad, "change style", bad, bad + "!", bad, bad),))._repr_html_(), "html.parser")
     assert not page.find_all("script")
     cells = [cell.get_text() for cell in page.find_all("td")]
-    assert cells == [bad, "change style", bad, bad, bad, "not known", "0", "change style", "1"]
+    assert cells == [bad, "change style", bad, bad + "!", bad, "not known", "0", "change style", "1"]
     page = BeautifulSoup(world._repr_html_(), "html.parser")
     first, counts = page.find_all("table")
     assert len(first.tbody.find_all("tr")) == 10 and world[9].original in first.get_text()

@@ -21,7 +21,7 @@ from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.items import Items, load_items
 from sdxl_sae_kit.judges import WorldJudge
 from sdxl_sae_kit.pipelines import load_pipeline
-from sdxl_sae_kit.segmenters import WorldSegmenter
+from sdxl_sae_kit.segmenters import GivenMasks, WorldSegmenter
 from sdxl_sae_kit.studies import kept_masks, transport
 from sdxl_sae_kit.studies import riebench as module
 from sdxl_sae_kit.studies.benchmarked import FILE, RIEBench
@@ -227,7 +227,7 @@ def test_masks_are_asked_once_and_items_without_are_told_with_reasons(pipe, saes
     assert len(segmenter.asked) == asked and second.artifact.name != first.artifact.name
     for result in (first, second):
         (failed,) = result.failed
-        assert failed["item"] == bad and "the mask of the original picture is empty" in failed["reason"]
+        assert failed["item"] == bad and "the mask of either picture is empty" in failed["reason"]
         assert result.n == len(items) - 1
         assert result.artifact.stamp["facts"] == {"items": len(items), "failed": 1}
         line = lines(result)[bad]
@@ -370,6 +370,13 @@ def test_numbers_that_are_not_finite_are_refused_and_what_was_measured_is_kept(p
         riebench(pipe, saes, items[:1], methods={}, judge=Bad(), **FEW, store=tmp_path)
 
 
+def test_a_guided_model_draws_as_it_is_meant_to(items, tmp_path) -> None:
+    base = load_pipeline("tiny-base")
+    saes = [sae_of(base, "mid.0", SAEConfig(k=8, expansion=2))]
+    found = riebench(base, saes, items[:1], methods={}, judge=None, store=tmp_path)
+    assert (found.artifact.recipe["num_inference_steps"], found.artifact.recipe["guidance_scale"]) == (10, 3.0)
+
+
 def test_random_features_depend_on_the_seed(pipe, saes, items, tmp_path) -> None:
     few = {"methods": {"random": METHODS["random"]}, **FEW, "store": tmp_path}
     one, other = (lines(riebench(pipe, saes, items[:2], seed=seed, **few)) for seed in (0, 1))
@@ -393,8 +400,14 @@ def test_what_cannot_be_measured_is_refused(pipe, saes, items, tmp_path, uncheck
         asked(methods=["steerng"])
     with pytest.raises(KitError, match="segmenter is one such as AttentionSegmenter"):
         asked(segmenter=WorldSegmenter)
+    with pytest.raises(KitError, match=r"no 'pear', only .* Take load_items\('world'\), or segmenter="):
+        asked(items=load_items("natural", 1))
+    with pytest.raises(KitError, match="No mask is given for item 'change object 1'; there are 1"):
+        asked(segmenter=GivenMasks({"other": np.ones((4, 4))}))
     with pytest.raises(KitError, match="judge is one such as WorldJudge"):
         asked(judge=WorldJudge)
+    with pytest.raises(KitError, match="spatial is True or False, not 'no'"):
+        asked(spatial="no")
     with pytest.raises(KitError, match="batch_size must be an integer of at least 1"):
         asked(batch_size=0)
     with pytest.raises(KitError, match="seed must be an integer of at least 0"):

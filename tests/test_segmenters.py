@@ -150,6 +150,29 @@ def test_what_is_to_be_left_out_must_be_found(prompt, words):
     assert "is empty" in other
 
 
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        ([], "asked for 2 masks and gave 0"),
+        (None, "asked for 2 masks and gave NoneType"),
+        ([DOG.astype(float)] * 2, "arrays .* of bool as masks, not float64 of shape"),
+        ([[[True]]] * 2, "of bool as masks, not list"),
+    ],
+)
+def test_what_is_no_answer_is_refused_by_the_segmenters_name(answer, complaint, unchecked_types):
+    def strange(shots, asked):
+        return answer
+
+    strange.name = "my own"
+    with pytest.raises(ModelError, match=f"The segmenter 'my own' .*{complaint}"):
+        found(strange, item("1", "dog", "dog"))
+
+
+def test_one_reason_for_both_pictures_is_told_once():
+    (told,) = found(Knowing(), item("1", "whale", "whale"))
+    assert told == "there is no mask of either picture for 'whale': knowing says: I do not know whale."
+
+
 def test_what_is_no_refusal_is_not_hidden():
     with pytest.raises(KeyError, match="lost"):
         found(Broken(), item("1", "dog", "dog"))
@@ -266,3 +289,11 @@ def test_given_masks_are_named_by_what_they_cover():
 def test_what_is_no_mask_is_refused_by_the_items_name(wrong, unchecked_types):
     with pytest.raises(KitError, match="GivenMasks: .*item '7'"):
         GivenMasks({"7": wrong})
+
+
+def test_given_masks_are_by_name_and_not_empty(unchecked_types):
+    for wrong in (np.ones((2, 2)), [HALF]):
+        with pytest.raises(KitError, match="GivenMasks takes a mapping"):
+            GivenMasks(wrong)
+    with pytest.raises(KitError, match="the mask of item '7' is empty"):
+        GivenMasks({"7": (HALF, np.zeros((2, 2)))})

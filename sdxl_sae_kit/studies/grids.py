@@ -9,8 +9,8 @@ from numbers import Real
 from typing import Any
 
 from sdxl_sae_kit.artifacts import counted, whole_number
-from sdxl_sae_kit.errors import KitError, did_you_mean
-from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
+from sdxl_sae_kit.errors import HookpointError, KitError, did_you_mean
+from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, SDXL
 from sdxl_sae_kit.plans import duration
 from sdxl_sae_kit.studies.transport import ENDS, METHODS, Setting
 
@@ -99,18 +99,37 @@ def forecast_riebench(
         seconds_per_picture: how long one takes in so many steps, judge and all; without it no time is told.
 
     Raises:
-        KitError: what `riebench` would refuse.
+        KitError: what `riebench` would refuse, no items or steps, or a time that is none.
+        HookpointError: SDXL has no such block.
 
     >>> print(forecast_riebench(296, seconds_per_picture=0.5))
     296 items in 48 settings: 14,208 pictures in 4 steps each, about 1.97 hours.
     """
-    features, neurons = dict.fromkeys(hookpoints, 5_120), dict.fromkeys(hookpoints, 51_200)
-    settings = settings_of(methods, features, neurons, by_block)
-    found = Forecast(n_items, len(settings), num_inference_steps)
-    return found if seconds_per_picture is None else replace(found, seconds=found.n_pictures * seconds_per_picture)
+    blocks = [hookpoints] if isinstance(hookpoints, str) else list(hookpoints)
+    if not blocks:
+        raise KitError("forecast_riebench: hookpoints are one or more, such as ['down.2.1', 'up.0.1'], not none.")
+    for block in blocks:
+        if block not in SDXL:
+            raise HookpointError(f"SDXL has no hookpoint {block!r}, only {', '.join(SDXL)}.{did_you_mean(block, SDXL)}")
+    settings = settings_of(methods, dict.fromkeys(blocks, 5_120), dict.fromkeys(blocks, 51_200), by_block)
+    found = Forecast(
+        whole_number("forecast_riebench: n_items", n_items), len(settings),
+        whole_number("forecast_riebench: num_inference_steps", num_inference_steps),
+    )  # fmt: skip
+    if seconds_per_picture is None:
+        return found
+    _check_positive("forecast_riebench: seconds_per_picture", seconds_per_picture)
+    return replace(found, seconds=found.n_pictures * seconds_per_picture)
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise KitError(f"{name} is a finite number above 0, not {value!r}.")
 
 
 def _named(methods: Any) -> Mapping[str, Mapping[str, Any]]:
+    if not isinstance(methods, str | Sequence | Mapping):
+        raise KitError(f"riebench: methods are names such as ['sae', 'random'], or a mapping, not {methods!r}.")
     names = [methods] if isinstance(methods, str) else list(methods)
     for name in names:
         if name not in (*METHODS, *ENDS):
@@ -130,7 +149,8 @@ def _grid(method: str, given: Any, total: int) -> list[tuple[int | None, float]]
             hint = did_you_mean(str(name), default)
             raise KitError(f"riebench: {method} takes {' and '.join(default)}, no {name!r}. Leave it out.{hint}")
     for name, values in given.items():
-        if isinstance(values, str) or not isinstance(values, Sequence) or not values or len(set(values)) < len(values):
+        listed = isinstance(values, Sequence) and not isinstance(values, str)
+        if not listed or not values or len(set(map(repr, values))) < len(values):
             raise KitError(
                 f"riebench: {name} of {method} is a list of different numbers, such as {_example(default)[name]}, "
                 f"not {values!r}."
@@ -147,8 +167,7 @@ def _example(grid: Mapping[str, Any]) -> dict[str, list[int]]:
 
 def _setting(method: str, k: Any, strength: Any, blocks: tuple[str, ...], there: Mapping[str, int]) -> Setting:
     """One setting, if these blocks have as many as it takes."""
-    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 < float(strength) < math.inf:
-        raise KitError(f"riebench: strength of {method} is a finite number above 0, not {strength!r}.")
+    _check_positive(f"riebench: strength of {method}", strength)
     if method == "steering":
         if k is not None:
             raise KitError(f"riebench: steering moves whole updates, so its k is None, not {k!r}.")

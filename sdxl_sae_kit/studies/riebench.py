@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit.artifacts import Artifact, Store, human_bytes, whole_number
+from sdxl_sae_kit.attended import few_steps
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.hookpoints import by_hookpoint, list_hookpoints, resolve
@@ -26,7 +27,7 @@ from sdxl_sae_kit.masks import covered
 from sdxl_sae_kit.neurons import list_layers
 from sdxl_sae_kit.pipelines import generate
 from sdxl_sae_kit.sae import SAE
-from sdxl_sae_kit.segmenters import Segmenter, segmenter_of
+from sdxl_sae_kit.segmenters import Segmenter, check_asked, segmenter_of
 from sdxl_sae_kit.studies.benchmarked import FILE, PICTURE, RIEBench
 from sdxl_sae_kit.studies.distances import drawing, joined, made_by, tile
 from sdxl_sae_kit.studies.grids import ByBlock, Forecast, Methods, settings_of
@@ -48,8 +49,8 @@ def riebench(
     by_block: ByBlock | None = None,
     segmenter: Segmenter | EllipsisType = ...,
     judge: PictureJudge | EllipsisType | None = ...,
-    num_inference_steps: int = 4,
-    guidance_scale: float = 0.0,
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
     spatial: bool = True,
     seed: int = 0,
     batch_size: int = 20,
@@ -78,7 +79,8 @@ def riebench(
         by_block: (method, k, strength), which is tried with all blocks, each block alone, and each left out.
         segmenter: what finds the masks; by default the embedded model's. Others need one.
         judge: what tells pictures apart; by default the embedded model's. Others need one; None measures pixels only.
-        num_inference_steps, guidance_scale: of every picture.
+        num_inference_steps, guidance_scale: of every picture; by default 4 and 0, but as a model is meant to be used
+            that draws nothing good without guidance.
         spatial: move each activation to its own place; else the mean over the mask to all of it.
         seed: of the random features.
         batch_size: items drawn at once; what their blocks did is held in memory, for how much see the first line told.
@@ -87,8 +89,9 @@ def riebench(
     Raises:
         ArtifactError: SAEs of another model.
         HookpointError: the pipeline has no such hookpoint.
-        KitError: no items, two of one name, no segmenter or judge for this model, unknown methods, impossible k or
-            strength (see `settings_of`), or a segmenter that refuses a whole batch for one reason.
+        KitError: no items, two of one name, no segmenter or judge for this model, masks that the embedded segmenter
+            knows nothing of or that are not among those given, unknown methods, impossible k or strength (see
+            `settings_of`), or a segmenter that refuses a whole batch for one reason.
 
     The benchmark: RIEBench, of the paper on sparse autoencoders for SDXL Turbo.
 
@@ -101,13 +104,16 @@ def riebench(
     neurons = {block: _count_neurons(pipe, block) for block in placed}
     settings = settings_of(methods, features, neurons, by_block)
     finds = _read_segmenter(pipe, segmenter)
+    check_asked(finds, items)
     tells = _read_judge(pipe, judge)
     size = whole_number(f"{_ASKED}: batch_size", batch_size)
+    if not isinstance(spatial, bool):
+        raise KitError(f"{_ASKED}: spatial is True or False, not {spatial!r}.")
     model = made_by(pipe)
     pictures = {
         "items": {"digest": items.digest, "counts": items.counts()},
         **model,
-        **drawing(pipe, num_inference_steps, guidance_scale),
+        **drawing(pipe, **few_steps(pipe, num_inference_steps, guidance_scale)),
         "segmenter": finds.name,
     }
     recipe = {
@@ -117,7 +123,7 @@ def riebench(
         "features": features,
         "settings": [[each.method, each.k, each.strength, list(each.blocks)] for each in settings],
         "judge": tells and tells.name,
-        "spatial": bool(spatial),
+        "spatial": spatial,
         "seed": whole_number(f"{_ASKED}: seed", seed, least=0),
         **({"n_contest": len(settings_of(methods, features, neurons))} if by_block else {}),
     }
@@ -283,7 +289,7 @@ def count_bytes(pipe: Any, saes: Mapping[str, SAE], drawn: Mapping[str, Any], ne
     return int(2 * drawn["num_inference_steps"] * halves * values * pipe.unet.dtype.itemsize)
 
 
-def time_drawing(pipe: Any, items: Items, num_inference_steps: int = 4, guidance_scale: float = 0.0) -> float:
+def time_drawing(pipe: Any, items: Items, num_inference_steps: int, guidance_scale: float) -> float:
     """Seconds that a picture takes to draw, of the quicker of two batches of these items."""
     settings, seconds = drawing(pipe, num_inference_steps, guidance_scale), []
     for _ in range(2):
