@@ -118,8 +118,6 @@ def _record(key: str | None, record: Any) -> Record:
         _refuse_foreign(field, value)
     name, type_id = _id(key, record), _type_id(record)
     original, edited = _prompt(record, "original_prompt"), _prompt(record, "editing_prompt")
-    if original == edited:
-        raise PromptError("its original_prompt and editing_prompt are the same. Write what changes.")
     # What is added is not on the original picture, nor what is deleted on the edited one: nothing is looked for there.
     return Record(
         name,
@@ -164,7 +162,7 @@ def _type_id(record: _Object) -> str:
 
 
 def _prompt(record: _Object, field: str) -> str:
-    """The text without its brackets, which must open and close in turn, around something."""
+    """The text without its brackets, which must open and close in turn; around nothing they only mark a place."""
     text = _text(record, field)
     depth = 0
     for mark in re.findall(r"[\[\]]", text):
@@ -175,11 +173,9 @@ def _prompt(record: _Object, field: str) -> str:
         raise PromptError(
             f"its {field} is {shortened(text)}, where a bracket lacks its partner. Write both or neither."
         )
-    if re.search(r"\[\s*\]", text):
-        raise PromptError(
-            f"its {field} is {shortened(text)}, with nothing in its brackets. Write what changes, or none."
-        )
-    return _squeezed(re.sub(r"[\[\]]", "", text))
+    if not (found := _squeezed(re.sub(r"[\[\]]", "", text))):
+        raise PromptError(f"its {field} is {shortened(text)}, which says nothing. Write what the picture shows.")
+    return found
 
 
 def _text(record: _Object, field: str, *, needed: bool = True) -> str:

@@ -68,8 +68,6 @@ class Item:
         _check_kind(self.kind)
         for name in _TEXTS:
             _check_text(name, getattr(self, name), needed=name in _NEEDED)
-        if self.original == self.edited:
-            raise PromptError(f"Item: original and edited are both {shortened(self.original)}. Write what changes.")
         for name, scene in (("before", self.before), ("after", self.after)):
             if not isinstance(scene, Scene | None):
                 raise PromptError(f"Item: {name} is a Scene of the tiny world or None, not {shortened(scene)}.")
