@@ -33,7 +33,7 @@ def main() -> None:
     stats = kit.FeatureStats.measure(saes[HOOKPOINT], cache)
     shoot("gallery", show_gallery(stats), width=1000)
     shoot("steering", show_steering(pipe, saes[HOOKPOINT], cache), width=740)
-    shoot("specialisation", show_specialisation(pipe, saes, cache), width=760)
+    shoot("specialisation", show_specialisation(pipe, saes, cache), width=900)
 
 
 def show_gallery(stats: kit.FeatureStats) -> str:
