@@ -25,7 +25,7 @@ SCALE = kit.load_scale(MODEL)
 
 
 def main() -> None:
-    """Draw the three pictures and print what the numbers in their captions are."""
+    """Draw the three pictures."""
     pipe = kit.load_pipeline(MODEL)
     cache = kit.collect(pipe, SCALE.prompts())
     trained = kit.train(cache, SCALE.configs, batch_size=SCALE.batch_size, epochs=SCALE.epochs)
@@ -58,7 +58,6 @@ def show_steering(pipe: Any, sae: kit.SAE, cache: kit.ActivationCache) -> str:
         with kit.steer(pipe, sae, **edit):
             drawn = kit.generate(pipe, prompts.texts, prompts.seeds)
         grids = sum(value == "grid" for value in load_judge().read(drawn).values["pattern"])
-        print(f"{how}: the judge sees a grid on {grids} of {len(drawn)} held-out pictures")
         tiles = [html.picture(html.to_webp(image.resize((112, 112))), how) for image in drawn[:5]]
         cells.append("".join([f"<div>{html.escape(how)}, {grids} of {len(drawn)} have a grid</div>", *tiles]))
     grid = "display: grid; grid-template-columns: 140px repeat(5, 112px); gap: 6px; align-items: center"
@@ -69,7 +68,6 @@ def show_specialisation(pipe: Any, saes: Mapping[str, kit.SAE], cache: kit.Activ
     """What features of each block respond to, beside an untrained SAE's latents and raw channels."""
     several = kit.collect(pipe, SCALE.prompts()[: SCALE.n_elsewhere], num_inference_steps=4)
     study = kit.specialize(pipe, saes, cache, timing=several, features_per_block=10 * SCALE.n_features)
-    print(study.sentence())
     figure: str = study.plot().to_html(include_plotlyjs=True, include_mathjax=False)
     return figure
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 import sdxl_sae_kit as kit
@@ -127,6 +128,15 @@ def test_the_two_commands_and_ten_lines_stand_in_the_readme():
     lines = [line for line in code.splitlines() if line and not line.startswith("import ")]
     assert 10 <= len(lines) <= 12
     assert len(readme.splitlines()) <= 170
+
+
+def test_the_citation_names_this_version_and_the_paper():
+    told = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text("utf-8"))
+    paper = told["preferred-citation"]
+    assert told["version"] == kit.__version__
+    readme = (REPOSITORY / "README.md").read_text("utf-8")
+    assert [author["family-names"] for author in paper["authors"] if author["family-names"] not in readme] == []
+    assert paper["title"] in readme and paper["identifiers"][0]["value"] in readme
 
 
 @pytest.mark.slow
