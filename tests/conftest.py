@@ -17,8 +17,10 @@ import torch  # noqa: E402
 
 checking.check_first_calls()
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-hypothesis.settings.register_profile("kit", deadline=None)  # how long an example takes depends on what else runs
-hypothesis.settings.load_profile("kit")
+# No deadline: how long an example takes depends on what else runs. `make test-all` asks for the thorough profile.
+hypothesis.settings.register_profile("quick", deadline=None, max_examples=25)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=200)
+hypothesis.settings.load_profile("quick")
 
 
 def pytest_runtest_setup():

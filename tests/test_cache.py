@@ -60,10 +60,10 @@ def test_sampled_tokens_are_others_for_every_image_and_the_same_for_hookpoints_o
     assert np.array_equal(cache.positions("c", [7]), [range(16)])
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    n=st.integers(10, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 9), epoch=st.integers(0, 3),
-    memory=st.sampled_from([0, 300, 2**20]), width=st.sampled_from([3, 9, 37]),
+    n=st.integers(10, 30), batch_size=st.integers(5, 50), seed=st.integers(0, 9), epoch=st.integers(0, 3),
+    memory=st.sampled_from([0, 300, 2**20]), width=st.sampled_from([3, 9, 17]),
 )  # fmt: skip
 def test_an_epoch_holds_every_training_token_once_in_an_order_of_its_own(
     tmp_path_factory, n, batch_size, seed, epoch, memory, width, monkeypatch
