@@ -42,7 +42,6 @@ def said(place, monkeypatch, capsys):
 def test_from_prompts_to_causes(said, place):
     updates = json.loads(said("collect", "--json"))
     assert updates["images"] == 60 and Path(updates["folder"]).parent == place / "store" / "activations"
-    assert said("collect").splitlines()[-1] == updates["folder"], "found, and told in text"
 
     saes = json.loads(said("train", "--json"))
     assert [(sae["config"], sae["l0"]) for sae in saes["saes"]] == [("k5", 5.0), ("k8", 8.0)]
@@ -63,7 +62,7 @@ def test_from_prompts_to_causes(said, place):
     told = json.loads(said("ablate", "--json"))
     study = Ablation.open(told["folder"])
     assert told["overall"]["pixel"]["images"] == study.overall()["images"]
-    assert told["sentence"] == study.sentence() and said("ablate").splitlines()[-1] == told["folder"]
+    assert told["sentence"] == study.sentence()
 
 
 def test_a_plan_collects_nothing(said, place, capsys):

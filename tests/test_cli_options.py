@@ -13,7 +13,7 @@ from sdxl_sae_kit.commands.options import MODELS, SCALES
 from sdxl_sae_kit.hookpoints import SDXL
 
 PIPE = ("pipelines", "load_pipeline", {
-    "name": "--model: what the notebooks, `report` and `riebench` call it; its default is the embedded model, or the SAE's",
+    "name": "--model: as `report` calls it; its default is the embedded model, or the SAE's",
     "dtype": "--compute-dtype: `collect` has a dtype, which is how numbers are stored",
 })  # fmt: skip
 MADE = "the verb makes it from what it is given"
@@ -47,13 +47,14 @@ FUNCTIONS = {
     "artifacts list": [("artifacts", "Store.at", {})],
     "artifacts verify": [("artifacts", "Store.at", {})],
     "artifacts gc": [("artifacts", "Store.at", {})],
-    "tiny train": [("tiny.train", "train", {})],
+    "tiny train": [("tiny.train", "train", {"recipe": OBJECT})],
     "tiny measure": [],
     "doctor": [("doctor", "diagnose", {})],
 }  # fmt: skip
 """What each verb passes its options to, and which arguments are given otherwise, with the reason."""
 ONLY_HERE = {
     ("collect", "source"), ("collect", "plan"),  # how prompts are named; `plan` instead of `collect`
+    ("train", "cache"),  # the data
     ("measure", "device"),  # where the SAE lies, which `measure` sees
     ("gallery export", "out"),  # a file, where notebooks show it
     ("riebench", "items"), ("riebench", "hookpoints"), ("riebench", "plan"),  # what SAEs and items are made from
@@ -133,7 +134,8 @@ def test_groups_have_help(group, capsys):
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["collect"], ["collect", "world", "-n", "many"],
                                        ["train", "c", "--config", "k5:k=five"], ["train", "c", "--config", "k5:l=5"],
                                        ["train", "c", "--subtract-b-dec", "maybe"],
-                                       ["ablate", "s", "t", "--features", "1,x"], ["ablate", "s", "t", "--doses", ","]])  # fmt: skip
+                                       ["ablate", "s", "t", "--features", "1,x"],
+                                       ["ablate", "s", "t", "--doses", ","]])  # fmt: skip
 def test_wrong_usage_is_exit_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(arguments)
@@ -175,6 +177,7 @@ def test_a_completion_script_is_one_its_shell_reads(shell, capsys):
 def test_bash_completes(typed, offered, capsys):
     line = [*typed.split()]
     script = completion("bash", capsys)
-    asks = f'COMP_WORDS=({" ".join(line)}); COMP_CWORD={len(line) - 1}; _shtab_sdxl_sae_kit; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    words = f"COMP_WORDS=({' '.join(line)}); COMP_CWORD={len(line) - 1}"
+    asks = f'{words}; _shtab_sdxl_sae_kit; printf "%s\\n" "${{COMPREPLY[@]}}"'
     done = subprocess.run(["bash", "-c", f"{script}\n{asks}"], capture_output=True, text=True, cwd="/")
     assert set(done.stdout.split()) == offered, done.stderr

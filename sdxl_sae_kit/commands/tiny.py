@@ -13,21 +13,24 @@ from sdxl_sae_kit.commands.options import add_verb, option
 TRAIN = "Some hours of two cores; sdxl_sae_kit/tiny/README.md has the rates. Killed, it goes on when run again."
 MEASURE = "Five pictures of every caption are drawn, one of them in 20 steps, beside which the rest takes little."
 
+SETTINGS = (
+    ("--samples", int, "pictures that the base sees in all"),
+    ("--turbo-samples", int, "pictures that the turbo sees in all"),
+    ("--vae-samples", int, "pictures that the VAE sees in all"),
+    ("--judge-samples", int, "pictures that the judge sees in all"),
+    ("--processes", int, "how many train side by side"),
+    ("--device", str, "cpu, cuda, cuda:1 or mps"),
+    ("--seed", int, "of weights, scenes, captions and noise"),
+)
+"""Options of `tiny train` that are passed on only where they are given: their defaults are the function's."""
+
 
 def add(verbs: Any) -> None:
     """Declare the verbs."""
     tiny = verbs.add_parser("tiny", help="the embedded model").add_subparsers(required=True, metavar="COMMAND")
     train = add_verb(tiny, "train", _train, "train it again, going on from what the folder holds", TRAIN)
     option(train, "folder", Path, None, "where checkpoints, log and sample grids go", complete="folder")
-    for name, kind, text in (
-        ("--samples", int, "pictures that the base sees in all"),
-        ("--turbo-samples", int, "pictures that the turbo sees in all"),
-        ("--vae-samples", int, "pictures that the VAE sees in all"),
-        ("--judge-samples", int, "pictures that the judge sees in all"),
-        ("--processes", int, "how many train side by side"),
-        ("--device", str, "cpu, cuda, cuda:1 or mps"),
-        ("--seed", int, "of weights, scenes, captions and noise"),
-    ):
+    for name, kind, text in SETTINGS:
         train.add_argument(name, type=kind, default=argparse.SUPPRESS, help=text)
     train.add_argument("--stage", choices=("all", "vae", "judge", "base", "turbo"), default=argparse.SUPPRESS)
 
@@ -41,7 +44,8 @@ def add(verbs: Any) -> None:
 def _train(options: argparse.Namespace) -> Answer:
     from sdxl_sae_kit.tiny.train import train
 
-    settings = {name: value for name, value in vars(options).items() if name not in ("run", "folder", "json")}
+    names = ["stage", *(name.removeprefix("--").replace("-", "_") for name, _, _ in SETTINGS)]
+    settings = {name: getattr(options, name) for name in names if hasattr(options, name)}
     path = train(options.folder, **settings)
     return Answer(str(path), {"folder": str(options.folder), "file": str(path)})
 
