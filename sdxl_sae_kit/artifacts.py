@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -54,6 +55,10 @@ class Store:
         """Every artifact in the store, finished or not, by kind and name."""
         folders = (path for kind in FORMATS for path in sorted((self.root / kind).glob("*-????????")) if path.is_dir())
         return [Artifact(folder) for folder in folders]
+
+    def unused(self) -> list[Artifact]:
+        """Those of which no call can make anything any more, or only by starting again: see `Artifact.why_unused`."""
+        return [artifact for artifact in self.artifacts() if artifact.why_unused]
 
     def __repr__(self) -> str:
         rows = [
@@ -130,6 +135,57 @@ class Artifact:
         if self.kind == "activations":
             return "Mend it with repair(pipe, folder), or delete its folder and collect again."
         return "Delete its folder and make it again."
+
+    @property
+    def busy(self) -> bool:
+        """Whether a process is writing it at this moment, as far as can be told."""
+        try:
+            with open(self.folder / _LOCK) as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:  # nobody ever wrote it here
+            return False
+        except OSError:
+            return True
+        return False
+
+    @property
+    def why_unused(self) -> str:
+        """Why it is only in the way; empty for what this kit reads, what is being written and what it does not know.
+
+        Unused is what was left unfinished by a process that is gone, and what is of an older format than this kit
+        reads. A finished result is never unused, whether or not another was made from it; nor is one of a newer
+        format, which a newer kit reads, one whose stamp is damaged, which `verify` names, or a link to elsewhere.
+        """
+        if self.folder.is_symlink() or self.busy:
+            return ""
+        if not self.finished:
+            return "unfinished"
+        return "older format" if self.superseded else ""
+
+    @property
+    def superseded(self) -> bool:
+        """Whether it is finished, and of an older format than this kit reads."""
+        try:
+            made = self.stamp["recipe"]["version"]
+        except ArtifactError:
+            return False
+        return isinstance(made, int) and made < FORMATS.get(self.kind, 0)
+
+    def remove(self) -> None:
+        """Delete the folder, if it is still unused.
+
+        Raises:
+            ArtifactError: it is used, or being written, or cannot be deleted.
+        """
+        with self.lock():
+            self.__dict__.pop("stamp", None)  # what another process did meanwhile counts
+            if self.finished and not self.superseded:
+                raise ArtifactError(f"{self.folder} was finished meanwhile. It is kept.")
+            self.unseal()  # a kill leaves it unfinished, which is listed again
+            try:
+                shutil.rmtree(self.folder)
+            except OSError as cause:
+                raise ArtifactError(f"{self.folder} cannot be deleted ({cause}). Delete it by hand.") from None
 
     @property
     def nbytes(self) -> int:

@@ -1,49 +1,61 @@
 """The command line says what happened in one line, and passes on exactly what it was given."""
 
+import json
+import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
 from sdxl_sae_kit import __main__ as cli
-from sdxl_sae_kit.artifacts import Store, kit_version
-from sdxl_sae_kit.errors import ModelError
-from sdxl_sae_kit.pipelines import load_pipeline
-from sdxl_sae_kit.sae import SAE
-from sdxl_sae_kit.scales import load_scale
-from sdxl_sae_kit.usual_saes import DECISIVE, UsualSAEs
+from sdxl_sae_kit.artifacts import FORMATS, Artifact, Store, kit_version
+from sdxl_sae_kit.commands.answers import Answer
+from sdxl_sae_kit.errors import ArtifactError, KitError
 
 
-def finished_artifact(root):
-    artifact = Store.at(root).artifact("studies", "colours", {"seed": 1})
+def finished_artifact(root, kind="studies"):
+    artifact = Store.at(root).artifact(kind, "colours", {"seed": 1})
     with artifact.lock():
         artifact.file("result.json").write_text("{}")
         artifact.seal()
     return artifact
 
 
-@pytest.mark.parametrize(
-    "command",
-    (
-        [],
-        ["report"],
-        ["riebench"],
-        ["artifacts"],
-        ["artifacts", "list"],
-        ["artifacts", "verify"],
-        ["tiny"],
-        ["tiny", "train"],
-        ["tiny", "measure"],
-    ),
-)
-def test_every_command_has_help(command, capsys):
-    with pytest.raises(SystemExit) as left:
-        cli.main([*command, "--help"])
-    assert left.value.code == 0
-    assert "usage: sdxl-sae-kit" in capsys.readouterr().out
+def unfinished_artifact(root):
+    artifact = Store.at(root).artifact("saes", "half", {"seed": 1})
+    with artifact.lock():
+        artifact.file("checkpoint.safetensors").write_bytes(b"0" * 1000)
+    return artifact
+
+
+def of_format(monkeypatch, root, change):
+    """A finished artifact that a kit wrote whose formats were older (−1) or newer (1)."""
+    with monkeypatch.context() as patch:
+        patch.setitem(FORMATS, "features", FORMATS["features"] + change)
+        return finished_artifact(root, "features")
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Let `artifacts list` do something else."""
+
+    def made(does):
+        monkeypatch.setattr("sdxl_sae_kit.commands.store._list", does)
+
+    return made
+
+
+@pytest.fixture
+def reports(monkeypatch):
+    """What `report` was called with, instead of a report."""
+    calls = []
+    monkeypatch.setattr(
+        "sdxl_sae_kit.reports.report",
+        lambda sources, **options: calls.append((sources, options)) or Path("made/there.html"),
+    )
+    return calls
 
 
 def test_help_does_not_wait_for_torch():
@@ -53,10 +65,69 @@ def test_help_does_not_wait_for_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-def test_a_kit_error_is_one_line_and_exit_code_1(tmp_path, capsys):
-    assert cli.main(["report", str(tmp_path)]) == 1
+def test_a_kit_error_is_one_line_and_exit_code_1(answers, capsys):
+    def fails(_):
+        raise ArtifactError("It is not there. Make it.")
+
+    answers(fails)
+    assert cli.main(["artifacts", "list", "--json"]) == 1
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith("KitError: No notebooks in ") and printed.err.count("\n") == 1
+    assert printed.out == "" and printed.err == "ArtifactError: It is not there. Make it.\n"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_only_the_answer_goes_to_stdout(answers, capsys, as_json):
+    def talks(_):
+        sys.stdout.write("Half of it is done.\n")
+        return Answer("made\n/there", {"folder": "/there", "mean": float("nan"), "interval": (0.0, 1.0)})
+
+    answers(talks)
+    assert cli.main(["artifacts", "list", *["--json"] * as_json]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "Half of it is done.\n"
+    if as_json:
+        assert json.loads(printed.out) == {"folder": "/there", "mean": None, "interval": [0.0, 1.0]}
+    else:
+        assert printed.out == "made\n/there\n"
+
+
+def test_a_failed_check_is_told_and_then_fails(answers, capsys):
+    answers(lambda _: Answer("3 of 4", {"n": 4}, KitError("One is not.")))
+    assert cli.main(["artifacts", "list"]) == 1
+    assert capsys.readouterr() == ("3 of 4\n", "KitError: One is not.\n")
+
+
+def test_of_several_processes_the_first_speaks(answers, capsys, monkeypatch):
+    answers(lambda _: Answer("done", {}))
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["artifacts", "list"]) == 0 and capsys.readouterr().out == ""
+
+
+def test_ctrl_c_is_exit_code_130(answers, capsys):
+    def stops(_):
+        raise KeyboardInterrupt
+
+    answers(stops)
+    assert cli.main(["artifacts", "list"]) == 130
+    assert capsys.readouterr().err == "Interrupted; what was made is kept, run it again to go on.\n"
+
+
+def test_a_terminated_command_is_interrupted_too(answers):
+    answers(lambda _: os.kill(os.getpid(), 15))
+    assert cli.main(["artifacts", "list"]) == 130
+
+
+@pytest.mark.parametrize("arguments", [["artifacts", "list"], ["collect", "--help"]])
+def test_a_reader_that_leaves_is_no_error(tmp_path, arguments):
+    for number in range(40):
+        (tmp_path / "saes" / f"half-{number:08}").mkdir(parents=True)
+    where = {"SDXL_SAE_KIT_STORE": str(tmp_path)}
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "sdxl_sae_kit", *arguments]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=os.environ | where)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_other_errors_are_not_hidden(monkeypatch):
@@ -66,29 +137,37 @@ def test_other_errors_are_not_hidden(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "notebooks", "changed"),
+    ("arguments", "sources", "changed"),
     [
         ([], None, {}),
         (["books"], "books", {}),
-        (
-            ["b.ipynb", "a.ipynb", "--scale", "smoke", "--model", "m"],
-            ["b.ipynb", "a.ipynb"],
-            {"scale": "smoke", "model": "m"},
-        ),
-        (["--out", "x.html", "--store", "s"], None, {"out": "x.html", "store": "s"}),
+        (["b.ipynb", "a.ipynb", "--scale", "smoke", "--model", "m"], ["b.ipynb", "a.ipynb"],
+         {"scale": "smoke", "model": "m"}),
+        (["--out", "x.html", "--store", "s", "--pdf", "--template", "own.j2"], None,
+         {"out": "x.html", "store": "s", "pdf": "True", "template": "own.j2"}),
     ],
-)
-def test_report_passes_on_what_it_was_given_and_prints_the_path(monkeypatch, capsys, arguments, notebooks, changed):
-    calls = []
-    monkeypatch.setattr(
-        "sdxl_sae_kit.reports.report", lambda books, **options: calls.append((books, options)) or "there.html"
-    )
+)  # fmt: skip
+def test_report_passes_on_what_it_was_given_and_prints_the_path(
+    reports, monkeypatch, tmp_path, capsys, arguments, sources, changed
+):
+    monkeypatch.chdir(tmp_path)
+    Path("books").mkdir()
     assert cli.main(["report", *arguments]) == 0
-    books, options = calls[0]
-    assert ([str(book) for book in books] if isinstance(books, list) else books and str(books)) == notebooks
-    expected = {"scale": "demo", "model": "tiny-turbo", "out": None, "store": None} | changed
-    assert {name: value and str(value) for name, value in options.items()} == expected
-    assert capsys.readouterr().out == "there.html\n"
+    given, options = reports[0]
+    assert ([str(each) for each in given] if isinstance(given, list) else given and str(given)) == sources
+    usual = {"scale": "demo", "model": "tiny-turbo", "out": None, "store": None, "pdf": False, "template": None}
+    assert {name: value and str(value) for name, value in options.items()} == usual | changed
+    assert capsys.readouterr().out.splitlines()[-1] == "made/there.html"
+
+
+def test_report_takes_artifacts_by_name(reports, tmp_path, capsys):
+    made = finished_artifact(tmp_path)
+    for name in (made.name, "col", f"studies/{made.name}", str(made.folder)):
+        assert cli.main(["report", name, "--store", str(tmp_path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["file"] == "made/there.html"
+    assert [sources for sources, _ in reports] == [made.folder] * 4
+    assert cli.main(["report", "colour", "clors", "--store", str(tmp_path)]) == 1
+    assert "No folder 'clors', and no such name" in capsys.readouterr().err
 
 
 def test_artifacts_lists_finished_and_unfinished(tmp_path, capsys):
@@ -128,7 +207,7 @@ def test_the_module_and_the_script_are_the_same_program():
     assert output.returncode == 2 and "invalid choice: 'nonsense'" in output.stderr
 
 
-@pytest.mark.parametrize("verb", ["list", "verify"])
+@pytest.mark.parametrize("verb", ["list", "verify", "gc"])
 def test_a_mistyped_store_is_no_empty_one(tmp_path, capsys, verb):
     assert cli.main(["artifacts", verb, "--store", str(tmp_path / "none")]) == 1
     assert "ArtifactError: There is no folder" in capsys.readouterr().err
@@ -149,180 +228,82 @@ def test_tiny_measure_prints_every_table(capsys):
     assert "--captions must be an integer of at least 8, not 0" in capsys.readouterr().err
 
 
-@pytest.fixture
-def bench_of(monkeypatch, tmp_path, pipe):
-    """What was timed, collected, trained and measured, in order, instead of a long run: what it gives is made up."""
-
-    def made(pipe=pipe, **facts):
-        calls = []
-        row = {"method": "sae", "k": 8, "strength": 2.0, "reached": 0.5, "reached interval": (0.25, 0.75)}
-        none = {"method": "none", "k": None, "strength": 0.0, "reached": 0.0, "reached interval": (0.0, 0.1)}
-        told = {
-            "rows": lambda: [none, row],
-            "scores": SimpleNamespace(measures=["reached"]),
-            "n": 4,
-            "failed": [{"item": "change pose 1", "kind": "change pose", "reason": "the mask is empty"}],
-            "sentence": lambda: "4 items scored.",
-            "write_json": lambda path: path.write_text("{}"),
-            "artifact": SimpleNamespace(folder=tmp_path / "there"),
-        }
-
-        def stand_in(name, gives):
-            return lambda *given, **more: calls.append((name, given, more)) or gives(*given)
-
-        def trained(cache, configs):
-            hookpoints = calls[-1][2]["hookpoints"]
-            return {(h, n): SAE(config, 16, name=f"{n} at {h}") for h in hookpoints for n, config in configs.items()}
-
-        monkeypatch.setattr("sdxl_sae_kit.pipelines.load_pipeline", lambda name: pipe)
-        monkeypatch.setattr("sdxl_sae_kit.usual_saes.collect", stand_in("collect", lambda *_: "cache"))
-        monkeypatch.setattr("sdxl_sae_kit.usual_saes.train", stand_in("train", trained))
-        result = SimpleNamespace(**told | facts)
-        monkeypatch.setattr("sdxl_sae_kit.studies.riebench.riebench", stand_in("riebench", lambda *_: result))
-        monkeypatch.setattr(
-            "sdxl_sae_kit.studies.riebench.time_drawing",
-            lambda pipe, items, **draws: calls.append(("time", len(items), draws)) or len(items) / 10,
-        )
-        return calls
-
-    return made
+def test_what_finished_is_never_unused_and_labels_are_none_of_it(tmp_path, capsys):
+    finished_artifact(tmp_path)
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "x-00000000.jsonl").write_text("{}")
+    assert cli.main(["artifacts", "gc", "--store", str(tmp_path), "--delete"]) == 0
+    assert "Unused in" in capsys.readouterr().out and (tmp_path / "labels" / "x-00000000.jsonl").exists()
+    assert Store.at(tmp_path).unused() == [] and len(Store.at(tmp_path).artifacts()) == 1
 
 
-TURBO = {"num_inference_steps": 4, "guidance_scale": 0.0}
-
-
-def test_riebench_passes_on_what_it_was_given_and_prints_rows_sentence_failures_and_folder(
-    bench_of, tmp_path, pipe, capsys
-):
-    calls = bench_of()
-    chosen = ["--saes", "k10", "--methods", "sae, random,", "--hookpoints", "up.1.0,down.2.1", "-n", "2", "--seed", "3"]
-    kept = ["--json", str(tmp_path / "new" / "out.json"), "--store", str(tmp_path), "--batch-size", "5"]
-    assert cli.main(["riebench", *chosen, *kept]) == 0
-    assert [name for name, *_ in calls] == ["collect", "train", "riebench"]
-    (_, (given_pipe, saes, items), settings) = calls[2]
-    names = {hookpoint: sae.name for hookpoint, sae in saes.items()}
-    assert given_pipe is pipe and names == {h: f"k10 at {h}" for h in ("up.1.0", "down.2.1")}
-    assert len(items) == 18 and items[0].seed == 3
-    assert settings == {"methods": ["sae", "random"], "seed": 3, "batch_size": 5, "store": tmp_path, **TURBO}
-    assert calls[0][1][2] == DECISIVE, "what the notebook collects, which the store may have"
+def test_leftovers_and_older_formats_are_unused_and_newer_ones_are_not(tmp_path, monkeypatch, capsys):
+    half, old = unfinished_artifact(tmp_path), of_format(monkeypatch, tmp_path, -1)
+    new = of_format(monkeypatch, tmp_path, 1)
+    assert cli.main(["artifacts", "gc", "--store", str(tmp_path), "--json"]) == 0
+    told = {row["name"]: row for row in json.loads(capsys.readouterr().out)["unused"]}
+    assert {name: row["why"] for name, row in told.items()} == {half.name: "unfinished", old.name: "older format"}
+    assert told[half.name]["bytes"] >= 1000 and half.folder.exists(), "only listed"
+    assert cli.main(["artifacts", "gc", "--store", str(tmp_path), "--delete"]) == 0
     said = capsys.readouterr().out
-    assert "Means over 4 items" in said and "none    –  0.000" in said and "0.500 [0.250, 0.750]" in said
-    assert "4 items scored." in said and "change pose 1  change pose  the mask is empty" in said
-    assert said.endswith(f"{tmp_path / 'there'}\n") and (tmp_path / "new" / "out.json").read_text() == "{}"
-
-
-def test_where_every_item_fails_riebench_says_why_and_writes_what_there_is(bench_of, tmp_path, capsys):
-    bench_of(n=0, rows=None, sentence=None)
-    assert cli.main(["riebench", "-n", "1", "--json", str(tmp_path / "out.json")]) == 1
-    said = capsys.readouterr()
-    assert "change pose 1  change pose  the mask is empty" in said.out and str(tmp_path / "there") in said.out
-    assert said.err == "KitError: Nothing could be scored: 1 item failed; the reasons are above.\n"
-    assert (tmp_path / "out.json").read_text() == "{}"
-
-
-def test_riebench_collects_other_hookpoints_by_themselves_and_knows_module_paths(bench_of, capsys):
-    calls = bench_of(failed=[])
-    assert cli.main(["riebench", "--hookpoints", "up.0.0, unet.up_blocks.0.attentions.0,up.0.1", "-n", "1"]) == 0
-    assert calls[0][1][2] == ["up.0.0", "up.0.1"] and list(calls[2][1][1]) == ["up.0.0", "up.0.1"]
-    assert "Failed" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("model", "arguments", "draws"),
-    [
-        ("tiny-turbo", [], TURBO),
-        ("tiny-base", [], {"num_inference_steps": 10, "guidance_scale": 3.0}),
-        ("tiny-base", ["--num-inference-steps", "7"], {"num_inference_steps": 7, "guidance_scale": 3.0}),
-        ("tiny-turbo", ["--num-inference-steps", "1", "--guidance-scale", "2"],
-         {"num_inference_steps": 1, "guidance_scale": 2.0}),
-    ],
-)  # fmt: skip
-def test_riebench_draws_in_its_own_steps_or_as_a_guided_model_is_meant_to(
-    bench_of, monkeypatch, model, arguments, draws
-):
-    calls = bench_of(pipe=load_pipeline(model))
-    monkeypatch.setattr(UsualSAEs, "forecast", lambda *_: "nothing")
-    assert cli.main(["riebench", "--model", model, "-n", "1", *arguments]) == 0
-    assert {name: calls[2][2][name] for name in draws} == draws
-    assert cli.main(["riebench", "--model", model, "-n", "1", "--plan", *arguments]) == 0
-    assert calls[3] == ("time", 9, draws)
-
-
-def test_riebench_plan_draws_one_batch_and_says_what_drawing_collecting_and_training_cost(bench_of, tmp_path, capsys):
-    calls = bench_of()
-    chosen = ["--plan", "-n", "2", "--methods", "sae", "--batch-size", "5", "--scale", "smoke"]
-    assert cli.main(["riebench", *chosen, "--store", str(tmp_path)]) == 0
-    assert calls == [("time", 5, TURBO)]
-    drawing, _, collecting, training = capsys.readouterr().out.splitlines()
-    assert drawing.startswith("18 items in 10 settings: 180 pictures in 4 step")
-    assert drawing.endswith("each, about 1.5 minutes.")
-    assert re.match(
-        r"Updates to be collected before: 120 images, .* tokens, .*MB, about .* on this machine", collecting
+    assert (
+        "2 artifacts" in said
+        and "2 deleted." in said
+        and re.search(rf"unfinished +1\.0\d kB  saes/{half.name}\n", said)
     )
-    assert training == "4 SAEs to be trained before, in 1 pass over the updates."
+    assert [each.name for each in Store.at(tmp_path).artifacts()] == [new.name]
 
 
-def test_a_plan_leaves_out_what_the_store_has(pipe, store, monkeypatch):
-    """Collected and trained for a moment, with few prompts and one pass."""
-    few = replace(load_scale("tiny-turbo", "smoke"), n_images=30)
-    monkeypatch.setattr("sdxl_sae_kit.usual_saes.load_scale", lambda *_: few)
-    saes = UsualSAEs("tiny-turbo", "smoke", "k10", store)
-    assert saes.forecast(pipe, ["up.1.0"]).startswith("Updates to be collected before: 15 images")
-    made = saes.make(pipe, ["up.1.0"])
-    assert made["up.1.0"].k == 10 and made["up.1.0"].hookpoint == "up.1.0"
-    assert saes.forecast(pipe, ["up.1.0"]) == "The SAEs are in the store."
-    more = saes.forecast(pipe, ["up.1.0", "up.1.1"])
-    assert re.fullmatch(r"1 SAE to be trained before, in 1 pass over the updates: \d+ steps? of 1,024 tokens\.", more)
-    other = UsualSAEs("tiny-turbo", "smoke", "k5", store).forecast(pipe, ["up.1.0"])
-    assert other.startswith("1 SAE to be trained before")
-    assert saes.forecast(pipe, ["mid.0"]).startswith("Updates to be collected before")
+def test_what_a_process_is_writing_is_never_unused(tmp_path):
+    artifact = unfinished_artifact(tmp_path)
+    with artifact.lock():
+        assert Store.at(tmp_path).unused() == []
+        with pytest.raises(ArtifactError, match="is being written by process"):
+            Artifact(artifact.folder).remove()
+    assert [each.name for each in Store.at(tmp_path).unused()] == [artifact.name]
 
 
-REFUSED = [
-    (["--saes", "k1"], "The scale 'demo' trains SAEs named k5, k10, k20-white, not 'k1'. Did you mean 'k10'?"),
-    (["--items", "wrld"], "Did you mean 'world'?"),
-    (["--methods", "sea"], "not 'sea'. Did you mean 'sae'?"),
-    (["-n", "0"], "load_items: n must be an integer of at least 1, not 0"),
-    (["--seed", "-1"], "load_items: seed must be an integer of at least 0, not -1"),
-    (["--batch-size", "0"], "--batch-size must be an integer of at least 1, not 0"),
-    (["--batch-size", "-3"], "--batch-size must be an integer of at least 1, not -3"),
-    (["--hookpoints", "down.9,foo"], "No hookpoint 'down.9' in this U-Net"),
-    (["--scale", "huge"], "SCALE is 'smoke' or 'demo', not 'huge'"),
-    (["--num-inference-steps", "0"], "num_inference_steps must be an integer of at least 1, not 0"),
-    (["--guidance-scale", "nan"], "guidance_scale must be a finite number from 0 on, not nan"),
-    (["--json", "/proc/none/out.json"], "The benchmark cannot go to /proc/none/out.json"),
-    (["--json", "/"], "it is a folder"),
-]
+def test_what_was_finished_since_it_was_listed_is_kept(tmp_path, capsys, monkeypatch):
+    artifact = unfinished_artifact(tmp_path)
+    (listed,) = Store.at(tmp_path).unused()
+    with artifact.lock():
+        artifact.seal()
+    with pytest.raises(ArtifactError, match="was finished meanwhile"):
+        listed.remove()
+    monkeypatch.setattr(Store, "unused", lambda _: [listed])
+    assert cli.main(["artifacts", "gc", "--store", str(tmp_path), "--delete"]) == 1
+    assert "1 artifact stayed." in capsys.readouterr().err and artifact.finished
 
 
-@pytest.mark.parametrize("plan", [[], ["--plan"]], ids=["run", "plan"])
-@pytest.mark.parametrize(("arguments", "message"), REFUSED)
-def test_what_riebench_cannot_do_is_one_line_before_any_work(bench_of, capsys, arguments, message, plan):
-    calls = bench_of()
-    small = [] if "-n" in arguments else ["-n", "1"]
-    assert cli.main(["riebench", *small, *arguments, *plan]) == 1
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1 and not calls
+def test_links_and_damaged_stamps_are_not_unused(tmp_path):
+    elsewhere = unfinished_artifact(tmp_path / "other")
+    (tmp_path / "saes").mkdir()
+    (tmp_path / "saes" / elsewhere.name).symlink_to(elsewhere.folder)
+    finished_artifact(tmp_path).file("stamp.json").write_text("{}")
+    assert Store.at(tmp_path).unused() == [] and len(Store.at(tmp_path).artifacts()) == 2
 
 
-@pytest.mark.parametrize("plan", [[], ["--plan"]], ids=["run", "plan"])
-def test_what_finds_masks_and_judges_is_there_before_any_work(bench_of, monkeypatch, capsys, plan):
-    def lacking():
-        raise ModelError("LPIPS needs an extra: pip install 'sdxl-sae-kit[riebench]'.")
+@pytest.mark.parametrize("healthy", [True, False])
+def test_doctor_prints_what_it_finds_and_fails_where_something_does(monkeypatch, capsys, healthy):
+    class Diagnosis:
+        def __str__(self):
+            return "torch  ok  2.13"
 
-    calls = bench_of()
-    monkeypatch.setattr("sdxl_sae_kit.grounding.GroundedSegmenter", lambda: "segmenter")
-    monkeypatch.setattr("sdxl_sae_kit.similarity.ClipEmbed", lambda name: name)
-    monkeypatch.setattr("sdxl_sae_kit.perceptual.Lpips", lacking)
-    assert cli.main(["riebench", "--model", "stabilityai/sdxl-turbo", "-n", "1", *plan]) == 1
-    assert "ModelError: LPIPS needs an extra" in capsys.readouterr().err and not calls
+        def to_json(self):
+            return {"healthy": healthy}
+
+    found = Diagnosis()
+    found.healthy = healthy
+    module = type(sys)("sdxl_sae_kit.doctor")
+    module.diagnose = lambda store: found
+    monkeypatch.setitem(sys.modules, "sdxl_sae_kit.doctor", module)
+    assert cli.main(["doctor"]) == (0 if healthy else 1)
+    assert capsys.readouterr().out == "torch  ok  2.13\n"
+    assert cli.main(["doctor", "--json"]) == (0 if healthy else 1)
+    assert json.loads(capsys.readouterr().out) == {"healthy": healthy}
 
 
-@pytest.mark.parametrize("option", ["--methods", "--hookpoints"])
-@pytest.mark.parametrize("words", ["", " , ,"])
-def test_of_names_by_commas_at_least_one_is_needed(bench_of, capsys, option, words):
-    calls = bench_of()
-    with pytest.raises(SystemExit) as left:
-        cli.main(["riebench", option, words])
-    assert left.value.code == 2 and not calls
-    assert f"argument {option}: name at least one, several by commas" in capsys.readouterr().err
+def test_notebooks_copies_them_and_says_where(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sdxl_sae_kit.notebooks.copy_notebooks", lambda folder: [folder / "00.ipynb"], raising=False)
+    assert cli.main(["notebooks", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"00.ipynb\n{tmp_path}\n"
