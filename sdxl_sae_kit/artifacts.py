@@ -22,7 +22,7 @@ from typing import IO, Any
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.files import canonical_json, explain_full, hash_file, sha256, write_atomically
 
-FORMATS = {"activations": 2, "saes": 2, "features": 3, "icons": 1, "studies": 2, "reports": 1}
+FORMATS = {"activations": 2, "saes": 2, "features": 3, "icons": 1, "studies": 2, "reports": 2}
 """Kinds of artifacts and the version of each one's format; raised whenever the format changes."""
 
 STORE_VARIABLE = "SDXL_SAE_KIT_STORE"

@@ -66,7 +66,8 @@ def draw(spec: Mapping[str, Any], name: str, place: str) -> Drawing:
     )
     before, script, after = re.split(r"<script[^>]*>(.*)</script>", drawn, maxsplit=1, flags=re.DOTALL)
     text = html.escape(alt)
-    picture = f'<div class="drawn" role="img" aria-label="{text}">{before}{after}</div>'
+    # a group, not an image: it has buttons
+    picture = f'<div class="drawn" role="group" aria-label="{text}">{before}{after}</div>'
     unseen = "<noscript><p>Scripts draw this figure; its numbers are in the table.</p></noscript>"
     return Drawing(
         f'<figure class="figure">{picture}{unseen}<figcaption>{text}</figcaption>{_numbers(spec)}</figure>', script

@@ -15,6 +15,13 @@ from sdxl_sae_kit.html import short
 from sdxl_sae_kit.labels import LabelStore, LabelTest
 from sdxl_sae_kit.prompts import Prompts, load_prompts
 
+_MINOR = {
+    *("format", "version", "batch_size", "compute_dtype", "images_per_shard", "precision", "scheduler", "hookpoints"),
+    *("revision", "dtype", "halves", "guidance_scale"),
+}
+"""What is left out of a recipe's main settings: how it was computed, and what the table of the data tells."""
+_USUAL = list(asdict(SAEConfig()).items())
+"""Settings of SAEs that need no telling."""
 SHORT = 8
 """Characters of a hash that are shown."""
 _CONTROL = "_control"
@@ -59,10 +66,9 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def model_names(artifacts: Iterable[Artifact]) -> list[str]:
-    """The models whose pictures or updates these artifacts hold, with their revision, in order of first appearance."""
-    named = ((a.recipe.get("model"), a.recipe.get("revision")) for a in artifacts)
-    told = (f"{_without_place(model)} ({revision})" for model, revision in named if model)
-    return list(dict.fromkeys(told))
+    """The models whose pictures or updates these artifacts hold, in order of first appearance."""
+    named = (a.recipe.get("model") for a in artifacts)
+    return list(dict.fromkeys(_without_place(model) for model in named if model))
 
 
 def data_rows(artifacts: Iterable[Artifact]) -> list[Row]:
@@ -75,6 +81,7 @@ def _data_row(cache: ActivationCache) -> Row:
     held_out, seeds = len(cache.images("held_out")), prompts.seeds
     return {
         "cache": cache.name,
+        "model": f"{_without_place(recipe['model'])} ({recipe['revision']})",
         "prompts": _source(prompts),
         "images": cache.n_images,
         "train / held out": f"{cache.n_images - held_out:,} / {held_out:,}",
@@ -100,9 +107,8 @@ def sae_rows(artifacts: Iterable[Artifact]) -> list[Row]:
 
 def _sae_row(artifact: Artifact) -> Row:
     config, metrics = artifact.recipe["config"], artifact.stamp["facts"].get("metrics", {})
-    usual = asdict(SAEConfig())
     shown = ("k", "kind", "seed")
-    other = {key: value for key, value in config.items() if key not in shown and value != usual.get(key)}
+    other = {key: value for key, value in config.items() if key not in shown}
     interval = metrics.get("explained_variance_interval") or (float("nan"), float("nan"))
     row = {"SAE": artifact.name, "hookpoint": artifact.recipe["hookpoint"]} | {key: config[key] for key in shown}
     row["hash"] = artifact.digest[:SHORT]
@@ -132,14 +138,16 @@ def artifact_rows(artifacts: Iterable[Artifact], sections: Mapping[Path, Sequenc
 
 
 def _settings(recipe: Mapping[str, Any]) -> str:
-    """The settings of a recipe that a person reads; hashes of inputs and what was left alone are left out."""
+    """The main settings of a recipe; hashes of inputs are left out too."""
     told = []
     for key, value in recipe.items():
+        if key in _MINOR or (key, value) in _USUAL:
+            continue
         if isinstance(value, Mapping):
             told += [_settings(value)]
         elif isinstance(value, list):
             told += [f"{key}: {len(value)}"] if value else []
-        elif value is not None and key not in ("format", "version") and not _is_hash(value):
+        elif value is not None and not _is_hash(value):
             told += [f"{key} {value:g}" if isinstance(value, float) else f"{key} {_without_place(value)}"]
     return ", ".join(filter(None, told))
 

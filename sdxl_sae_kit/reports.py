@@ -96,7 +96,10 @@ def report(
     page = _page(sections, {"Model": Path(model).name if folder else model, "Scale": scale} if paths else {}, now, own)
     if target is not None:
         return _write(target, page, pdf)
-    recipe = _recipe(sources, sections, model if paths else None, scale, now) | {"template": sha256(own.encode())}
+    recipe = _recipe(sources, sections, model if paths else None, scale) | {
+        "template": sha256(own.encode()),
+        "time": now.isoformat(),
+    }
     artifact = home.artifact("reports", f"{Path(model).name}_{scale}" if paths else sources[0].name, recipe)
     with artifact.lock():
         written = _write(artifact.file("report.html"), page, pdf)
@@ -121,7 +124,7 @@ def _find_sources(given: Path | str | Sequence[Path | str] | None) -> list[Path]
 
 
 def _recipe(
-    sources: Sequence[Path], sections: Sequence[Section], model: str | None, scale: str, now: datetime
+    sources: Sequence[Path], sections: Sequence[Section], model: str | None, scale: str
 ) -> dict[str, Any]:
     shown = {source.name: Artifact(source).digest for source in sources if source.suffix != ".ipynb"}
     return {
@@ -130,7 +133,6 @@ def _recipe(
         "notebooks": {source.name: hash_file(source) for source in sources if source.suffix == ".ipynb"},
         "shown": shown,
         "used": sorted({artifact.digest for section in sections for artifact in section.artifacts}),
-        "time": now.isoformat(),
     }
 
 

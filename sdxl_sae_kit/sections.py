@@ -31,6 +31,8 @@ from sdxl_sae_kit.studies.benchmarked import RIEBench
 PLOTLY, WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
 PROGRESS_BAR = re.compile(r"\d(%\||it).*\[\d+:\d\d[<,].*\]")
 """What tqdm's bar is as plain text."""
+FORBIDDEN = ("script", "meta", "link", "base", "iframe", "frame", "object", "embed", "form")
+"""Elements that an output may bring along and that run, load or lead away; the page's policy does not stop them all."""
 PICTURES = ("image/svg+xml", "image/png", "image/jpeg")
 FRAGMENT = """{%- extends 'lab/base.html.j2' -%}
 {%- block input_group -%}<details class="code"><summary>Code</summary>{{ super() }}</details>{%- endblock -%}"""
@@ -78,6 +80,7 @@ def run_notebook(path: Path, progress: str, model: str, scale: str, store: Store
     for pilcrow in soup.select("a.anchor-link"):
         pilcrow.decompose()
     _check_pictures(soup, path)
+    _disarm(soup)
     title = soup.find("h1")
     name = title.get_text() if title else path.stem
     return _finish(soup, slug(path), name, scripts, used, seen, seconds)
@@ -150,6 +153,19 @@ def _check_pictures(soup: BeautifulSoup, path: Path) -> None:
             raise KitError(f"{place}: the picture {image.get('src')} lies elsewhere; embed it in the notebook.")
         if str(image["alt"]).startswith("No description has been provided"):
             raise KitError(f"{place}: a picture has no alt text. Give its <img> one.")
+
+
+def _disarm(soup: BeautifulSoup) -> None:
+    """Remove what could run, load or lead away without a click; text, tables and pictures stay."""
+    for element in soup.find_all(FORBIDDEN):
+        element.decompose()
+    for element in soup.find_all(True):
+        for name in [name for name in element.attrs if name.lower().startswith("on")]:
+            del element[name]
+        for name in ("href", "xlink:href"):
+            target = re.sub(r"[\x00-\x20]", "", str(element.get(name, "")))
+            if ":" in target and not target.lower().startswith(("http:", "https:", "mailto:", "data:image/", "#")):
+                del element[name]
 
 
 def _make_ids_unique(soup: BeautifulSoup, seen: set[str]) -> None:
