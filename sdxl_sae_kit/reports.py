@@ -123,9 +123,7 @@ def _find_sources(given: Path | str | Sequence[Path | str] | None) -> list[Path]
     return found
 
 
-def _recipe(
-    sources: Sequence[Path], sections: Sequence[Section], model: str | None, scale: str
-) -> dict[str, Any]:
+def _recipe(sources: Sequence[Path], sections: Sequence[Section], model: str | None, scale: str) -> dict[str, Any]:
     shown = {source.name: Artifact(source).digest for source in sources if source.suffix != ".ipynb"}
     return {
         "model": model,

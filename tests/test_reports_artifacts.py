@@ -76,7 +76,7 @@ def test_provenance_lists_every_artifact_with_its_hash(page, store):
 
 
 def test_labels_stand_beside_their_test_and_its_control(page):
-    rows = [cells for cells in ([c.get_text(" ") for c in row.find_all("td")] for row in page.select("#labels tbody tr"))]
+    rows = [[cell.get_text(" ") for cell in row.find_all("td")] for row in page.select("#labels tbody tr")]
     assert [row[2] for row in rows] == list(PAYLOADS[:4]) and {row[3] for row in rows} == {PAYLOADS[-2]}
     assert rows[0][4].startswith("0.850 [") and rows[0][5] == "20" and rows[0][6].startswith("0.550 [")
     assert rows[1][4:] == ["not tested", "0", "not tested"]
