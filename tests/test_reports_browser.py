@@ -25,7 +25,7 @@ CELLS = (
     "from sdxl_sae_kit import show_table\nfrom sdxl_sae_kit.galleries import gallery\n"
     "from sdxl_sae_kit.labels import LabelStore\n"
     "stats = synthetic_stats('store')\n"
-    "labels = LabelStore.of(stats)\nlabels.set(4, HOSTILE)",
+    "LabelStore.of(stats).set(4, HOSTILE[:480])",
     "figure = go.Figure([go.Bar(x=['a', HOSTILE], y=[1, 2], name=HOSTILE)])\n"
     "figure.update_layout(meta={'alt': 'Bars: ' + HOSTILE}, title=HOSTILE)",
     "gallery(stats, page_size=4, static=12)",
