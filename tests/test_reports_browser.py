@@ -18,6 +18,9 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 axe = pytest.importorskip("axe_playwright_python", reason="axe-playwright-python is not installed")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
 
+GIF = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
+RAW = HOSTILE.replace("<img src=x", f"<img alt=x src={GIF}")
+"""As markup: pictures that lie elsewhere are refused, so this one does not."""
 CELLS = (
     'MODEL = "none"\nSCALE = "none"',
     f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom synthetic import synthetic_stats\n"
@@ -30,7 +33,7 @@ CELLS = (
     "figure.update_layout(meta={'alt': 'Bars: ' + HOSTILE}, title=HOSTILE)",
     "gallery(stats, page_size=4, static=12)",
     "show_table([{f'column {i} {HOSTILE[:40]}': HOSTILE for i in range(6)}], HOSTILE)",
-    "HTML(HOSTILE + '<script>window.hacked=1</script><b onclick=\"window.hacked=1\">bold</b>')",
+    f"HTML({RAW + '<script>window.hacked=1</script><b onclick=window.hacked=1>bold</b>'!r})",
     "print('x' * 300)",
 )
 
@@ -38,7 +41,7 @@ CELLS = (
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reports")
-    title = nbformat.v4.new_markdown_cell(f"# Title {HOSTILE}\n## Heading\n| a | b |\n|---|---|\n| {'x ' * 200} | y |")
+    title = nbformat.v4.new_markdown_cell(f"# Title {RAW}\n## Heading\n| a | b |\n|---|---|\n| {'x ' * 200} | y |")
     book = nbformat.v4.new_notebook(cells=[title, *map(nbformat.v4.new_code_cell, CELLS)])
     book.cells[1].metadata["tags"] = ["parameters"]
     path = folder / "'\"><img src=x onerror=window.hacked=1>.ipynb"
