@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.labels import LabelStore as LabelStore
     from sdxl_sae_kit.masks import Polygon as Polygon
     from sdxl_sae_kit.matching import match as match
+    from sdxl_sae_kit.opened import open_artifact as open_artifact
     from sdxl_sae_kit.perceptual import Lpips as Lpips
     from sdxl_sae_kit.pipelines import generate as generate
     from sdxl_sae_kit.pipelines import load_pipeline as load_pipeline
@@ -112,6 +113,7 @@ _NAMES = {
     "labels": ["LabelStore"],
     "masks": ["Polygon"],
     "matching": ["match"],
+    "opened": ["open_artifact"],
     "perceptual": ["Lpips"],
     "pipelines": ["generate", "load_pipeline"],
     "plans": ["plan"],

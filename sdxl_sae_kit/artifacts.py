@@ -23,11 +23,13 @@ from typing import IO, Any
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.files import canonical_json, explain_full, hash_file, sha256, write_atomically
 
-FORMATS = {"activations": 2, "saes": 2, "features": 3, "icons": 1, "studies": 2, "reports": 1}
+FORMATS = {"activations": 2, "saes": 2, "features": 3, "icons": 1, "studies": 2, "reports": 2}
 """Kinds of artifacts and the version of each one's format; raised whenever the format changes."""
 
 STORE_VARIABLE = "SDXL_SAE_KIT_STORE"
 _STAMP, _LOCK = "stamp.json", ".lock"
+_ASKED: dict[Path, None] = {}
+"""Folders of the artifacts that this process made, found or opened, in that order."""
 
 
 class Store:
@@ -49,6 +51,7 @@ class Store:
         """The artifact that this recipe (JSON values only) makes, whether or not it exists yet."""
         recipe = {"format": kind, "version": FORMATS[kind], **json.loads(canonical_json(recipe))}
         name = f"{slug(readable)}-{name_hash(recipe)}"
+        _ASKED[self.root / kind / name] = None
         return Artifact(self.root / kind / name, recipe)
 
     def artifacts(self) -> list[Artifact]:
@@ -93,6 +96,7 @@ class Artifact:
             raise ArtifactError(
                 f"{folder} holds {made} version {known}; this kit reads {kind} version {FORMATS[kind]}."
             )
+        _ASKED[artifact.folder.resolve()] = None
         return artifact.present()
 
     def __repr__(self) -> str:
@@ -328,6 +332,11 @@ class Artifact:
         faults += [f"{name} does not belong to it" for name in sorted(present - stamp["files"].keys())]
         if faults:
             raise ArtifactError(f"{self.folder}: {'; '.join(faults)}. Delete the folder and make it again.")
+
+
+def used() -> list[Artifact]:
+    """The finished artifacts that this process made, found or opened, in the order in which it first asked for them."""
+    return [artifact for artifact in map(Artifact, _ASKED) if artifact.finished]
 
 
 def _digest(recipe: Mapping[str, Any], files: Mapping[str, Any]) -> str:

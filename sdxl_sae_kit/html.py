@@ -90,7 +90,8 @@ STYLE = """<style>
 .sae-kit tbody tr:nth-child(n) { background: none; }
 .sae-kit th { color: var(--sae-quiet); font-weight: 600; }
 .sae-kit table .sae-number { text-align: right; white-space: nowrap; }
-.sae-kit table th.sae-number { white-space: normal; vertical-align: bottom; }
+.sae-kit table th.sae-number { white-space: normal; }
+.sae-kit thead th { vertical-align: bottom; }
 .sae-wide { overflow-x: auto; }
 .sae-columns + .sae-wide, .sae-wide + .sae-wide { margin-top: 16px; }
 .sae-kit table .sae-text { text-align: left; }

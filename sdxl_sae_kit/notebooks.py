@@ -24,7 +24,7 @@ from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
 from sdxl_sae_kit import errors
-from sdxl_sae_kit.artifacts import STORE_VARIABLE, Store
+from sdxl_sae_kit.artifacts import STORE_VARIABLE, Artifact, Store
 from sdxl_sae_kit.errors import KitError
 
 
@@ -63,10 +63,16 @@ class _ThisPython(KernelSpecManager):
         return KernelSpec(argv=command, display_name="Python", language="python")
 
 
-def execute(path: Path, model: str, scale: str, store: Store) -> NotebookNode:
-    """Run a notebook in a fresh kernel; its cells are named `<slug>-<number>` by their place in the file.
+HAND_OVER = """from sdxl_sae_kit import artifacts
+print(*(artifact.folder for artifact in artifacts.used()), sep="\\n")"""
+"""A last cell, which nobody sees: the kernel says which artifacts its notebook made, found or opened."""
 
-    What its cells say names no folder of this machine; what figures hold is not looked through.
+
+def execute(path: Path, model: str, scale: str, store: Store) -> tuple[NotebookNode, list[Artifact]]:
+    """Run a notebook in a fresh kernel; returns it and the finished artifacts that it used.
+
+    Its cells are named `<slug>-<number>` by their place in the file. What they say names no folder of this machine;
+    what figures hold is not looked through.
 
     Raises:
         KitError: it has no cell tagged `parameters`, or a cell failed; the message names it.
@@ -78,6 +84,7 @@ def execute(path: Path, model: str, scale: str, store: Store) -> NotebookNode:
     for number, cell in enumerate(notebook.cells, 1):
         cell.id = f"{slug(path)}-{number}"
     _inject_parameters(notebook, path, {"MODEL": model, "SCALE": scale})
+    notebook.cells.append(nbformat.v4.new_code_cell(HAND_OVER, id=f"{slug(path)}-{len(notebook.cells)}"))
     started: list[str] = []
     kernel = AsyncKernelManager(kernel_spec_manager=_ThisPython())
     client = _Client(
@@ -108,8 +115,9 @@ def execute(path: Path, model: str, scale: str, store: Store) -> NotebookNode:
             run_sync(kernel.shutdown_kernel)(now=True)
         with suppress(ValueError):  # not the main thread
             signal.signal(signal.SIGTERM, terminate)
+    said = "".join(output.get("text", "") for output in notebook.cells.pop().outputs if output.get("name") == "stdout")
     _hide_places(notebook, path, model, store)
-    return notebook
+    return notebook, [Artifact(Path(folder)) for folder in said.splitlines() if folder]
 
 
 class _Client(NotebookClient):

@@ -4,7 +4,7 @@ for (const twin of document.querySelectorAll(".sae-twin")) {
   if (items.length < 2) continue;
   const bar = document.createElement("div");
   bar.className = "sae-bar";
-  twin.querySelector(".sae-kit").insertBefore(bar, twin.querySelector("style").nextSibling);
+  twin.querySelector(".sae-kit").prepend(bar);
 
   const words = labelled("Filter", document.createElement("input"));
   words.type = "search";

@@ -1,0 +1,73 @@
+"""HTML to PDF by the Chromium of this machine: tagged, with an outline, and without any network."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from sdxl_sae_kit.errors import KitError
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+MAC = (
+    Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"),
+    Path("/Applications/Chromium.app/Contents/MacOS/Chromium"),
+)
+SECONDS = 600
+"""What printing may take before it is given up."""
+WIDTH = 744
+"""Pixels of the window: figures are as wide as it lets them be, and must fit on a page of A4."""
+
+
+def find_browser() -> str:
+    """The Chromium or Chrome of this machine.
+
+    Raises:
+        KitError: there is none.
+    """
+    found = (path for name in BROWSERS if (path := shutil.which(name)))
+    browser = next(found, None) or next((str(path) for path in MAC if path.exists()), None)
+    if browser is None:
+        raise KitError(
+            "A PDF is printed by Chromium, and none was found. Install chromium or Google Chrome, "
+            "or open the HTML file in any browser and print it there."
+        )
+    return browser
+
+
+def print_pdf(page: Path, target: Path) -> None:
+    """Print an HTML file; figures that its scripts draw are drawn.
+
+    Raises:
+        KitError: no Chromium, or it failed.
+    """
+    browser = find_browser()
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "report.pdf"
+        options = [
+            *("--headless", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run"),
+            *(
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+                "--disable-extensions",
+            ),
+            *(
+                "--host-resolver-rules=MAP * ~NOTFOUND",
+                f"--user-data-dir={folder}/profile",
+                f"--window-size={WIDTH},1000",
+            ),
+            *("--no-pdf-header-footer", "--export-tagged-pdf", "--generate-pdf-document-outline"),
+            *(["--no-sandbox"] if os.geteuid() == 0 else []),  # which Chromium refuses to root
+            *("--virtual-time-budget=20000", f"--print-to-pdf={made}"),
+        ]
+        try:
+            done = subprocess.run([browser, *options, page.resolve().as_uri()], capture_output=True, timeout=SECONDS)
+        except (OSError, subprocess.TimeoutExpired) as cause:
+            raise KitError(f"{browser} could not print {page.name}: {cause}. Print it from a browser.") from None
+        if done.returncode or not made.exists():
+            said = done.stderr.decode(errors="replace").strip().splitlines()
+            raise KitError(f"{browser} could not print {page.name}: {said[-1] if said else 'it said nothing'}.")
+        shutil.copyfile(made, target)
