@@ -19,6 +19,9 @@ checking.check_first_calls()
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 hypothesis.settings.register_profile("kit", deadline=None)  # how long an example takes depends on what else runs
 hypothesis.settings.load_profile("kit")
+hypothesis.settings.register_profile(  # see CONTRIBUTING on `make mutate`
+    "mutation", max_examples=10, derandomize=True, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
+)
 
 
 def pytest_runtest_setup():
