@@ -154,7 +154,7 @@ class Artifact:
             ArtifactError: the name leads out of the folder, or a link lies there, which would.
         """
         path = self.folder / name
-        if Path(name).name != name or name == ".." or path.is_symlink():
+        if Path(name).name != name or name in ("", "..") or path.is_symlink():
             raise ArtifactError(
                 f"{path} is no file of {self.name} itself, and links are not followed: they lead anywhere. Put a copy "
                 "of what you trust in its place."

@@ -1,7 +1,7 @@
 """HDF5 files that a stranger may have written: opened only if all that they name lies in them.
 
-HDF5 can point to other files in three ways (links, external storage, virtual sources) and reads them without a word; and
-six kilobytes can claim terabytes. Whoever opens a file here gets numbers that are in it, or a refusal.
+HDF5 can point to other files in three ways (links, external storage, virtual sources) and reads them without a word;
+and six kilobytes can claim terabytes. Whoever opens a file here gets numbers that are in it, or a refusal.
 """
 
 from __future__ import annotations
