@@ -310,8 +310,8 @@ def _check_sdxl(name: str, folder: Path) -> None:
     named = {part: told[0] for part, told in index.items() if isinstance(told, list) and told}
     if foreign := sorted(part for part, library in named.items() if library not in (None, *LIBRARIES)):
         raise ModelError(
-            f"{name} wants {', '.join(foreign)} from {named[foreign[0]]!r}: code that may have come with it, and is not "
-            f"run. Pass a model whose parts are all of {' and '.join(LIBRARIES)}."
+            f"{name} wants {', '.join(foreign)} from {named[foreign[0]]!r}: code that may have come with it, and is "
+            f"not run. Pass a model whose parts are all of {' and '.join(LIBRARIES)}."
         )
     missing = [part for part in COMPONENTS if not (index.get(part) or [None])[0]]
     different = [f"{key}={unet.get(key)!r}, not {value!r}" for key, value in BLOCKS.items() if unet.get(key) != value]
