@@ -414,7 +414,7 @@ def test_nothing_trusts_code_that_comes_with_a_model():
 JOB = """
 import sys, tempfile
 def refuse(event, args):
-    if event.startswith("socket.") and event not in ("socket.__new__", "socket.gethostname"):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.sendmsg"):
         print("NETWORK", event, args); raise OSError("no network here")
 sys.addaudithook(refuse)
 import sdxl_sae_kit as kit
