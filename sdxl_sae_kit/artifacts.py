@@ -40,12 +40,22 @@ class Store:
 
     @classmethod
     def at(cls, store: Store | Path | str | None = None) -> Store:
-        """The store given; by default `$SDXL_SAE_KIT_STORE`, else `artifacts/` of the checkout or working folder."""
+        """The store given; by default `$SDXL_SAE_KIT_STORE`, else `artifacts/` of the checkout or working folder.
+
+        Raises:
+            ArtifactError: no folder can have this name.
+        """
         if isinstance(store, Store):
             return store
         checkout = Path(__file__).parent.parent
         beside = checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
-        return cls(Path(store or os.environ.get(STORE_VARIABLE) or beside / "artifacts").expanduser().resolve())
+        named = store or os.environ.get(STORE_VARIABLE) or beside / "artifacts"
+        try:
+            return cls(Path(named).expanduser().resolve())
+        except (OSError, RuntimeError, ValueError) as cause:  # no such user, links in a circle, a zero in the name
+            raise ArtifactError(
+                f"No store can be at {str(named)!r} ({cause}). Name a folder with store= or {STORE_VARIABLE}."
+            ) from None
 
     def artifact(self, kind: str, readable: str, recipe: Mapping[str, Any]) -> Artifact:
         """The artifact that this recipe (JSON values only) makes, whether or not it exists yet."""
@@ -110,7 +120,7 @@ class Artifact:
     @property
     def finished(self) -> bool:
         """Whether the stamp is there."""
-        return (self.folder / _STAMP).exists()
+        return self.holds(_STAMP)
 
     @cached_property
     def stamp(self) -> dict[str, Any]:
@@ -120,7 +130,7 @@ class Artifact:
             ArtifactError: it cannot be read, or is not as it was written.
         """
         try:
-            stamp: dict[str, Any] = json.loads((self.folder / _STAMP).read_text())
+            stamp: dict[str, Any] = json.loads(self.file(_STAMP).read_text())
             genuine = _is_stamp(stamp) and stamp["check"] == _check(stamp)
         except (OSError, ValueError, RecursionError) as cause:
             raise ArtifactError(f"The stamp of {self.folder} cannot be read ({cause}). {self.remedy}") from None
@@ -198,8 +208,18 @@ class Artifact:
             return sum(entry.stat().st_size for entry in entries if entry.is_file() and not entry.name.endswith(".tmp"))
 
     def file(self, name: str) -> Path:
-        """Path of one of its files."""
-        return self.folder / name
+        """Path of one of its files.
+
+        Raises:
+            ArtifactError: the name leads out of the folder, or a link lies there, which would.
+        """
+        path = self.folder / name
+        if Path(name).name != name or name in ("", "..") or path.is_symlink():
+            raise ArtifactError(
+                f"{path} is no file of {self.name} itself, and links are not followed: they lead anywhere. Put a copy "
+                "of what you trust in its place."
+            )
+        return path
 
     def read_text(self, name: str) -> str:
         """Content of one of its text files.
@@ -214,6 +234,17 @@ class Artifact:
                 f"{name} of {self.name} in {self.folder.parent} cannot be read ({cause}). {self.remedy}"
             ) from None
 
+    def read_json(self, name: str) -> Any:
+        """Content of one of its JSON files.
+
+        Raises:
+            ArtifactError: the file is lost or is no JSON.
+        """
+        try:
+            return json.loads(self.read_text(name))
+        except (ValueError, RecursionError) as cause:
+            raise ArtifactError(f"{name} of {self.name} is no JSON ({cause}). {self.remedy}") from None
+
     def present(self) -> Artifact:
         """Itself, if every file that its stamp lists is there in its size; `verify` hashes them too.
 
@@ -222,14 +253,14 @@ class Artifact:
         """
         for name, entry in self.stamp["files"].items():
             if not self.holds(name) or self.file(name).stat().st_size != entry["bytes"]:
-                raise ArtifactError(f"{self.file(name)} is missing or has changed. {self.remedy}")
+                raise ArtifactError(f"{self.folder / name} is missing or has changed, or is a link. {self.remedy}")
         return self
 
     def holds(self, name: str) -> bool:
         """Whether there is a file of this name in its folder itself; no other folder is looked into."""
         try:
-            return Path(name).name == name and self.file(name).is_file()
-        except (OSError, ValueError):  # a name that no file can have
+            return self.file(name).is_file()
+        except (ArtifactError, OSError, ValueError):  # a name that no file can have
             return False
 
     @contextmanager

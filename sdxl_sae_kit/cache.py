@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,14 +25,10 @@ from sdxl_sae_kit.buffers import Tokens
 from sdxl_sae_kit.configs import Split
 from sdxl_sae_kit.errors import ArtifactError
 from sdxl_sae_kit.files import hash_file
-from sdxl_sae_kit.layout import Layout, encode_picture
+from sdxl_sae_kit.layout import Layout, decode_picture, encode_picture
 from sdxl_sae_kit.shards import Shard, check_complete, examine, read_manifest, read_prompts, read_recipe
 
 _OPEN_FILES = 64
-
-
-def _decoded(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=("WEBP", "PNG")).convert("RGB")
 
 
 class ActivationCache(Activations):
@@ -181,7 +176,7 @@ class ActivationCache(Activations):
         """
         (data,) = self._pictures(np.array([image]))
         with self._explained(self._shard(image)):
-            return _decoded(data)
+            return decode_picture(data)
 
     def thumbnail(self, image: int) -> bytes:
         """The picture, small, as WebP.
@@ -200,7 +195,7 @@ class ActivationCache(Activations):
         pictures = self._pictures(np.asarray(images))
         if self.layout.images == "thumbnails":
             return list(pictures)
-        return [encode_picture(_decoded(data), "thumbnails") for data in pictures]
+        return [encode_picture(decode_picture(data), "thumbnails") for data in pictures]
 
     def _pictures(self, images: NDArray[np.integer]) -> Iterator[bytes]:
         if self.layout.images is None:

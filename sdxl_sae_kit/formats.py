@@ -24,11 +24,12 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from sdxl_sae_kit.errors import ArtifactError, did_you_mean
-from sdxl_sae_kit.files import canonical_json, hash_file, write_atomically
+from sdxl_sae_kit.files import hash_file, write_atomically
+from sdxl_sae_kit.untrusted import load_plain
 
 FORMATS = ("sdxl-unbox", "saelens", "dictionary_learning", "sparsify")
 """The tools; steerers writes the first one's files, SAeUron the last one's. None tells updates from outputs."""
@@ -121,8 +122,8 @@ def read(path: Path | str) -> Checkpoint:
         raise ArtifactError(f"{path} is no SAE this kit reads. Give a folder with the files of just one of: {known}.")
     folder = local.absolute().parent if local.is_file() else local.absolute()
     files, from_tool, _ = _TOOLS[format]
-    config, weights = _load(folder / files[0]), folder / files[1]
-    checkpoint = from_tool(_Foreign(weights, config, _load(weights)))
+    config, weights = load_plain(folder / files[0]), folder / files[1]
+    checkpoint = from_tool(_Foreign(weights, config, load_plain(weights)))
     origin = {"format": format, "path": str(path), **origin, "sha256": hash_file(weights), "config": config}
     return replace(checkpoint, origin=origin, **(_beside(folder, checkpoint) if format == "sdxl-unbox" else {}))
 
@@ -219,25 +220,11 @@ def _dump(path: Path, content: Any) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def _load(path: Path) -> Any:
-    try:
-        if path.suffix == ".json":
-            return json.loads(canonical_json(json.loads(path.read_text(encoding="utf-8"))))  # refuses NaN, not JSON
-        if path.suffix == ".safetensors":
-            return load(path.read_bytes())
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as cause:  # whatever a damaged or hostile file trips over
-        raise ArtifactError(
-            f"{path} cannot be read as plain settings or tensors ({type(cause).__name__}): it is damaged, or would run "
-            "code that came with it. Nothing of it was run. Get it anew, from people you trust."
-        ) from None
-
-
 def _beside(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     """What sdxl-unbox tells outside the two files: feature means, and in a folder's name the block."""
     found: dict[str, Any] = {}
     if (folder / "mean.pt").is_file():
-        mean, shape = _load(folder / "mean.pt"), tuple(checkpoint.b_enc.shape)
+        mean, shape = load_plain(folder / "mean.pt"), tuple(checkpoint.b_enc.shape)
         if isinstance(mean, Tensor) and mean.shape == shape:
             mean = torch.where(mean.isnan(), 0.0, mean)  # 0/0, of a latent that never fired
         found["mean_activation"] = _plain(mean, shape, f"{folder}: mean.pt")

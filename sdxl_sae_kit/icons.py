@@ -23,9 +23,10 @@ from sdxl_sae_kit.artifacts import Artifact, Store, counted, whole_number
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.files import write_atomically
+from sdxl_sae_kit.hdf5 import open_checked
 from sdxl_sae_kit.hooks import Call, rewrite
 from sdxl_sae_kit.interventions import check_measured
-from sdxl_sae_kit.layout import encode_picture
+from sdxl_sae_kit.layout import decode_picture, encode_picture
 from sdxl_sae_kit.pipelines import generate, scheduler
 from sdxl_sae_kit.sae import SAE
 
@@ -70,7 +71,7 @@ class Icons:
         if feature not in self._places:
             return None
         part, row = divmod(self._places[feature], self.artifact.recipe["features_per_part"])
-        with h5py.File(self.artifact.file(_PART.format(part)), "r") as file:
+        with open_checked(self.artifact.file(_PART.format(part))) as file:
             ends, data = file["ends"][()], file["bytes"]
             starts = np.concatenate([[0], ends.flatten()[:-1]]).reshape(ends.shape)
             return tuple(data[a:b].tobytes() for a, b in zip(starts[row], ends[row], strict=True))
@@ -238,7 +239,7 @@ def _side_by_side(pictures: Sequence[bytes], places: int) -> bytes:
     """WebP pictures in a row that has room for so many, each made as wide and high as a tile."""
     sheet = Image.new("RGBA", (places * (_TILE + _GAP) - _GAP, _TILE))
     for place, webp in enumerate(pictures):
-        tile = Image.open(io.BytesIO(webp), formats=("WEBP",)).convert("RGB").resize((_TILE, _TILE))
+        tile = decode_picture(webp).resize((_TILE, _TILE))
         sheet.paste(tile, (place * (_TILE + _GAP), 0))
     return html.to_webp(sheet)
 

@@ -18,8 +18,9 @@ from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import Example, FeatureStats, Ranking
 from sdxl_sae_kit.forms import line, widget
 from sdxl_sae_kit.label_lines import latent, tidy
-from sdxl_sae_kit.labellers import LabelJudge, Labeller, opened
+from sdxl_sae_kit.labellers import LabelJudge, Labeller
 from sdxl_sae_kit.labels import Label, LabelStore, LabelTest, check_stats, user
+from sdxl_sae_kit.layout import decode_picture
 from sdxl_sae_kit.sae import FIRES
 
 SHOWN = 12
@@ -88,7 +89,7 @@ def score_label(
     label = labels.latest(feature)
     text = tidy(text if text is not None else _needed(label, feature).text or "")
     drawn = _draw(stats, feature, n, seed, _shown(stats, feature, label))
-    answers = judge.judge(text, [opened(stats.thumbnail(image)) for image in drawn.images.tolist()])
+    answers = judge.judge(text, [decode_picture(stats.thumbnail(image)) for image in drawn.images.tolist()])
     if len(answers) != len(drawn.images):
         raise KitError(f"{judge.name} gave {len(answers)} answers for {len(drawn.images)} pictures. Mend its judge.")
     return _save(labels, stats, feature, text, drawn, np.array(answers, dtype=bool), judge.name)
@@ -379,6 +380,6 @@ def _known_latent(stats: FeatureStats, feature: SupportsIndex) -> int:
 
 
 def _enlarged(thumbnail: bytes) -> bytes:
-    picture: Image.Image = opened(thumbnail)
+    picture: Image.Image = decode_picture(thumbnail)
     factor = _SIDE / max(picture.size)
     return html.to_webp(picture.resize([round(side * factor) for side in picture.size], Image.Resampling.BICUBIC))

@@ -26,6 +26,7 @@ from PIL import Image
 from sdxl_sae_kit.devices import choose_device
 from sdxl_sae_kit.errors import KitError, ModelError
 from sdxl_sae_kit.features import Example
+from sdxl_sae_kit.layout import decode_picture
 from sdxl_sae_kit.tiny.judge import load_judge
 from sdxl_sae_kit.tiny.world import FACTORS
 
@@ -89,7 +90,9 @@ class WorldLabeller:
 
     def label(self, examples: Sequence[Example], contrast: Sequence[Example]) -> str:
         """The factor's value whose share among `examples` most exceeds that among `contrast`."""
-        active, inactive = (self._facts([opened(each.thumbnail) for each in group]) for group in (examples, contrast))
+        active, inactive = (
+            self._facts([decode_picture(each.thumbnail) for each in group]) for group in (examples, contrast)
+        )
 
         def excess(fact: str) -> float:
             return sum(fact in facts for facts in active) / len(active) - sum(
@@ -328,17 +331,12 @@ class _NoRedirection(urllib.request.HTTPRedirectHandler):
         """Follow none: urllib then raises the status as an error."""
 
 
-def opened(thumbnail: bytes) -> Image.Image:
-    """The picture of a WebP thumbnail."""
-    return Image.open(io.BytesIO(thumbnail), formats=("WEBP",)).convert("RGB")
-
-
 def sheet(examples: Sequence[Example]) -> Image.Image:
     """The pictures of the examples on one sheet, four in a row."""
     step, rows = _TILE + _GAP, -(-len(examples) // _COLUMNS)
     drawn = Image.new("RGB", (_COLUMNS * step - _GAP, rows * step - _GAP), "white")
     for place, example in enumerate(examples):
-        tile = opened(example.thumbnail).resize((_TILE, _TILE), Image.Resampling.BICUBIC)
+        tile = decode_picture(example.thumbnail).resize((_TILE, _TILE), Image.Resampling.BICUBIC)
         drawn.paste(tile, (place % _COLUMNS * step, place // _COLUMNS * step))
     return drawn
 

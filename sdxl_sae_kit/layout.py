@@ -34,6 +34,7 @@ THUMBNAIL = 160
 
 _STRIP_BYTES = 80 * 2**10  # 32 tokens of SDXL: small enough to mix images well, large enough to read fast
 _PICTURE_CHUNK = 2**14
+_MOST_PIXELS = 2**25
 _COUNTS = ("n_images", "num_inference_steps", "height", "width", "batch_size", "images_per_shard")
 _TEXTS = ("model", "revision", "scheduler", "prompts", "compute_dtype")
 _HOOKPOINT = re.compile(r"[A-Za-z0-9_.]+")
@@ -283,6 +284,21 @@ def encode_picture(image: Image.Image, kind: str) -> bytes:
     else:
         picture.save(buffer, "WEBP", quality=90 if kind == "thumbnails" else 95, method=2)
     return buffer.getvalue()
+
+
+def decode_picture(data: bytes) -> Image.Image:
+    """The picture of WebP or PNG bytes.
+
+    Raises:
+        ArtifactError: they are none, or a few bytes that would unpack to more than 33 million pixels.
+    """
+    try:
+        picture = Image.open(io.BytesIO(data), formats=("WEBP", "PNG"))
+        if picture.width * picture.height > _MOST_PIXELS:
+            raise ValueError(f"it has {picture.width} × {picture.height} pixels")
+        return picture.convert("RGB")
+    except Exception as cause:  # Pillow raises whatever it trips over
+        raise ArtifactError(f"A picture cannot be read ({cause}). Make or get what it belongs to again.") from None
 
 
 def _datasets(group: h5py.Group, fields: Mapping[str, Field], prefix: str = "") -> Iterator[tuple[str, h5py.Dataset]]:

@@ -291,6 +291,8 @@ def _known(names: Sequence[str] = tuple(PRESETS)) -> str:
 
 # Whether it will do -------------------------------------------------------------------------------------------------
 
+LIBRARIES = ("diffusers", "transformers")
+"""Whose classes a pipeline may name: any other module would be imported."""
 COMPONENTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae", "scheduler")
 BLOCKS = {
     "addition_embed_type": "text_time",
@@ -305,6 +307,12 @@ def _check_sdxl(name: str, folder: Path) -> None:
             f"{name} is no diffusers pipeline: it has no model_index.json. Pass a folder that save_pretrained wrote."
         )
     index, unet = _read(folder / "model_index.json"), _read(folder / "unet" / "config.json")
+    named = {part: told[0] for part, told in index.items() if isinstance(told, list) and told}
+    if foreign := sorted(part for part, library in named.items() if library not in (None, *LIBRARIES)):
+        raise ModelError(
+            f"{name} wants {', '.join(foreign)} from {named[foreign[0]]!r}: code that may have come with it, and is "
+            f"not run. Pass a model whose parts are all of {' and '.join(LIBRARIES)}."
+        )
     missing = [part for part in COMPONENTS if not (index.get(part) or [None])[0]]
     different = [f"{key}={unet.get(key)!r}, not {value!r}" for key, value in BLOCKS.items() if unet.get(key) != value]
     if missing or different:
@@ -319,7 +327,7 @@ def _check_sdxl(name: str, folder: Path) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({error}). Save or download the pipeline again.") from error
     return content if isinstance(content, dict) else {}
 

@@ -379,13 +379,9 @@ class SAE(nn.Module):
         about, tensors = weights.read(path)
         config = weights.parse(SAEConfig, about["config"], path)
         site = weights.parse(Site, about["site"], path) if about["site"] else None
-        shape = tuple(tensors["W_enc"].shape) if "W_enc" in tensors else ()
-        if len(shape) != 2 or abs(shape[1] - shape[0] * config.expansion) > 0.5:
-            raise ArtifactError(
-                f"{path}: W_enc has shape {shape}, not (d_in, {config.expansion:g} · d_in). The file is damaged."
-            )
+        d_in = weights.width(tensors, config.expansion, config.normalize == "whiten", path)
         try:
-            sae = cls(config, shape[0], site, about["name"])
+            sae = cls(config, d_in, site, about["name"])
         except KitError as cause:
             raise ArtifactError(f"{path}: {cause} The file is damaged.") from None
         weights.check(tensors, sae.state_dict(), path)

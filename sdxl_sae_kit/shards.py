@@ -125,7 +125,7 @@ def read_manifest(folder: Path, layout: Layout) -> list[Shard]:
     Raises:
         ArtifactError: a line was edited, occurs twice, or names what a cache of this recipe does not have.
     """
-    path = folder / _MANIFEST
+    path = Artifact(folder).file(_MANIFEST)
     if not path.exists():
         return []
     shards: dict[int, Shard] = {}

@@ -6,7 +6,6 @@ embedded model; `ClipEmbed` is any CLIP that transformers loads, and knows texts
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +26,7 @@ from sdxl_sae_kit.devices import choose_device
 from sdxl_sae_kit.errors import KitError, ModelError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.files import hash_file, sha256, write_atomically
+from sdxl_sae_kit.layout import decode_picture
 from sdxl_sae_kit.metrics import bootstrap_interval
 from sdxl_sae_kit.tiny import WEIGHTS
 from sdxl_sae_kit.tiny.judge import FILE as JUDGE
@@ -158,7 +158,7 @@ def default_embed(stats: FeatureStats) -> Embed:
         KitError: they are not, or there are none.
     """
     _check_pictures(stats)
-    size = _opened(stats.thumbnail(int(stats.pictured[0]))).size
+    size = decode_picture(stats.thumbnail(int(stats.pictured[0]))).size
     if size == (SIZE, SIZE):
         return WorldEmbed()
     raise KitError(
@@ -172,10 +172,6 @@ def _check_pictures(stats: FeatureStats) -> None:
         raise KitError(f"This takes FeatureStats, as FeatureStats.measure gives, not a {type(stats).__name__}.")
     if not len(stats.pictured):
         raise KitError(f"No pictures are kept for {stats.sae}. Collect with images='thumbnails' and measure again.")
-
-
-def _opened(webp: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(webp), formats=("WEBP",)).convert("RGB")
 
 
 def embed_pictures(stats: FeatureStats, embed: Embed, store: Store | Path | str | None = None) -> Unit:
@@ -211,7 +207,7 @@ def _embed(stats: FeatureStats, embed: Embed, artifact: Artifact) -> None:
     tqdm.write(f"Looking at {len(stats.pictured):,} pictures with {embed.name}, as {artifact.name}.")
     rows = []
     for start in tqdm(range(0, len(stats.pictured), _BATCH), desc="embed", unit="batch"):
-        rows.append(embed([_opened(webp) for webp in stats.thumbnails(stats.pictured[start : start + _BATCH])]))
+        rows.append(embed([decode_picture(webp) for webp in stats.thumbnails(stats.pictured[start : start + _BATCH])]))
     write_atomically(artifact.file(_FILE), save({"embeddings": np.concatenate(rows).astype(np.float32)}))
     artifact.seal(facts={"pictures": len(stats.pictured), "judge": embed.name})
 

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.cache import ActivationCache
+from sdxl_sae_kit.errors import ArtifactError
 from sdxl_sae_kit.files import explain_full, settle
 from sdxl_sae_kit.firing import EDGES, Firing, Moments, group_ranks
+from sdxl_sae_kit.hdf5 import open_checked
 from sdxl_sae_kit.sae import SAE
 
 FILE = "features.h5"
@@ -45,8 +47,8 @@ def part_name(part: int) -> str:
 
 
 def open_part(path: Path, mode: str = "r") -> h5py.File:
-    """An HDF5 file that HDF5 1.10 can read too."""
-    return h5py.File(path, mode, libver=("v108", "v110"))
+    """An HDF5 file: one that HDF5 1.10 can read too, or to be read after it was checked."""
+    return open_checked(path) if mode == "r" else h5py.File(path, mode, libver=("v108", "v110"))
 
 
 def is_whole(path: Path) -> bool:
@@ -54,7 +56,7 @@ def is_whole(path: Path) -> bool:
     try:
         with open_part(path) as part:
             part.visititems(_read)
-    except (OSError, KeyError, RuntimeError):
+    except (ArtifactError, OSError, KeyError, RuntimeError):
         return False
     return True
 

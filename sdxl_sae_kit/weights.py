@@ -101,6 +101,20 @@ def parse(kind: type[T], values: Any, path: Path | str) -> T:
         raise ArtifactError(f"{path}: its {kind.__name__} is impossible ({cause}). The file is damaged.") from None
 
 
+def width(tensors: Mapping[str, Tensor], expansion: float, whitened: bool, path: Path | str) -> int:
+    """d_in; asked before an SAE of that size is made, so that a small file makes no large one.
+
+    Raises:
+        ArtifactError: W_enc is not (d_in, expansion · d_in), or the matrix that whitens not (d_in, d_in).
+    """
+    shape, scale = (tuple(tensors[name].shape) if name in tensors else () for name in ("W_enc", "input_scale"))
+    if len(shape) != 2 or abs(shape[1] - shape[0] * expansion) > 0.5:
+        raise ArtifactError(f"{path}: W_enc has shape {shape}, not (d_in, {expansion:g} · d_in). The file is damaged.")
+    if whitened and scale != (shape[0], shape[0]):
+        raise ArtifactError(f"{path}: input_scale has shape {scale}, not {shape[0], shape[0]}. The file is damaged.")
+    return shape[0]
+
+
 def check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path | str) -> None:
     """Refuse tensors that are not just the ones wanted.
 

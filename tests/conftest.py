@@ -20,6 +20,9 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # No deadline: how long an example takes depends on what else runs. `make test-all` asks for the thorough profile.
 hypothesis.settings.register_profile("quick", deadline=None, max_examples=25)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=200)
+hypothesis.settings.register_profile(  # see CONTRIBUTING on `make mutate`
+    "mutation", max_examples=10, derandomize=True, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
+)
 hypothesis.settings.load_profile("quick")
 
 

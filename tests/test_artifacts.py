@@ -78,7 +78,7 @@ def test_any_harm_is_found(made, harm, complaint):
 def test_one_file_can_be_checked_alone(made):
     assert made.check("result.json").read_text() == "[1, 2]"
     made.file("result.json").write_text("[1, 3]")
-    with pytest.raises(ArtifactError, match="result.json is missing or has changed. Delete its folder"):
+    with pytest.raises(ArtifactError, match="result.json is missing or has changed, or is a link. Delete"):
         made.check("result.json")
 
 
@@ -168,7 +168,7 @@ def test_a_lost_text_file_is_missed_by_name(made):
 @pytest.mark.parametrize("harm", [lambda path: path.unlink(), lambda path: path.write_text("[1]")])
 def test_a_file_that_is_lost_or_cut_is_missed_on_opening(made, harm):
     harm(made.file("result.json"))
-    with pytest.raises(ArtifactError, match="result.json is missing or has changed. Delete its folder"):
+    with pytest.raises(ArtifactError, match="result.json is missing or has changed, or is a link. Delete"):
         Artifact.open(made.folder, "studies")
 
 

@@ -14,13 +14,17 @@ from sdxl_sae_kit.metrics import (
     ReconstructionMetrics,
     areas_under_curve,
     bootstrap_interval,
+    bootstrap_intervals,
     constant_share,
     explained_variance,
     explained_variance_per_channel,
+    geometric_median,
     matched_cosine,
     neighbour_correlation,
     participation_ratio,
     resampled_areas,
+    shares_above,
+    shuffled_rows,
     variance_spectrum,
 )
 
@@ -207,3 +211,55 @@ def test_a_resampled_area_is_that_of_repeated_images(seed):
             assert area == pytest.approx(areas_under_curve(repeated[:, None], shown)[0])
         else:
             assert np.isnan(area)
+
+
+def test_the_geometric_median_has_the_least_summed_distance():
+    x = torch.cat([torch.randn(60, 3, generator=torch.Generator().manual_seed(0)), torch.full((5, 3), 40.0)])
+    found = geometric_median(x)
+
+    def summed(point):
+        return (x - point).norm(dim=1).sum()
+
+    nudges = 0.01 * torch.cat([torch.eye(3), -torch.eye(3)])
+    assert all(summed(found) < summed(found + nudge) for nudge in nudges)
+    assert summed(found) < summed(x.mean(dim=0)) - 1  # which the five far tokens drag along
+
+
+def test_shuffled_rows_keep_mean_and_covariance_and_no_row():
+    rows = torch.randn(200, 4, generator=torch.Generator().manual_seed(1)) @ torch.diag(torch.tensor([3.0, 1, 1, 0.5]))
+    rows[:, 1] += rows[:, 0]
+    shuffled = shuffled_rows(rows + 7)
+    axes = torch.linalg.eigh(torch.cov(rows.T))[1]
+    assert torch.allclose(shuffled.mean(dim=0), (rows + 7).mean(dim=0), atol=1e-4)
+    assert torch.allclose((shuffled @ axes).sort(dim=0)[0], ((rows + 7) @ axes).sort(dim=0)[0], atol=1e-3)
+    assert torch.cdist(shuffled, rows + 7).min(dim=1)[0].median() > 0.1
+    assert torch.equal(shuffled, shuffled_rows(rows + 7, seed=0))
+    assert not torch.equal(shuffled, shuffled_rows(rows + 7, seed=1))
+
+
+def test_shares_above_count_what_is_strictly_more():
+    similarities = np.array([0.7, 0.71, 0.9, 0.91, 0.1, 1.0, 0.5, 0.95])
+    found = shares_above(similarities)
+    assert (found["above 0.7"], found["above 0.9"]) == (5 / 8, 3 / 8)
+    for least in (0.7, 0.9):
+        assert found[f"above {least} interval"] == bootstrap_interval((similarities > least).astype(float))
+
+
+def test_intervals_of_many_numbers_are_those_of_each():
+    values = np.random.default_rng(3).normal(size=(40, 2, 3)) + 5
+    low, high = bootstrap_intervals(values, samples=4000)
+    for place in np.ndindex(2, 3):
+        one = bootstrap_interval(values[(slice(None), *place)], samples=4000)
+        assert np.allclose((low[place], high[place]), one, atol=0.05)
+    ratio = bootstrap_intervals(values, lambda m: m[..., 0] / m[..., 1], samples=4000, level=0.5)
+    one = bootstrap_interval(values[:, 0], lambda m: m[..., 0] / m[..., 1], samples=4000, level=0.5)
+    assert ratio.shape == (2, 2) and np.allclose(ratio[:, 0], one, atol=0.02)
+    assert np.isnan(bootstrap_intervals(values[:1])).all()
+
+
+def test_samples_in_which_a_number_is_unknown_are_left_out_of_its_interval_only():
+    values = np.stack([np.arange(6.0), np.eye(6)[0]], axis=1)
+    low, high = bootstrap_intervals(values, lambda m: np.where(m[..., 1:] > 0, m, np.nan))
+    assert np.isfinite([low, high]).all()  # of the samples that drew the first row
+    assert np.isnan(bootstrap_intervals(values, lambda m: m * np.nan)).all()
+    assert np.array_equal(low[1:], [1 / 6])

@@ -195,7 +195,7 @@ def _run(
     if not artifact.file(PLAN).exists():
         plan = _plan(pipe, sae, stats, prompts, recipe)
         write_atomically(artifact.file(PLAN), json.dumps(plan).encode())
-    plan = json.loads(artifact.read_text(PLAN))
+    plan = artifact.read_json(PLAN)
     others = {feature: plan["others"][str(feature)] for feature in features}
     orders = _order(plan, _changes(draw_controls(sae, stats, features, recipe["seed"]), doses, recipe["steps_alone"]))
     done = {int(image) for image in lines}

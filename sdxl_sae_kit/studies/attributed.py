@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.gradients import Differentiated
+from sdxl_sae_kit.hdf5 import open_checked
 from sdxl_sae_kit.sae import SAE
 
 KINDS = ("trained", "untrained")
@@ -62,7 +63,7 @@ class Attributed:
         values, entries = [], {hookpoint: [] for hookpoint in hookpoints}  # type: ignore[var-annotated]
         d_sae, grids = {}, {}
         for path in paths:
-            with h5py.File(path, "r") as file:
+            with open_checked(path) as file:
                 values.append(file["values"][()])
                 for hookpoint in hookpoints:
                     group = file[kind][hookpoint]

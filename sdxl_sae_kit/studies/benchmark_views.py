@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -12,6 +11,7 @@ from PIL import Image
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import counted
+from sdxl_sae_kit.layout import decode_picture
 from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR, LEAST, LESS_IS_BETTER, NEARNESS, Line, Row, Scores
 from sdxl_sae_kit.studies.distances import written
 from sdxl_sae_kit.studies.transport import Setting
@@ -383,7 +383,7 @@ def _picked(ranks: Sequence[tuple[float, float, int]]) -> dict[str, int]:
 
 def _cut(row: bytes, places: Sequence[int], tiles: int) -> bytes:
     """Some tiles of a row of square ones, side by side with as wide a gap."""
-    whole = Image.open(io.BytesIO(row), formats=("WEBP",)).convert("RGB")
+    whole = decode_picture(row)
     whole = whole.resize((round(whole.width * _TILE / whole.height), _TILE), Image.Resampling.BICUBIC)
     side, step = whole.height, round((whole.width - whole.height) / (tiles - 1))
     made = Image.new("RGB", ((len(places) - 1) * step + side, side), "white")

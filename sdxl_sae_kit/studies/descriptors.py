@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
@@ -13,6 +12,7 @@ from PIL import Image
 
 from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
 from sdxl_sae_kit.features import Example, FeatureStats
+from sdxl_sae_kit.layout import decode_picture
 from sdxl_sae_kit.questions import expected
 from sdxl_sae_kit.similarity import Embed, specificity
 
@@ -217,7 +217,7 @@ def _look(examples: Sequence[Example]) -> list[float]:
     weights = _weights(examples)
     if not all(example.thumbnail for example in examples):  # of a cache that keeps none
         return [*_place(weights), *[np.nan] * len(_LOOK)]
-    pictures = [_picture(example) for example in examples]
+    pictures = [decode_picture(example.thumbnail) for example in examples]
     return [*_place(weights), *_colour(weights, pictures), _texture(weights, pictures)]
 
 
@@ -248,10 +248,6 @@ def _texture(weights: _Weights, pictures: Sequence[Image.Image]) -> float:
         steep = Image.fromarray(np.hypot(*np.gradient(luminance)).astype(np.float32))
         found.append((mine * np.asarray(steep.resize(mine.shape[::-1], Image.Resampling.BOX))).sum())
     return float(np.mean(found))
-
-
-def _picture(example: Example) -> Image.Image:
-    return Image.open(io.BytesIO(example.thumbnail), formats=("WEBP",)).convert("RGB")
 
 
 # Time -----------------------------------------------------------------------------------------------------------------

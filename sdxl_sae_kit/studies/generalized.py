@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact, whole_number
 from sdxl_sae_kit.errors import KitError, did_you_mean
+from sdxl_sae_kit.hdf5 import open_checked
 from sdxl_sae_kit.metrics import bootstrap_intervals
 from sdxl_sae_kit.plots import step_lines
 from sdxl_sae_kit.studies import carryover
@@ -334,7 +334,7 @@ class Generalization:
             return np.asarray(file["shared/tokens"])
 
     def _arrays(self, hookpoint: str) -> Any:
-        return h5py.File(self.artifact.file(ARRAYS.format(hookpoint)), "r")
+        return open_checked(self.artifact.file(ARRAYS.format(hookpoint)))
 
     def _comparable(self, hookpoint: str) -> bool:
         return not self._facts[hookpoint]["not compared"]

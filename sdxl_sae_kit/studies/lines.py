@@ -40,7 +40,7 @@ class Lines(Mapping[str, dict[str, Any]]):
             try:
                 unit, result = json.loads(line)
                 self._found[unit] = result
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 raise ArtifactError(f"{self._path}: line {number} is no result. {artifact.remedy}") from None
 
     def __getitem__(self, unit: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -306,7 +305,7 @@ class Ablation:
 
 
 def _read(artifact: Artifact) -> tuple[FeatureEffects, ...]:
-    plan, lines = json.loads(artifact.read_text(PLAN)), Lines(artifact, LINES)
+    plan, lines = artifact.read_json(PLAN), Lines(artifact, LINES)
     found = []
     for feature in artifact.recipe["features"]:
         fires = [i for i in plan["features"][str(feature)] if str(feature) in lines[str(i)]["features"]]

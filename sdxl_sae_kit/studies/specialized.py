@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.hdf5 import open_checked
 from sdxl_sae_kit.maps import block_flow, cluster_map, response_map
 from sdxl_sae_kit.plots import interval_lines
 from sdxl_sae_kit.studies import claims as tests
@@ -53,7 +52,7 @@ class Specialization:
     def open(cls, folder: Path | str) -> Specialization:
         """Read what `specialize` made; ArtifactError where there is no finished study of that kind."""
         artifact = open_study(folder, "block specialisation", "specialize")
-        return cls(artifact, **_with_pairs(json.loads(artifact.file(TABLES).read_text(encoding="utf-8"))))
+        return cls(artifact, **_with_pairs(artifact.read_json(TABLES)))
 
     def rows(self) -> list[Row]:
         """A row per descriptor and block: `mean`, and the standardised difference from the other blocks, `effect`.
@@ -89,12 +88,12 @@ class Specialization:
         `hookpoint` and `cluster` (indices), `feature`, `position` (in the plane), `descriptors` in the order of the
         rows, and `central`, the distance from the cluster's centre.
         """
-        with h5py.File(self.artifact.file(ARRAYS), "r") as file:
+        with open_checked(self.artifact.file(ARRAYS)) as file:
             return {name: file[name][()] for name in file if not name.startswith("picture")}
 
     def picture(self, at: int) -> bytes:
         """WebP of the three strongest images of a feature, by its place in `features`, over their heat maps."""
-        with h5py.File(self.artifact.file(ARRAYS), "r") as file:
+        with open_checked(self.artifact.file(ARRAYS)) as file:
             ends = file["picture_ends"]
             return bytes(file["pictures"][int(ends[at - 1]) if at else 0 : int(ends[at])].tobytes())
 
