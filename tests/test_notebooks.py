@@ -55,12 +55,18 @@ def test_there_are_notebooks_numbered_in_order() -> None:
 def test_it_starts_with_its_parameters_and_carries_no_output(path: Path) -> None:
     notebook, code = nbformat.read(path, as_version=4), cells_of(path, "code")
     nbformat.validate(notebook)
-    assert [cell.id for cell in code if "parameters" in cell.metadata.get("tags", [])] == [code[0].id]
     assignments = {line.split("#")[0].strip() for line in code[0].source.splitlines()}
     assert {'MODEL = "tiny-turbo"', 'SCALE = "demo"'} <= assignments
     assert '"stabilityai/sdxl-turbo"' in code[0].source and '"smoke"' in code[0].source
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
     assert "widgets" not in notebook.metadata
+
+
+@every_notebook
+def test_a_failing_cell_fails_the_report(path: Path) -> None:
+    """The report stops at an error, unless a tag allows one or leaves the cell out: no cell has a tag but the first."""
+    code = cells_of(path, "code")
+    assert [cell.metadata.get("tags", []) for cell in code] == [["parameters"]] + [[]] * (len(code) - 1)
 
 
 @every_notebook

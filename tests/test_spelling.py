@@ -22,7 +22,7 @@ AMERICAN = re.compile(
     r"(?<!\w)[a-z]+(?:ali|eci|ani|imi|ogni|ormal|mmari)z(?:e[sd]?|ing|ations?)\b",
     re.IGNORECASE,
 )
-CODE = re.compile(r"```.*?```|^    .*?$|`[^`]*`|\]\([^)]*\)|https?://\S+|<[^>]+>|\[@?[\w/:.-]+\]:.*?$", re.DOTALL | re.M)
+CODE = re.compile(r"```.*?```|^    .*?$|`[^`]*`|\]\([^)]*\)|https?://\S+|<[^>\n]+>", re.DOTALL | re.MULTILINE)
 
 
 def prose_of(page: Path) -> str:
