@@ -107,7 +107,7 @@ def test_the_notebook_on_annotating_runs_and_can_be_clicked_through(page: Any, t
         page.evaluate(RUN_ALL)
         page.wait_for_function(RAN, timeout=400_000)
         _assert_all_well(page)
-        _assert_pictures_show(page, 200)
+        _assert_pictures_show(page, 100)
         _label_the_strongest(page)
         page.screenshot(path=tmp_path / "labelled.png")
 
@@ -115,7 +115,7 @@ def test_the_notebook_on_annotating_runs_and_can_be_clicked_through(page: Any, t
         page.locator(".sae-prompt input").fill("a small blue star")
         page.keyboard.press("Enter")
         sync_api.expect(told).to_contain_text("a small blue star")
-        _assert_pictures_show(page, 200)
+        _assert_pictures_show(page, 100)
         _assert_all_well(page)
 
 
