@@ -180,6 +180,12 @@ def _assert_all_well(page: Any) -> None:
 
 
 def _assert_pictures_show(page: Any, at_least: int) -> None:
-    widths = page.locator(".jp-Notebook img").evaluate_all("images => images.map(image => image.naturalWidth)")
+    """Also those out of sight, which wait to be loaded; a broken one has no width."""
+    load = """images => Promise.all(images.map(async image => {
+        image.loading = 'eager';
+        await image.decode().catch(() => {});
+        return image.naturalWidth;
+    }))"""
+    widths = page.locator(".jp-Notebook img").evaluate_all(load)
     assert len(widths) >= at_least
     assert min(widths) > 0
