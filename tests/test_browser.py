@@ -180,7 +180,7 @@ def _assert_all_well(page: Any) -> None:
 
 
 def _assert_pictures_show(page: Any, at_least: int) -> None:
-    """Also those that are still being decoded; a broken one never has a width. Plotly's hidden place for one is none."""
+    """Also those that are still being decoded; a broken one never has a width. Plotly's empty place is none."""
     decode = """images => Promise.all(images.map(async image => {
         await image.decode().catch(() => {});
         return [image.naturalWidth, `${image.alt || image.outerHTML.slice(0, 200)}`];
