@@ -32,6 +32,12 @@ READY = """() => {
 }"""
 # The promise is not returned: a modal would be awaited for ever.
 RUN_ALL = "() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }"
+# A failed cell ends it too: those behind it never run.
+RAN = """() => {
+    const numbers = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.textContent);
+    const failed = document.querySelector('[data-mime-type="application/vnd.jupyter.error"]');
+    return failed || (numbers.length > 0 && numbers.every(number => /\\[\\d+\\]/.test(number)));
+}"""
 GO_DARK = "() => { window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'}); }"
 
 

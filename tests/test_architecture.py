@@ -1,4 +1,4 @@
-"""The house rules: who imports whom, how long files are, what the environment and the notebooks look like."""
+"""The house rules: who imports whom, how long files are, what the environment looks like."""
 
 import ast
 import re
@@ -7,18 +7,12 @@ import sys
 import tomllib
 from pathlib import Path
 
-import nbformat
 import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "sdxl_sae_kit").rglob("*.py"))
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-
-def read(notebook: Path) -> nbformat.NotebookNode:
-    return nbformat.read(notebook, as_version=4)
 
 
 def test_import_contracts_are_kept(monkeypatch):
@@ -96,38 +90,6 @@ def test_every_direct_dependency_is_pinned_within_its_bounds():
     for requirement in map(Requirement, PROJECT["dependencies"] + extras):
         assert requirement.specifier, f"{requirement.name} has no bounds"
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
-
-
-def test_there_are_notebooks_numbered_in_order():
-    numbers = [path.stem.split("_")[0] for path in NOTEBOOKS]
-    assert numbers and numbers == sorted(set(numbers)) and all(re.fullmatch(r"\d\d", number) for number in numbers)
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_starts_with_its_parameters_and_carries_no_output(path):
-    code = [cell for cell in read(path).cells if cell.cell_type == "code"]
-    assert "parameters" in code[0].metadata.get("tags", [])
-    assert {'MODEL = "tiny-turbo"', 'SCALE = "demo"'} <= {
-        line.split("#")[0].strip() for line in code[0].source.splitlines()
-    }
-    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
-    for cell in code:
-        assert not cell.outputs and cell.execution_count is None
-    assert "widgets" not in read(path).metadata
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_tells_a_story_in_short_cells(path):
-    cells = [cell for cell in read(path).cells if cell.source.strip()]
-    for cell in (cell for cell in cells if cell.cell_type == "code"):
-        assert len(cell.source.splitlines()) <= 14, f"{path.name}: {cell.source}"
-        for node in ast.walk(ast.parse(re.sub(r"^\s*[%!].*$", "", cell.source, flags=re.MULTILINE))):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                assert node.end_lineno - node.lineno < 5, f"{path.name}: {node.name} belongs in the package"
-    prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
-    assert 3 * len(prose) >= len(cells)
-    assert any(text.startswith("# ") for text in prose), "the report takes its title from the first heading"
-    assert not re.search(r"\$[^$\n]+\$|\\\(|\\\[", "\n".join(prose)), "LaTeX does not render offline"
 
 
 def test_shapes_are_of_arrays_as_every_numpy_names_them() -> None:
