@@ -26,7 +26,15 @@ FORMATS = {"activations": 2, "saes": 2, "features": 3, "icons": 1, "studies": 2,
 """Kinds of artifacts and the version of each one's format; raised whenever the format changes."""
 
 STORE_VARIABLE = "SDXL_SAE_KIT_STORE"
+PAGES = Path(__file__).parent / "pages"
+"""The notebooks of an installed package; in a checkout they lie in `notebooks/`."""
 _STAMP, _LOCK = "stamp.json", ".lock"
+
+
+def checkout() -> Path | None:
+    """The folder of the checkout that this runs from; None for an installed package, where nothing may be written."""
+    folder = PAGES.parent.parent
+    return folder if (folder / "pyproject.toml").is_file() and not PAGES.is_dir() else None
 
 
 class Store:
@@ -40,8 +48,7 @@ class Store:
         """The store given; by default `$SDXL_SAE_KIT_STORE`, else `artifacts/` of the checkout or working folder."""
         if isinstance(store, Store):
             return store
-        checkout = Path(__file__).parent.parent
-        beside = checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
+        beside = checkout() or Path.cwd()
         return cls(Path(store or os.environ.get(STORE_VARIABLE) or beside / "artifacts").expanduser().resolve())
 
     def artifact(self, kind: str, readable: str, recipe: Mapping[str, Any]) -> Artifact:
