@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sdxl_sae_kit import installation, machine
@@ -26,7 +27,7 @@ def diagnose(store: Store | Path | str | None = None) -> Diagnosis:
         True
     """
     root = Store.at(store).root
-    looked = {
+    looked: dict[str, Callable[[], Check | Sequence[Check]]] = {
         "Python": installation.check_python,
         "packages": installation.check_packages,
         "extras": installation.check_extras,

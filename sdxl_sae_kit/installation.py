@@ -27,6 +27,7 @@ EXTRAS = {
     "datasets": "prompts from datasets of the Hugging Face hub",
     "dev": "tests, linters and builds, for contributors",
     "lora": "load_pipeline(…, lora=…)",
+    "release": "audits and uploads, for maintainers",
     "riebench": "Lpips, the perceptual distance of the published benchmark",
     "umap": "maps of features by UMAP instead of PCA",
 }
@@ -60,18 +61,17 @@ def check_packages() -> Check:
 
 def check_extras() -> Sequence[Check]:
     """What each extra gives, and whether it is there."""
-    known = metadata.metadata(KIT).get_all("Provides-Extra") or []
-    return [_check_extra(extra, gives) for extra, gives in EXTRAS.items() if extra in known]
+    optional = [need for need in requirements() if need.marker and not need.marker.evaluate({"extra": ""})]
+    needs = {
+        extra: [need for need in optional if need.marker and need.marker.evaluate({"extra": extra})] for extra in EXTRAS
+    }
+    return [_check_extra(extra, only) for extra, only in needs.items() if only]
 
 
-def _check_extra(extra: str, gives: str) -> Check:
-    only = [
-        need for need in requirements()
-        if need.marker and need.marker.evaluate({"extra": extra}) and not need.marker.evaluate({"extra": ""})
-    ]  # fmt: skip
+def _check_extra(extra: str, only: Sequence[Requirement]) -> Check:
     absent = [need for need in only if version(need.name) is None]
     wrong = [need for need in only if need not in absent and not fits(need)]
-    name = f"extra {extra}"
+    name, gives = f"extra {extra}", EXTRAS[extra]
     if wrong:
         return Check(name, "warning", f"{gives}: {tell(wrong)}", f"Run: {pip_install(map(plain, wrong))}")
     if absent:
@@ -151,8 +151,8 @@ def _build(cuda: str | None) -> str:
 
 def check_weights(folder: Path = WEIGHTS) -> Check:
     """Whether the embedded models are as they were released: the sha256 of each file."""
-    sums = dict(reversed(line.split("  ")) for line in (folder / "SHA256SUMS").read_text().splitlines())
-    wrong = [name for name, digest in sums.items() if not _is(folder / name, digest)]
+    sums = [line.split("  ") for line in (folder / "SHA256SUMS").read_text().splitlines()]
+    wrong = [name for digest, name in sums if not _is(folder / name, digest)]
     if wrong:
         again = pip_install(["--force-reinstall", "--no-deps", KIT])
         remedy = f"Run: {again} (in a checkout: git restore {shlex.quote(str(folder))})"
@@ -220,4 +220,6 @@ def check_browser() -> Check:
     mac = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
     if found := next(filter(None, map(shutil.which, (*BROWSERS, mac))), None):
         return Check("browser for PDF", "ok", found)
-    return Check("browser for PDF", "ok", "none", "Install Chromium or Chrome to write reports as PDF; HTML needs none.")
+    return Check(
+        "browser for PDF", "ok", "none", "Install Chromium or Chrome to write reports as PDF; HTML needs none."
+    )

@@ -31,7 +31,7 @@ from sdxl_sae_kit.files import writable
 
 
 def find_notebooks(notebooks: Path | str | Sequence[Path | str] | None) -> list[Path]:
-    """The notebook files of a folder in the order of their names, or those of a list in its order; by default the kit's.
+    """The kit's notebook files, those of a folder in the order of their names, or those of a list in its order.
 
     Raises:
         KitError: there are none, one of the list is missing, or two have the same name.
@@ -45,7 +45,9 @@ def find_notebooks(notebooks: Path | str | Sequence[Path | str] | None) -> list[
     else:
         paths = sorted(Path(notebooks).resolve().glob("*.ipynb"))
     if not paths:
-        raise KitError(f"No notebooks in {notebooks}. Pass a folder of .ipynb files, or leave it out for the kit's own.")
+        raise KitError(
+            f"No notebooks in {notebooks}. Pass a folder of .ipynb files, or leave it out for the kit's own."
+        )
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise KitError(f"No notebook at {', '.join(missing)}. Give the paths of .ipynb files.")
     if len(set(map(slug, paths))) < len(paths):
