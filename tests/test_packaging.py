@@ -1,4 +1,4 @@
-"""What is built: a wheel that holds all it needs and nothing else, sources that can be built and tested, one version."""
+"""What is built: a wheel that holds what it needs and nothing else, sources that can be built and tested."""
 
 import ast
 import json
