@@ -95,7 +95,7 @@ def test_every_package_that_is_imported_is_required():
     # With JupyterLab and jupyter-client, whose parts these are.
     required |= {"jupyter-core", "ipython", "traitlets"}
     required |= {"pandas"}  # only those who ask for a table of it need it, and are told so
-    homes = packages_distributions()
+    homes = {"umap": ["umap-learn"], **packages_distributions()}  # an extra that may not be installed
     for path in (ROOT / "sdxl_sae_kit").rglob("*.py"):
         for name in imported(ast.parse(path.read_text())) - sys.stdlib_module_names - {"sdxl_sae_kit"}:
             found = {canonicalize_name(home) for home in homes.get(name, [name])}
