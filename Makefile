@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN   := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help env report test test-all lint format notebooks-clean clean
+.PHONY: help env report test test-all lint format notebooks-clean docs dist audit release clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -50,5 +50,19 @@ format: $(READY)  ## format the code
 notebooks-clean: $(READY)  ## strip the outputs of the notebooks
 	$(BIN)/nbstripout --keep-id notebooks/*.ipynb
 
-clean:  ## remove .venv and tool caches; artifacts stay
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+docs: $(READY)  ## write the API reference from the docstrings to build/api
+	$(BIN)/python -m pdoc --output-directory build/api sdxl_sae_kit
+
+dist: $(READY)  ## build wheel and sdist into dist
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+audit: $(READY)  ## look up known vulnerabilities of the installed packages; needs a network
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[release]"
+	$(BIN)/python .ci/audit
+
+release: $(READY)  ## check that version, changelog and tag agree, build, and say how to publish
+	.ci/release
+
+clean:  ## remove .venv, what was built, and tool caches; artifacts stay
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

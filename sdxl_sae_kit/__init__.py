@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.comparisons import compare as compare
     from sdxl_sae_kit.configs import SAEConfig as SAEConfig
     from sdxl_sae_kit.configs import Site as Site
+    from sdxl_sae_kit.doctor import diagnose as diagnose
     from sdxl_sae_kit.edits import Edit as Edit
     from sdxl_sae_kit.edits import read_edits as read_edits
     from sdxl_sae_kit.edits import write_edits as write_edits
@@ -94,6 +95,7 @@ _NAMES = {
     "collection": ["collect", "repair"],
     "comparisons": ["compare"],
     "configs": ["SAEConfig", "Site"],
+    "doctor": ["diagnose"],
     "edits": ["Edit", "read_edits", "write_edits"],
     "errors": ["KitError"],
     "evaluation": ["evaluate", "stability"],

@@ -27,9 +27,17 @@ FORMATS = {"activations": 2, "saes": 2, "features": 3, "icons": 1, "studies": 2,
 """Kinds of artifacts and the version of each one's format; raised whenever the format changes."""
 
 STORE_VARIABLE = "SDXL_SAE_KIT_STORE"
+PAGES = Path(__file__).parent / "pages"
+"""The notebooks of an installed package; in a checkout they lie in `notebooks/`."""
 _STAMP, _LOCK = "stamp.json", ".lock"
 _ASKED: dict[Path, None] = {}
 """Folders of the artifacts that this process made, found or opened, in that order."""
+
+
+def checkout() -> Path | None:
+    """The folder of the checkout that this runs from; None for an installed package, where nothing may be written."""
+    folder = PAGES.parent.parent
+    return folder if (folder / "pyproject.toml").is_file() and not PAGES.is_dir() else None
 
 
 class Store:
@@ -47,9 +55,7 @@ class Store:
         """
         if isinstance(store, Store):
             return store
-        checkout = Path(__file__).parent.parent
-        beside = checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
-        named = store or os.environ.get(STORE_VARIABLE) or beside / "artifacts"
+        named = store or os.environ.get(STORE_VARIABLE) or (checkout() or Path.cwd()) / "artifacts"
         try:
             return cls(Path(named).expanduser().resolve())
         except (OSError, RuntimeError, ValueError) as cause:  # no such user, links in a circle, a zero in the name

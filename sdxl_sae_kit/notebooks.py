@@ -6,6 +6,7 @@ import asyncio
 import html
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -24,18 +25,19 @@ from nbclient.exceptions import CellExecutionError
 from nbformat import NotebookNode
 
 from sdxl_sae_kit import errors
-from sdxl_sae_kit.artifacts import STORE_VARIABLE, Artifact, Store
+from sdxl_sae_kit.artifacts import PAGES, STORE_VARIABLE, Artifact, Store, checkout
 from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.files import writable
 
 
 def find_notebooks(notebooks: Path | str | Sequence[Path | str] | None) -> list[Path]:
-    """The notebook files of a folder in the order of their names, or those of a list in its order.
+    """The kit's notebook files, those of a folder in the order of their names, or those of a list in its order.
 
     Raises:
         KitError: there are none, one of the list is missing, or two have the same name.
     """
     if notebooks is None:
-        notebooks = Path(__file__).parent.parent / "notebooks"
+        notebooks = PAGES if (home := checkout()) is None else home / "notebooks"
     if not isinstance(notebooks, Path | str):
         paths = [Path(path).resolve() for path in notebooks]
     elif Path(notebooks).suffix == ".ipynb":
@@ -44,14 +46,29 @@ def find_notebooks(notebooks: Path | str | Sequence[Path | str] | None) -> list[
         paths = sorted(Path(notebooks).resolve().glob("*.ipynb"))
     if not paths:
         raise KitError(
-            f"No notebooks in {notebooks}. An installed package comes without them: "
-            "pass the folder `notebooks/` of a checkout."
+            f"No notebooks in {notebooks}. Pass a folder of .ipynb files, or leave it out for the kit's own."
         )
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise KitError(f"No notebook at {', '.join(missing)}. Give the paths of .ipynb files.")
     if len(set(map(slug, paths))) < len(paths):
         raise KitError("Two of the notebooks have the same name. Links in the report need different ones: rename one.")
     return paths
+
+
+def copy_notebooks(folder: Path | str) -> list[Path]:
+    """Copy the kit's notebooks into a folder, made if need be, to be opened and changed there; returns the copies.
+
+    Raises:
+        KitError: files of these names are there already, which are left as they are, or the folder cannot be written.
+
+    Example:
+        >>> copy_notebooks("my-notebooks")  # doctest: +SKIP
+        [PosixPath('my-notebooks/00_quickstart.ipynb'), …]
+    """
+    copies = {path: writable("notebook", Path(folder) / path.name) for path in find_notebooks(None)}
+    if there := [copy.name for copy in copies.values() if copy.exists()]:
+        raise KitError(f"{folder} holds {', '.join(there)} already. Nothing was copied: name another folder.")
+    return [Path(shutil.copyfile(path, copy)) for path, copy in copies.items()]
 
 
 class _ThisPython(KernelSpecManager):
