@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.items import Items as Items
     from sdxl_sae_kit.items import load_items as load_items
     from sdxl_sae_kit.judges import EmbeddingJudge as EmbeddingJudge
+    from sdxl_sae_kit.kinds import SAEKind as SAEKind
     from sdxl_sae_kit.label_tests import auto_label as auto_label
     from sdxl_sae_kit.label_tests import score_label as score_label
     from sdxl_sae_kit.label_tests import test_label as test_label
@@ -107,6 +108,7 @@ _NAMES = {
     "interventions": ["replay", "steer"],
     "items": ["Item", "Items", "load_items"],
     "judges": ["EmbeddingJudge"],
+    "kinds": ["SAEKind"],
     "label_tests": ["auto_label", "score_label", "test_label"],
     "labellers": ["EndpointLabeller", "TransformersLabeller", "WorldLabeller"],
     "labels": ["LabelStore"],
