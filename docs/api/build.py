@@ -1,0 +1,47 @@
+"""Write the API reference, made from docstrings, as pages that load nothing from anywhere.
+
+    python docs/api/build.py build/api
+
+The first page has the public names, those of `sdxl_sae_kit` itself; behind it are the modules of what they return and
+of what `docs/extending/` builds on. The other modules are the kit's own business.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pdoc
+import pdoc.render
+
+import sdxl_sae_kit as kit
+
+RESULTS = ("activations", "cards", "hooks", "plans", "prompts", "trained", "studies.attributed", "studies.benchmarked",
+           "studies.block_ranking", "studies.carryover", "studies.causes", "studies.generalized", "studies.grids",
+           "studies.results", "studies.selected", "studies.specialized", "studies.splicing", "studies.transferred")  # fmt: skip
+INTERFACES = ("artifacts", "configs", "errors", "evaluation", "formats", "html", "judges", "kinds", "labellers",
+              "metrics", "plots", "sae", "scales", "segmenters", "similarity", "sparse", "studies.distances",
+              "studies.lines", "studies.statistics")  # fmt: skip
+MODULES = [f"{kit.__name__}.{name}" for name in sorted({*RESULTS, *INTERFACES})]
+
+
+def build(folder: Path) -> None:
+    """Write the pages.
+
+    Raises:
+        Warning: something that pdoc could not resolve or read.
+    """
+    vars(kit).update({name: getattr(kit, name) for name in kit.__all__})  # pdoc asks no module-level __getattr__
+    pdoc.render.configure(
+        docformat="google",
+        template_directory=Path(__file__).parent,
+        footer_text=f"sdxl_sae_kit {kit.__version__}",
+        show_source=False,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module=r"pdoc\.")
+        pdoc.pdoc(kit.__name__, rf"!{kit.__name__}\..+", *MODULES, output_directory=folder)
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]))
+    print(Path(sys.argv[1]) / "index.html")
