@@ -91,9 +91,7 @@ def test_a_file_of_a_kind_that_is_not_imported_says_so(folder):
     __import__("mine")
     kit.SAE(kit.SAEConfig(k=4, kind="grouped"), 16).save("mine.safetensors")
     del KINDS["grouped"]
-    with pytest.raises(
-        ArtifactError, match=r"mine.safetensors: .*'grouped'.* once the module that defines it .*import"
-    ):
+    with pytest.raises(ArtifactError, match=r"'grouped'.* once the module that defines it .*import"):
         kit.SAE.load("mine.safetensors")
 
 
@@ -102,7 +100,7 @@ def test_a_kind_has_a_name_of_its_own_and_may_be_defined_again(folder):
         return type("Mine", (SAEKind,), {"name": name})
 
     assert define("mine") is not define("mine")  # a cell that is run twice
-    with pytest.raises(KitError, match=r"_TopK is an SAE kind 'topk' already. Give yours another name"):
+    with pytest.raises(KitError, match=r"an SAE kind 'topk' already: .*_TopK. Give yours another name"):
         define("topk")
     with pytest.raises(KitError, match="'my kind' cannot name an SAE kind"):
         define("my kind")
