@@ -40,6 +40,10 @@ class Store:
         """The store given; by default `$SDXL_SAE_KIT_STORE`, else `artifacts/` of the checkout or working folder."""
         if isinstance(store, Store):
             return store
+        if not isinstance(store, Path | str | None):
+            raise ArtifactError(
+                f"store is a Store or the path of a folder, not {store!r}. Leave it out for the usual one."
+            )
         checkout = Path(__file__).parent.parent
         beside = checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
         return cls(Path(store or os.environ.get(STORE_VARIABLE) or beside / "artifacts").expanduser().resolve())
@@ -77,7 +81,7 @@ class Artifact:
         Raises:
             ArtifactError: there is none, it is unfinished, or of another kind or format version.
         """
-        artifact = cls(Path(folder))
+        artifact = cls(folder_path(folder))
         if not artifact.finished:
             hint = " One that is still being collected opens with unfinished=True." if kind == "activations" else ""
             raise ArtifactError(
@@ -306,6 +310,15 @@ def explain_unwritable(store: Path) -> Iterator[None]:
             f"The store {store} cannot be written ({cause.strerror}). "
             f"Choose another folder with store= or the variable {STORE_VARIABLE}."
         ) from None
+
+
+def folder_path(given: Any) -> Path:
+    """The path of an artifact's folder. Raises ArtifactError for what is none."""
+    if not isinstance(given, Path | str):
+        raise ArtifactError(
+            f"open takes the path of an artifact's folder, such as stats.artifact.folder, not {given!r}."
+        )
+    return Path(given)
 
 
 def whole_number(name: str, value: Any, *, least: int = 1, multiple_of: int = 1) -> int:

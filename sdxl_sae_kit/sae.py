@@ -10,7 +10,8 @@ batchtopk   trained with z = relu(h) where h is among the k · n largest of a ba
             z = h where h > θ, else 0, with one θ for all latents that leaves k active per training token on average
 jumprelu    z = h where h > θ, else 0, with a θ ≥ 0 for each latent, learnt
 
-Matryoshka prefixes change how the first two are trained (see `learning`), not what they compute.
+Matryoshka prefixes change how the first two are trained (see `learning`), not what they compute. A kind of your own is
+a subclass of `kinds.SAEKind`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Slips of newcomers: a thing of the wrong kind is refused in words that say what to pass, and nothing is written."""
 
 import inspect
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 
 import pytest
 
@@ -46,6 +46,21 @@ def asked() -> list[tuple[str, str]]:
 def test_every_public_function_refuses_another_kind_of_thing_in_words(name, argument, given):
     with pytest.raises(KitError, match=rf"^{name} takes \w+.*, not .*\w"):
         getattr(kit, name)(**{argument: given})
+
+
+def test_lists_paths_and_stores_are_asked_for_by_name(unchecked_types):
+    pipe = SimpleNamespace(unet=None)
+    for slip, told in {
+        lambda: kit.generate(pipe, 3, [0]): "generate takes a list as prompts, not 3",
+        lambda: kit.rewrite(pipe, []): r"rewrite takes a mapping as edits, not \[\]",
+        lambda: kit.read_edits(3): "read_edits takes a path or a text as path, not 3",
+        lambda: kit.rank_blocks(pipe, ["a"], store=3): "rank_blocks takes a Store or .* as store, not 3",
+        lambda: kit.Store.at(3): "store is a Store or the path of a folder, not 3",
+        lambda: kit.FeatureStats.open(None): "open takes the path of an artifact's folder, .*, not None",
+        lambda: kit.ActivationCache.open([]): "open takes the path of an artifact's folder",
+    }.items():
+        with pytest.raises(KitError, match=told):
+            slip()
 
 
 def test_what_is_right_passes_unchanged(pipe, small_stats, small_saes, sae):
