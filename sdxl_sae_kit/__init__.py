@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.items import Items as Items
     from sdxl_sae_kit.items import load_items as load_items
     from sdxl_sae_kit.judges import EmbeddingJudge as EmbeddingJudge
+    from sdxl_sae_kit.kinds import SAEKind as SAEKind
     from sdxl_sae_kit.label_tests import auto_label as auto_label
     from sdxl_sae_kit.label_tests import score_label as score_label
     from sdxl_sae_kit.label_tests import test_label as test_label
@@ -110,6 +111,7 @@ _NAMES = {
     "interventions": ["replay", "steer"],
     "items": ["Item", "Items", "load_items"],
     "judges": ["EmbeddingJudge"],
+    "kinds": ["SAEKind"],
     "label_tests": ["auto_label", "score_label", "test_label"],
     "labellers": ["EndpointLabeller", "TransformersLabeller", "WorldLabeller"],
     "labels": ["LabelStore"],
@@ -157,7 +159,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         hint = importlib.import_module("sdxl_sae_kit.errors").did_you_mean(name, _HOMES)
         raise AttributeError(f"module 'sdxl_sae_kit' has no attribute {name!r}.{hint}")
-    return getattr(importlib.import_module(f"sdxl_sae_kit.{_HOMES[name]}"), name)
+    found = getattr(importlib.import_module(f"sdxl_sae_kit.{_HOMES[name]}"), name)
+    return importlib.import_module("sdxl_sae_kit.arguments").checked(found) if callable(found) else found
 
 
 def __dir__() -> list[str]:

@@ -55,6 +55,10 @@ class Store:
         """
         if isinstance(store, Store):
             return store
+        if not isinstance(store, Path | str | None):
+            raise ArtifactError(
+                f"store is a Store or the path of a folder, not {store!r}. Leave it out for the usual one."
+            )
         named = store or os.environ.get(STORE_VARIABLE) or (checkout() or Path.cwd()) / "artifacts"
         try:
             return cls(Path(named).expanduser().resolve())
@@ -101,7 +105,7 @@ class Artifact:
         Raises:
             ArtifactError: there is none, it is unfinished, or of another kind or format version.
         """
-        artifact = cls(Path(folder))
+        artifact = cls(folder_path(folder))
         if not artifact.finished:
             hint = " One that is still being collected opens with unfinished=True." if kind == "activations" else ""
             raise ArtifactError(
@@ -408,6 +412,15 @@ def explain_unwritable(store: Path) -> Iterator[None]:
             f"The store {store} cannot be written ({cause.strerror}). "
             f"Choose another folder with store= or the variable {STORE_VARIABLE}."
         ) from None
+
+
+def folder_path(given: Any) -> Path:
+    """The path of an artifact's folder. Raises ArtifactError for what is none."""
+    if not isinstance(given, Path | str):
+        raise ArtifactError(
+            f"open takes the path of an artifact's folder, such as stats.artifact.folder, not {given!r}."
+        )
+    return Path(given)
 
 
 def whole_number(name: str, value: Any, *, least: int = 1, multiple_of: int = 1) -> int:

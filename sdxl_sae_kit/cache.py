@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.activations import Activations
-from sdxl_sae_kit.artifacts import Artifact, human_bytes
+from sdxl_sae_kit.artifacts import Artifact, folder_path, human_bytes
 from sdxl_sae_kit.buffers import Tokens
 from sdxl_sae_kit.configs import Split
 from sdxl_sae_kit.errors import ArtifactError
@@ -54,7 +54,7 @@ class ActivationCache(Activations):
         Raises:
             ArtifactError: there is none, or it is damaged.
         """
-        artifact = Artifact(Path(folder))
+        artifact = Artifact(folder_path(folder))
         if unfinished and not artifact.finished:
             return cls(Artifact(artifact.folder, read_recipe(artifact)))
         return cls(Artifact.open(folder, "activations"))

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 from sdxl_sae_kit.artifacts import whole_number
 from sdxl_sae_kit.errors import KitError, did_you_mean
+from sdxl_sae_kit.kinds import UnknownKindError, find_kind
 
-Kind = Literal["topk", "batchtopk", "jumprelu"]
 Split = Literal["train", "held_out", "all"]
 Normalize = Literal["none", "scale", "channels", "whiten", "layer_norm", "constant_norm"]
 
@@ -22,8 +22,9 @@ class SAEConfig:
     k: int | None = 10
     """Active latents per token: at most (topk), or on average (batchtopk; jumprelu aims at it). None is for a jumprelu
     that is held back by `sparsity_coef` alone."""
-    kind: Kind = "topk"
-    """How latents become active: see the equations of `sae`."""
+    kind: str = "topk"
+    """How latents become active, "topk", "batchtopk" or "jumprelu": see the equations of `sae`; or the name of a
+    `SAEKind` of your own."""
     expansion: float = 4
     """d_sae / d_in."""
     prefixes: tuple[float, ...] = ()
@@ -61,16 +62,21 @@ class SAEConfig:
 
     def __post_init__(self) -> None:
         _normalised(self)
-        for name, kinds in (("kind", Kind), ("normalize", Normalize)):
-            if (value := getattr(self, name)) not in get_args(kinds):
-                raise KitError(
-                    f"SAEConfig: {name} is one of {', '.join(get_args(kinds))}, not {value!r}."
-                    f"{did_you_mean(str(value), get_args(kinds))}"
-                )
-        if self.k is None and self.kind != "jumprelu":
-            raise KitError(f"SAEConfig: a {self.kind} SAE needs its k, such as k=10; only jumprelu can do without.")
-        if self.kind == "jumprelu" and (self.prefixes or self.k_start):
-            raise KitError("SAEConfig: prefixes and k_start are for topk and batchtopk; leave them out for jumprelu.")
+        try:
+            kind = find_kind(self.kind)
+        except UnknownKindError as cause:
+            raise UnknownKindError(f"SAEConfig: {cause}") from None
+        if (normalize := self.normalize) not in get_args(Normalize):
+            raise KitError(
+                f"SAEConfig: normalize is one of {', '.join(get_args(Normalize))}, not {normalize!r}."
+                f"{did_you_mean(normalize, get_args(Normalize))}"
+            )
+        if self.k is None and kind.needs_k:
+            raise KitError(f"SAEConfig: a {kind.name} SAE needs its k, such as k=10; jumprelu can do without.")
+        if not kind.needs_k and (self.prefixes or self.k_start):
+            raise KitError(
+                f"SAEConfig: prefixes and k_start are for topk and batchtopk; leave them out for {kind.name}."
+            )
         if (self.k_start is None) != (self.anneal_steps == 0) or (self.k_start or math.inf) < (self.k or 0):
             raise KitError(
                 f"SAEConfig: k falls from k_start={self.k_start} to k={self.k} over anneal_steps={self.anneal_steps}; "

@@ -41,10 +41,11 @@ Boxes = Float[Tensor, "box 4"]
 
 
 class GroundedSegmenter:
-    """Grounding DINO finds boxes for the words, SAM 2 the thing in each; the mask is all of them. In float32.
+    """Grounding DINO finds boxes for the words, SAM 2 the thing in each; the mask is all of them.
 
-    Where there is no box the mask is empty. The mask prompt "background" asks for "foreground", as every segmenter is
-    asked: that is a vague thing to look for, so say what is to be left out where you can ("~ dog").
+    Both compute in float32. Where there is no box the mask is empty. The mask prompt "background" asks for
+    "foreground", as every segmenter is asked: that is a vague thing to look for, so say what is to be left out where
+    you can ("~ dog").
 
     Args:
         dino: a Grounding DINO of transformers: folder or hub id.

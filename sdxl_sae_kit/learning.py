@@ -33,7 +33,7 @@ from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.processes import Processes
 from sdxl_sae_kit.sae import FIRES, SAE
-from sdxl_sae_kit.sparse import Active, above, active, combine, jump_relu, largest, pre_activation, top_k
+from sdxl_sae_kit.sparse import Active, above, active, combine, jump_relu, pre_activation, top_k
 from sdxl_sae_kit.starts import SAMPLE_TOKENS, set_threshold, start
 
 _BANDWIDTH = 0.2  # of the box through which a threshold learns, as a share of where thresholds start
@@ -135,7 +135,7 @@ class Learner:
         if not variance > 0:
             raise KitError(f"The first tokens that {sae.name} is to start from do not vary: there is nothing to learn.")
         self.scale = 1 / variance
-        needed = sae.config.resample_every or sae.config.kind == "batchtopk"
+        needed = sae.config.resample_every or sae.kind.threshold == "calibrated"
         self.sample = thinned(sample, SAMPLE_TOKENS if needed else 0)
         level = self._threshold_level(sample)
         self.bandwidth = _BANDWIDTH * level
@@ -158,7 +158,7 @@ class Learner:
     def _threshold_level(self, sample: Float[Tensor, "token d_in"]) -> float:
         """How large thresholds are: where they start, or where that is near 0, as pre-activations vary."""
         sae = self.sae
-        if sae.config.kind != "jumprelu":
+        if sae.kind.threshold != "learnt":
             return 0.0
         return max(sae.threshold.mean().item(), sae.pre_activations(thinned(sample, 1024)).std().item())
 
@@ -202,16 +202,16 @@ class Learner:
             h = self._pre_activations(centred)
             entries = self._select(h, k, n)
         values = self._values(entries, h, centred)
-        if config.kind == "jumprelu":
+        if sae.kind.threshold == "learnt":
             z, counted = jump_relu(values, sae.threshold[entries.latents], self.bandwidth)
+            penalty = self._sparsity(counted.sum() / n)
         else:
-            z, counted = values.relu(), values.new_zeros(())
+            z = values.relu()
+            penalty = sae.kind.penalty(z, n)
         x_hats = self._reconstructions(entries, z)
         unexplained = [self.scale / (n * sae.d_in) * F.mse_loss(x_hat, x, reduction="sum") for x_hat in x_hats]
         auxk = self._auxk(centred, h, x, x_hats[-1].detach(), dead, n)
-        loss = sum(unexplained) / len(unexplained) + config.auxk_coef * auxk
-        if config.kind == "jumprelu":
-            loss = loss + config.sparsity_coef * self._sparsity(counted.sum() / n)
+        loss = sum(unexplained) / len(unexplained) + config.auxk_coef * auxk + config.sparsity_coef * penalty
         fires = z > FIRES
         fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x.device)
         fired[entries.latents[fires]] = True
@@ -228,16 +228,10 @@ class Learner:
 
     def _select(self, h: Float[Tensor, "token d_sae"], k: int | None, n: int) -> Active:
         """Entries that may be active in training."""
-        if self.sae.config.kind == "topk":
-            assert k
-            return active(top_k(h, k), h.shape[1])
-        if self.sae.config.kind == "batchtopk":
-            assert k
-            most = largest(h, k * n + 1)  # all but the last are to be active
-            if self.processes.count > 1:
-                most = self.processes.gather(most).topk(k * n + 1).values
-            return above(h, most[-1])
-        return above(h, self.sae.threshold - self.bandwidth / 2)  # those below their threshold may move it
+        kind, threshold = self.sae.kind, self.sae.threshold
+        if kind.threshold == "learnt":
+            return above(h, threshold - self.bandwidth / 2)  # those below their threshold may move it
+        return kind.active_in_training(h, k, threshold, n, self.processes)
 
     def _values(
         self, entries: Active, h: Float[Tensor, "token d_sae"], centred: Float[Tensor, "token d_in"]
@@ -308,7 +302,7 @@ class Learner:
         """Bring decoder rows back to unit norm, after the step, so that what is saved is exactly unit norm."""
         for rows in self.sae.W_dec.split(_ROWS):
             rows /= rows.norm(dim=1, keepdim=True)
-        if self.sae.config.kind == "jumprelu":
+        if self.sae.kind.threshold == "learnt":
             self.sae.threshold.clamp_min_(0)
 
     @torch.no_grad()
@@ -355,14 +349,13 @@ class Learner:
         """‖x′ − x̂′‖² of some tokens, on the CPU."""
         sae = self.sae
         h = torch.addmm(sae.b_enc, centred, sae.W_enc)
-        learnt = sae.config.kind == "jumprelu"
-        entries = above(h, sae.threshold) if learnt else active(top_k(h, sae.config.k or 1), sae.d_sae)
+        entries = sae.kind.active_in_training(h, sae.config.k, sae.threshold, len(h), Processes())
         x_hat = combine(entries, entries.of(h).relu(), sae.W_dec) + sae.b_dec
         return (x - x_hat).square().sum(dim=1).cpu()
 
     def calibrate(self) -> None:
-        """Set the threshold that a batchtopk needs to be used; its training does not look at it."""
-        if self.sae.config.kind == "batchtopk":
+        """Set the threshold that kinds such as batchtopk need to be used; their training does not look at it."""
+        if self.sae.kind.threshold == "calibrated":
             set_threshold(self.sae, self.sample, self.sae.config.k or 1)
 
     def state(self) -> dict[str, Tensor]:

@@ -65,7 +65,7 @@ def plan_measurement(
     """Forecast what `FeatureStats.measure` takes, before there is a cache or an SAE.
 
     >>> print(plan_measurement(5120, 10, 100_000, (16, 16)))
-    5,120 latents over 25,600,000 tokens of 100,000 images: about 1.65 GB on disk and 1.07 GB of memory
+    5,120 latents over 25,600,000 tokens of 100,000 images: about 1.57 GB on disk and 1.07 GB of memory
     """
     tokens = grid[0] * grid[1]
     of_latents = d_sae * (3 * top + 12) * (tokens * 2 + 8) * 0.3  # heat maps are mostly zeros

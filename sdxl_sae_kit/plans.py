@@ -105,7 +105,7 @@ def _updates_on_disk(layout: Layout) -> int:
 
 
 def plan(
-    pipe: Any,
+    pipe: Any | str,
     prompts: Prompts | Iterable[str] | int,
     hookpoints: Sequence[str] = DEFAULT_HOOKPOINTS,
     *,

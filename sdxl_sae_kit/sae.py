@@ -10,7 +10,8 @@ batchtopk   trained with z = relu(h) where h is among the k · n largest of a ba
             z = h where h > θ, else 0, with one θ for all latents that leaves k active per training token on average
 jumprelu    z = h where h > θ, else 0, with a θ ≥ 0 for each latent, learnt
 
-Matryoshka prefixes change how the first two are trained (see `learning`), not what they compute.
+Matryoshka prefixes change how the first two are trained (see `learning`), not what they compute. A kind of your own is
+a subclass of `kinds.SAEKind`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from torch import Tensor, nn
 from sdxl_sae_kit import formats, weights
 from sdxl_sae_kit.configs import SAEConfig, Site
 from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.kinds import SAEKind, find_kind
 from sdxl_sae_kit.scaling import divided, times
-from sdxl_sae_kit.sparse import Active, above, active, combine, top_k
+from sdxl_sae_kit.sparse import Active, active, combine
 
 FIRES = 1e-3
 """A latent fires on a token when its value is above this."""
@@ -87,7 +89,7 @@ class SAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter((start / start.norm(dim=0)).T.contiguous())
         self.b_dec = nn.Parameter(torch.zeros(d_in))
-        self.threshold = nn.Parameter(torch.zeros(d_sae), requires_grad=config.kind == "jumprelu")
+        self.threshold = nn.Parameter(torch.zeros(d_sae), requires_grad=self.kind.threshold == "learnt")
         self.register_buffer("input_mean", torch.zeros(d_in))
         self.register_buffer("input_scale", torch.eye(d_in) if config.normalize == "whiten" else torch.ones(d_in))
         self.register_buffer("mean_activation", torch.zeros(d_sae))
@@ -101,6 +103,11 @@ class SAE(nn.Module):
     def d_sae(self) -> int:
         """Number of latents."""
         return self.W_enc.shape[1]
+
+    @property
+    def kind(self) -> SAEKind:
+        """How its latents become active."""
+        return find_kind(self.config.kind)
 
     @property
     def k(self) -> int | None:
@@ -177,15 +184,9 @@ class SAE(nn.Module):
         h: Tensor = torch.addmm(self.b_enc, flat - self.b_pre, self.W_enc).view(*x.shape[:-1], self.d_sae)
         return h
 
-    def _active(self, h: Float[Tensor, "token d_sae"]) -> Active:
-        if self.config.kind == "topk":
-            assert self.config.k
-            return active(top_k(h, self.config.k), self.d_sae)
-        return above(h, self.threshold)
-
     def _code(self, x: Float[Tensor, "*token d_in"]) -> tuple[Active, Float[Tensor, "entry"]]:
         h = self.pre_activations(x).reshape(-1, self.d_sae)
-        entries = self._active(h)
+        entries = self.kind.active(h, self.config.k, self.threshold)
         return entries, entries.of(h).relu()
 
     def encode_sparse(
@@ -193,13 +194,10 @@ class SAE(nn.Module):
     ) -> tuple[Int[Tensor, "*token width"], Float[Tensor, "*token width"]]:
         """The code as (indices, values ≥ 0) of each token, in no order; a value of 0 is an inactive latent.
 
-        The width is k for topk; for the others it is what the longest of these tokens needs.
+        The width is k for topk; where tokens differ it is what the longest of these needs.
         """
         entries, values = self._code(x)
-        if self.config.kind == "topk":
-            indices, values = (each.view(-1, self.config.k or 0) for each in (entries.latents, values))
-        else:
-            indices, values = entries.padded(values)
+        indices, values = entries.padded(values)
         return indices.view(*x.shape[:-1], -1), values.view(*x.shape[:-1], -1)
 
     def encode(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_sae"]:
@@ -314,6 +312,8 @@ class SAE(nn.Module):
         Raises:
             ArtifactError: no such format, the format cannot hold this SAE, or the folder has one already.
         """
+        if self.kind.exported_as is None:
+            raise ArtifactError(f"No other tool computes what a {self.config.kind} SAE does. Share what `save` writes.")
         per_token = self.config.normalize in ("layer_norm", "constant_norm")
         sae = self if per_token else self.folded()
         tensors: Any = {name: tensor.detach().cpu() for name, tensor in sae.state_dict().items()}
@@ -321,7 +321,7 @@ class SAE(nn.Module):
             del tensors[name]
         formats.write(
             formats.Checkpoint(
-                kind="topk" if self.config.kind == "topk" else "jumprelu",
+                kind=self.kind.exported_as,
                 k=self.config.k,
                 **tensors,
                 subtract_b_dec=self.config.subtract_b_dec,

@@ -41,6 +41,8 @@ class Active:
     latents: Int[Tensor, "entry"]
     n_tokens: int
     d_sae: int
+    width: int | None = None
+    """Entries of every token, where all have as many."""
 
     @property
     def dense(self) -> bool:
@@ -79,6 +81,8 @@ class Active:
 
     def padded(self, values: Float[Tensor, "entry"]) -> tuple[Int[Tensor, "token width"], Float[Tensor, "token width"]]:
         """The code as (latents, values), as wide as its longest token; latent 0 with value 0 fills the rest."""
+        if self.width is not None:
+            return self.latents.view(-1, self.width), values.view(-1, self.width)
         place = torch.arange(len(values), device=values.device) - self.by_token[self.tokens]
         width = int(place.max()) + 1 if len(values) else 1
         latents = self.latents.new_zeros(self.n_tokens, width)
@@ -110,7 +114,7 @@ def active(latents: Int[Tensor, "token k"], d_sae: int) -> Active:
     """Entries of a code that is k latents for every token."""
     n, k = latents.shape
     tokens = torch.arange(n, device=latents.device).repeat_interleave(k)
-    return Active(tokens, latents.flatten(), n, d_sae)
+    return Active(tokens, latents.flatten(), n, d_sae, width=k)
 
 
 def above(h: Float[Tensor, "token d_sae"], threshold: Float[Tensor, "*d_sae"]) -> Active:

@@ -38,7 +38,7 @@ def start(sae: SAE, x: Float[Tensor, "token d_in"]) -> None:
     if sae.config.normalize == "scale":
         sae.input_scale.fill_(x.square().mean().sqrt().clamp_min(1e-6).item())
     sae.b_dec.copy_(geometric_median(sae.normalised(thinned(x, _MEDIAN_TOKENS))))
-    if sae.config.kind == "jumprelu":
+    if sae.kind.threshold == "learnt":
         set_threshold(sae, x, sae.config.k or min(_START_L0, sae.d_sae // 4))
 
 

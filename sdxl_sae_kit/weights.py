@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.files import write_atomically
+from sdxl_sae_kit.kinds import UnknownKindError
 
 T = TypeVar("T")
 
@@ -97,6 +98,8 @@ def parse(kind: type[T], values: Any, path: Path | str) -> T:
         )
     try:
         return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    except UnknownKindError as cause:
+        raise ArtifactError(f"{path}: its {kind.__name__} is impossible so far: {cause}") from None
     except (KitError, TypeError, ValueError, OverflowError) as cause:
         raise ArtifactError(f"{path}: its {kind.__name__} is impossible ({cause}). The file is damaged.") from None
 

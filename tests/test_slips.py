@@ -1,7 +1,11 @@
 """Slips of newcomers: a thing of the wrong kind is refused in words that say what to pass, and nothing is written."""
 
+import inspect
+from types import FunctionType, SimpleNamespace
+
 import pytest
 
+import sdxl_sae_kit as kit
 from sdxl_sae_kit.artifacts import counted
 from sdxl_sae_kit.cards import Subject
 from sdxl_sae_kit.configs import SAEConfig
@@ -9,9 +13,11 @@ from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.explorer import explore
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.galleries import gallery
+from sdxl_sae_kit.interventions import steer
 from sdxl_sae_kit.label_tests import test_label
 from sdxl_sae_kit.labels import LabelStore
 from sdxl_sae_kit.sae import SAE
+from sdxl_sae_kit.search import most_energetic
 from sdxl_sae_kit.similarity import WorldEmbed, specificity
 from sdxl_sae_kit.training import train
 
@@ -19,6 +25,51 @@ from sdxl_sae_kit.training import train
 @pytest.fixture(scope="module")
 def sae(small_saes):
     return small_saes["up.0.1", "k8"]
+
+
+def asked() -> list[tuple[str, str]]:
+    """Every public function with each argument it needs that is a pipeline or a thing of the kit's."""
+    functions = {name: each for name in kit.__all__ if type(each := getattr(kit, name)) is FunctionType}
+    kinds = {"SAE", "FeatureStats", "ActivationCache", "Activations", "LabelStore"}
+    return [
+        (name, p.name)
+        for name, function in functions.items()
+        for p in inspect.signature(function).parameters.values()
+        if p.default is p.empty
+        and (p.annotation in kinds or p.name in ("pipe", "saes"))
+        and p.annotation != "Any | str"
+    ]
+
+
+@pytest.mark.parametrize(("name", "argument"), asked())
+@pytest.mark.parametrize("given", [3, None, "up.0.1", ["up.0.1"], {("up.0.1", "k8"): 3}, kit.Store.at("nowhere")])
+def test_every_public_function_refuses_another_kind_of_thing_in_words(name, argument, given):
+    with pytest.raises(KitError, match=rf"^{name} takes \w+.*, not .*\w"):
+        getattr(kit, name)(**{argument: given})
+
+
+def test_lists_paths_and_stores_are_asked_for_by_name(unchecked_types):
+    pipe = SimpleNamespace(unet=None)
+    for slip, told in {
+        lambda: kit.generate(pipe, 3, [0]): "generate takes a list as prompts, not 3",
+        lambda: kit.rewrite(pipe, []): r"rewrite takes a mapping as edits, not \[\]",
+        lambda: kit.read_edits(3): "read_edits takes a path or a text as path, not 3",
+        lambda: kit.rank_blocks(pipe, ["a"], store=3): "rank_blocks takes a Store or .* as store, not 3",
+        lambda: kit.Store.at(3): "store is a Store or the path of a folder, not 3",
+        lambda: kit.FeatureStats.open(None): "open takes the path of an artifact's folder, .*, not None",
+        lambda: kit.ActivationCache.open([]): "open takes the path of an artifact's folder",
+    }.items():
+        with pytest.raises(KitError, match=told):
+            slip()
+
+
+def test_what_is_right_passes_unchanged(pipe, small_stats, small_saes, sae):
+    assert kit.most_energetic is kit.most_energetic
+    assert kit.most_energetic(small_stats) == most_energetic(small_stats)
+    assert inspect.signature(kit.steer) == inspect.signature(steer)
+    for saes in (small_saes, [sae], (sae,), {"mine": sae}, sae, iter([sae])):
+        with kit.replay(pipe, saes, []) as replayed:
+            assert not replayed
 
 
 @pytest.mark.parametrize("judge", [None, WorldEmbed()], ids=["default judge", "judge"])
