@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.amounts import whole_number
 from sdxl_sae_kit.buffers import Tokens, mix
 from sdxl_sae_kit.configs import Site, Split
 from sdxl_sae_kit.errors import HookpointError, KitError, did_you_mean

@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
-from numbers import Integral
 from pathlib import Path
 from typing import IO, Any
 
-from sdxl_sae_kit.errors import ArtifactError, KitError
-from sdxl_sae_kit.files import canonical_json, explain_full, hash_file, sha256, write_atomically
+from sdxl_sae_kit.errors import ArtifactError
+from sdxl_sae_kit.files import canonical_json, explain_full, folder_path, hash_file, write_atomically
+from sdxl_sae_kit.stamps import check_of, digest_of, is_stamp, kit_version, name_hash
 
 FORMATS = {"activations": 2, "saes": 2, "features": 3, "icons": 1, "studies": 2, "reports": 2}
 """Kinds of artifacts and the version of each one's format; raised whenever the format changes."""
@@ -69,7 +68,7 @@ class Store:
 
     def artifact(self, kind: str, readable: str, recipe: Mapping[str, Any]) -> Artifact:
         """The artifact that this recipe (JSON values only) makes, whether or not it exists yet."""
-        recipe = {"format": kind, "version": FORMATS[kind], **json.loads(canonical_json(recipe))}
+        recipe = {**json.loads(canonical_json(recipe)), "format": kind, "version": FORMATS[kind]}
         name = f"{slug(readable)}-{name_hash(recipe)}"
         _ASKED[self.root / kind / name] = None
         return Artifact(self.root / kind / name, recipe)
@@ -141,10 +140,10 @@ class Artifact:
         """
         try:
             stamp: dict[str, Any] = json.loads(self.file(_STAMP).read_text())
-            genuine = _is_stamp(stamp) and stamp["check"] == _check(stamp)
+            genuine = is_stamp(stamp) and stamp["check"] == check_of(stamp)
         except (OSError, ValueError, RecursionError) as cause:
             raise ArtifactError(f"The stamp of {self.folder} cannot be read ({cause}). {self.remedy}") from None
-        if not genuine or stamp["digest"] != _digest(stamp["recipe"], stamp["files"]):
+        if not genuine or stamp["digest"] != digest_of(stamp["recipe"], stamp["files"]):
             raise ArtifactError(f"The stamp of {self.folder} is not as it was written. {self.remedy}")
         return stamp
 
@@ -334,9 +333,9 @@ class Artifact:
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "facts": facts or {},
             "files": files,
-            "digest": _digest(self.recipe, files),
+            "digest": digest_of(self.recipe, files),
         }
-        write_atomically(self.file(_STAMP), json.dumps(stamp | {"check": _check(stamp)}, indent=1).encode())
+        write_atomically(self.file(_STAMP), json.dumps(stamp | {"check": check_of(stamp)}, indent=1).encode())
         return Artifact(self.folder, self.recipe)
 
     def unseal(self) -> None:
@@ -380,28 +379,6 @@ def used() -> list[Artifact]:
     return [artifact for artifact in map(Artifact, _ASKED) if artifact.finished]
 
 
-def _digest(recipe: Mapping[str, Any], files: Mapping[str, Any]) -> str:
-    return sha256(canonical_json({"recipe": recipe, "files": files}).encode())
-
-
-def _check(stamp: Mapping[str, Any]) -> str:
-    """sha256 of all that a stamp says."""
-    return sha256(canonical_json({key: value for key, value in stamp.items() if key != "check"}).encode())
-
-
-def _is_stamp(value: object) -> bool:
-    """Whether JSON from a stranger has the shape of a stamp."""
-    if not isinstance(value, dict) or not {"recipe", "files", "facts", "digest", "check"} <= value.keys():
-        return False
-    recipe, files, facts = value["recipe"], value["files"], value["facts"]
-    if not isinstance(recipe, dict) or not isinstance(files, dict) or not isinstance(facts, dict):
-        return False
-    return {"format", "version"} <= recipe.keys() and all(
-        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
-        for entry in files.values()
-    )
-
-
 @contextmanager
 def explain_unwritable(store: Path) -> Iterator[None]:
     """Say of a store that cannot be written what to do."""
@@ -414,58 +391,6 @@ def explain_unwritable(store: Path) -> Iterator[None]:
         ) from None
 
 
-def folder_path(given: Any) -> Path:
-    """The path of an artifact's folder. Raises ArtifactError for what is none."""
-    if not isinstance(given, Path | str):
-        raise ArtifactError(
-            f"open takes the path of an artifact's folder, such as stats.artifact.folder, not {given!r}."
-        )
-    return Path(given)
-
-
-def whole_number(name: str, value: Any, *, least: int = 1, multiple_of: int = 1) -> int:
-    """A setting as a plain int, which is what recipes take.
-
-    Raises:
-        KitError: it is something else, too small or no multiple.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least or value % multiple_of:
-        kind = "an integer" if multiple_of == 1 else f"a multiple of {multiple_of}"
-        raise KitError(f"{name} must be {kind} of at least {least}, not {value!r}.")
-    return int(value)
-
-
-def name_hash(recipe: Mapping[str, Any]) -> str:
-    """How the name of an artifact with this recipe ends."""
-    return sha256(canonical_json(recipe).encode())[:8]
-
-
 def slug(text: str) -> str:
     """The text with everything but letters, digits, `.`, `_` and `-` turned into `-`."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
-
-
-def human_bytes(n: float) -> str:
-    """A size a person reads: 12.6 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 1000:
-            return f"{n:.3g} {unit}"
-        n /= 1000
-    return f"{n:.3g} TB"
-
-
-def counted(n: int, things: str) -> str:
-    """So many of them, in the singular where there is one.
-
-    >>> counted(1, "SAEs"), counted(5120, "features")
-    ('1 SAE', '5,120 features')
-    """
-    return f"{n:,} {things.removesuffix('s') if n == 1 else things}"
-
-
-def kit_version() -> str:
-    """Version of the installed kit."""
-    try:
-        return version("sdxl-sae-kit")
-    except PackageNotFoundError:
-        return "unknown"

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.activations import Activations
-from sdxl_sae_kit.artifacts import Artifact, folder_path, human_bytes
+from sdxl_sae_kit.amounts import human_bytes
+from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.buffers import Tokens
 from sdxl_sae_kit.configs import Split
 from sdxl_sae_kit.errors import ArtifactError
-from sdxl_sae_kit.files import hash_file
+from sdxl_sae_kit.files import folder_path, hash_file
 from sdxl_sae_kit.layout import Layout, decode_picture, encode_picture
 from sdxl_sae_kit.shards import Shard, check_complete, examine, read_manifest, read_prompts, read_recipe
 

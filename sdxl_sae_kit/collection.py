@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from sdxl_sae_kit.artifacts import Artifact, Store, human_bytes, name_hash
+from sdxl_sae_kit.amounts import human_bytes
+from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
@@ -21,6 +22,7 @@ from sdxl_sae_kit.plans import plan_recipe
 from sdxl_sae_kit.processes import Processes, find_processes
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.shards import Shard, ShardWriter, examine, keep_only, read_prompts, read_recipe
+from sdxl_sae_kit.stamps import name_hash
 
 _MUCH_MEMORY = 2**30
 

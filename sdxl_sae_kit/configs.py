@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, get_args
 
-from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.amounts import whole_number
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.kinds import UnknownKindError, find_kind
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.amounts import whole_number
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.forms import line, widget

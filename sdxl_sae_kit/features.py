@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Float, Int, Integer
 from numpy.typing import NDArray
 
-from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
+from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
 from sdxl_sae_kit.evidence import Curve as Curve

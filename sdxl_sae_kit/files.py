@@ -95,3 +95,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def folder_path(given: Any) -> Path:
+    """The path of an artifact's folder. Raises ArtifactError for what is none."""
+    if not isinstance(given, Path | str):
+        raise ArtifactError(
+            f"open takes the path of an artifact's folder, such as stats.artifact.folder, not {given!r}."
+        )
+    return Path(given)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from sdxl_sae_kit import cards, html
-from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.amounts import whole_number
 from sdxl_sae_kit.cards import Subject
 from sdxl_sae_kit.details import Detail
 from sdxl_sae_kit.errors import KitError

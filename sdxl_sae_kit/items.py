@@ -19,7 +19,7 @@ from typing import Any, overload
 import numpy as np
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.amounts import whole_number
 from sdxl_sae_kit.errors import PromptError, did_you_mean
 from sdxl_sae_kit.files import canonical_json, sha256
 from sdxl_sae_kit.item_files import Record, read_records

@@ -16,7 +16,7 @@ from numbers import Real
 from typing import Any, SupportsIndex
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.amounts import whole_number
 from sdxl_sae_kit.errors import KitError
 
 VERSION = 2

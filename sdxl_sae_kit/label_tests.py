@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import counted, whole_number
+from sdxl_sae_kit.amounts import counted, whole_number
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import Example, FeatureStats, Ranking
 from sdxl_sae_kit.forms import line, widget

@@ -9,7 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdxl_sae_kit.artifacts import STORE_VARIABLE, human_bytes
+from sdxl_sae_kit.amounts import human_bytes
+from sdxl_sae_kit.artifacts import STORE_VARIABLE
 from sdxl_sae_kit.health import Check
 
 GB = 10**9

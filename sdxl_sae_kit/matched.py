@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import counted
+from sdxl_sae_kit.amounts import counted
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.metrics import bootstrap_interval, partners, shares_above, with_partners
 from sdxl_sae_kit.plots import distributions

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
-from sdxl_sae_kit.artifacts import counted, whole_number
+from sdxl_sae_kit.amounts import counted, whole_number
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.matched import Basis, Compared, Matches, Matching

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int, Integer
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from sdxl_sae_kit.artifacts import Artifact, human_bytes
+from sdxl_sae_kit.amounts import human_bytes
+from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import ArtifactError
 from sdxl_sae_kit.files import explain_full, settle

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdxl_sae_kit import loras
-from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.amounts import whole_number
 from sdxl_sae_kit.devices import choose_device, choose_dtype
 from sdxl_sae_kit.errors import KitError, ModelError, PromptError, did_you_mean
 from sdxl_sae_kit.tiny import NAMES as TINY_NAMES

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdxl_sae_kit.artifacts import Store, human_bytes, whole_number
+from sdxl_sae_kit.amounts import human_bytes, whole_number
+from sdxl_sae_kit.artifacts import Store
 from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, SDXL
 from sdxl_sae_kit.layout import THUMBNAIL, Layout, encode_picture

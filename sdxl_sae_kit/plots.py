@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.colors import qualitative
 
-from sdxl_sae_kit.artifacts import human_bytes
+from sdxl_sae_kit.amounts import human_bytes
 
 COLOURS = qualitative.Safe
 _STRONG = [COLOURS[at] for at in (4, 1, 3, 7, 6, 5)]

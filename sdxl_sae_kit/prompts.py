@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.amounts import whole_number
 from sdxl_sae_kit.errors import PromptError, did_you_mean
 from sdxl_sae_kit.tiny import world
 

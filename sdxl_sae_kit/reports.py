@@ -17,7 +17,8 @@ from nbconvert import HTMLExporter
 from plotly.offline import get_plotlyjs
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import FORMATS, Artifact, Store, counted, kit_version
+from sdxl_sae_kit.amounts import counted
+from sdxl_sae_kit.artifacts import FORMATS, Artifact, Store
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.files import hash_file, sha256, writable, write_atomically
 from sdxl_sae_kit.methods import METHODS
@@ -27,6 +28,7 @@ from sdxl_sae_kit.printing import find_browser, print_pdf
 from sdxl_sae_kit.provenance import artifact_rows, data_rows, label_rows, model_names, sae_rows, with_inputs
 from sdxl_sae_kit.scales import load_scale
 from sdxl_sae_kit.sections import Section, run_notebook, section_slug, show_artifact
+from sdxl_sae_kit.stamps import kit_version
 from sdxl_sae_kit.tiny import NAMES as TINY_NAMES
 
 PACKAGES = ("torch", "diffusers", "transformers", "h5py", "numpy", "scikit-learn", "plotly", "nbconvert")

@@ -20,7 +20,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import Store, whole_number
+from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.artifacts import Store
 from sdxl_sae_kit.errors import KitError, PromptError
 from sdxl_sae_kit.features import FeatureStats, Ranking
 from sdxl_sae_kit.findings import Found, Results

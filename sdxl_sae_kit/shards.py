@@ -20,11 +20,12 @@ from typing import Any
 
 import h5py
 
-from sdxl_sae_kit.artifacts import Artifact, name_hash
+from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.errors import ArtifactError, PromptError
 from sdxl_sae_kit.files import canonical_json, explain_full, hash_file, sha256, sync_folder, write_atomically
 from sdxl_sae_kit.layout import LIBVER, Batch, Layout
 from sdxl_sae_kit.prompts import Prompts
+from sdxl_sae_kit.stamps import name_hash
 
 PROMPTS, RECIPE = "prompts.jsonl", "recipe.json"
 _MANIFEST, _VIRTUAL = "manifest.jsonl", "all.h5"

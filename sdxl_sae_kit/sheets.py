@@ -17,7 +17,8 @@ from jaxtyping import Int
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit import cards, html
-from sdxl_sae_kit.artifacts import Store, counted, human_bytes
+from sdxl_sae_kit.amounts import counted, human_bytes
+from sdxl_sae_kit.artifacts import Store
 from sdxl_sae_kit.cards import ORDERS, Subject
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.features import FeatureStats

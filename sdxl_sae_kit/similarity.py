@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
+from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.devices import choose_device
 from sdxl_sae_kit.errors import KitError, ModelError
 from sdxl_sae_kit.features import FeatureStats

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.amounts import whole_number
 from sdxl_sae_kit.edits import Edit, write_edits
 from sdxl_sae_kit.errors import EditError, KitError
 from sdxl_sae_kit.explorer import Drawn, finest, known_stats, placed_saes, scaled, strongest

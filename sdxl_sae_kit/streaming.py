@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdxl_sae_kit.activations import Activations
-from sdxl_sae_kit.artifacts import name_hash
 from sdxl_sae_kit.buffers import Tokens
 from sdxl_sae_kit.configs import Split
 from sdxl_sae_kit.files import canonical_json, sha256
@@ -20,6 +19,7 @@ from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS
 from sdxl_sae_kit.layout import Layout
 from sdxl_sae_kit.observation import as_prompts, check_settings, make_recipe, observing
 from sdxl_sae_kit.prompts import Prompts
+from sdxl_sae_kit.stamps import name_hash
 
 
 class ActivationStream(Activations):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import counted
+from sdxl_sae_kit.amounts import counted
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.plots import training_curves
 from sdxl_sae_kit.sae import SAE

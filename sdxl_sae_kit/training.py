@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit.activations import Activations
-from sdxl_sae_kit.artifacts import Store, counted, human_bytes, slug, whole_number
+from sdxl_sae_kit.amounts import counted, human_bytes, whole_number
+from sdxl_sae_kit.artifacts import Store, slug
 from sdxl_sae_kit.configs import SAEConfig, Site
 from sdxl_sae_kit.devices import choose_device
 from sdxl_sae_kit.errors import KitError

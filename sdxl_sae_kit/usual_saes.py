@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdxl_sae_kit.artifacts import Store, counted, name_hash
+from sdxl_sae_kit.amounts import counted
+from sdxl_sae_kit.artifacts import Store
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.collection import collect
 from sdxl_sae_kit.errors import KitError, did_you_mean
@@ -18,6 +19,7 @@ from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.runs import Run, Setting
 from sdxl_sae_kit.sae import SAE
 from sdxl_sae_kit.scales import load_scale
+from sdxl_sae_kit.stamps import name_hash
 from sdxl_sae_kit.tiny import NAMES
 from sdxl_sae_kit.training import train
 

@@ -11,7 +11,8 @@ from caches import rewrite_stamp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
+from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.files import canonical_json
 

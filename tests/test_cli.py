@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from sdxl_sae_kit import __main__ as cli
-from sdxl_sae_kit.artifacts import FORMATS, Artifact, Store, kit_version
+from sdxl_sae_kit.artifacts import FORMATS, Artifact, Store
 from sdxl_sae_kit.commands.answers import Answer
 from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.stamps import kit_version
 
 
 def finished_artifact(root, kind="studies"):

@@ -6,7 +6,7 @@ from types import FunctionType, SimpleNamespace
 import pytest
 
 import sdxl_sae_kit as kit
-from sdxl_sae_kit.artifacts import counted
+from sdxl_sae_kit.amounts import counted
 from sdxl_sae_kit.cards import Subject
 from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import KitError

@@ -47,7 +47,7 @@ def add(verbs: Any) -> None:
 
 
 def _riebench(options: argparse.Namespace) -> Answer:
-    from sdxl_sae_kit.artifacts import whole_number
+    from sdxl_sae_kit.amounts import whole_number
     from sdxl_sae_kit.attended import few_steps
     from sdxl_sae_kit.hookpoints import resolve
     from sdxl_sae_kit.items import load_items
@@ -93,7 +93,7 @@ def _plan(forecast: Any, before: str) -> Answer:
 
 
 def _answer(result: Any) -> Answer:
-    from sdxl_sae_kit.artifacts import counted
+    from sdxl_sae_kit.amounts import counted
     from sdxl_sae_kit.studies.distances import written
 
     parts, failure = [], None

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
-from sdxl_sae_kit.artifacts import FORMATS, Artifact, Store, counted
+from sdxl_sae_kit.amounts import counted
+from sdxl_sae_kit.artifacts import FORMATS, Artifact, Store
 from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
 
 if TYPE_CHECKING:

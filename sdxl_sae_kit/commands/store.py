@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sdxl_sae_kit.artifacts import Artifact, Store, counted, human_bytes
+from sdxl_sae_kit.amounts import counted, human_bytes
+from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.commands.answers import Answer
 from sdxl_sae_kit.commands.options import add_store, add_verb
 from sdxl_sae_kit.errors import ArtifactError

@@ -51,7 +51,7 @@ def _train(options: argparse.Namespace) -> Answer:
 
 
 def _measure(options: argparse.Namespace) -> Answer:
-    from sdxl_sae_kit.artifacts import whole_number
+    from sdxl_sae_kit.amounts import whole_number
     from sdxl_sae_kit.pipelines import load_pipeline
     from sdxl_sae_kit.tiny import WEIGHTS
     from sdxl_sae_kit.tiny.judge import load_judge

@@ -9,11 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
-from sdxl_sae_kit.artifacts import Store, counted
+from sdxl_sae_kit.amounts import counted
+from sdxl_sae_kit.artifacts import Store
 from sdxl_sae_kit.commands import inputs
 from sdxl_sae_kit.commands.answers import Answer, table
 from sdxl_sae_kit.commands.options import add_hookpoints, add_store, add_verb, numbers, option, taken
-from sdxl_sae_kit.configs import Kind, Normalize, SAEConfig
+from sdxl_sae_kit.configs import Normalize, SAEConfig
 from sdxl_sae_kit.errors import KitError, did_you_mean
 
 ABOUT = """
@@ -64,7 +65,10 @@ FIELDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "seed": (int, "of the weights"),
 }
 """What reads each field of `SAEConfig`, and what it is."""
-CHOICES: dict[str, tuple[str, ...]] = {"kind": get_args(Kind), "normalize": get_args(Normalize)}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "kind": ("topk", "batchtopk", "jumprelu"),  # `kinds.KINDS`, which waits for torch
+    "normalize": get_args(Normalize),
+}
 
 
 def add(verbs: Any) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import Artifact, Store, human_bytes, whole_number
+from sdxl_sae_kit.amounts import human_bytes, whole_number
+from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.gradients import differentiate

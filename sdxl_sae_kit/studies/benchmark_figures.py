@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import plotly.graph_objects as go
 
-from sdxl_sae_kit.artifacts import counted
+from sdxl_sae_kit.amounts import counted
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.maps import gain_map
 from sdxl_sae_kit.plots import pareto, points_by_group

@@ -17,7 +17,8 @@ from scipy.stats import kendalltau
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
+from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.hookpoints import list_blocks, resolve_block

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit.activations import Activations
-from sdxl_sae_kit.artifacts import Artifact, Store, counted, human_bytes
+from sdxl_sae_kit.amounts import counted, human_bytes
+from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.configs import Site
 from sdxl_sae_kit.errors import ArtifactError, KitError

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import Artifact, whole_number
+from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.hdf5 import open_checked
 from sdxl_sae_kit.metrics import bootstrap_intervals

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
-from sdxl_sae_kit.artifacts import counted, whole_number
+from sdxl_sae_kit.amounts import counted, whole_number
 from sdxl_sae_kit.errors import HookpointError, KitError, did_you_mean
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, SDXL
 from sdxl_sae_kit.plans import duration

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sdxl_sae_kit.artifacts import Artifact, Store, human_bytes, whole_number
+from sdxl_sae_kit.amounts import human_bytes, whole_number
+from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.attended import few_steps
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.files import write_atomically

@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit.activations import Activations
-from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
+from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.interventions import steer
 from sdxl_sae_kit.judges import PictureJudge, chosen_judge

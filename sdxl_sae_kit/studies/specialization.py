@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
-from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
+from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.evaluation import controls

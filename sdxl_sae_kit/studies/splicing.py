@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.activations import Activations
-from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
+from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.hookpoints import by_hookpoint, list_hookpoints

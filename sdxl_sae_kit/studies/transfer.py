@@ -19,7 +19,8 @@ from jaxtyping import Float
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit.activations import Activations
-from sdxl_sae_kit.artifacts import Artifact, Store, whole_number
+from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.edits import Edit
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.files import write_atomically

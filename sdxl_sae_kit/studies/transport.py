@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.amounts import whole_number
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.files import sha256
 from sdxl_sae_kit.hookpoints import resolve

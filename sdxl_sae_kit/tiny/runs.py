@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.amounts import whole_number
 from sdxl_sae_kit.tiny import checkpoints
 from sdxl_sae_kit.tiny.world import Scene, render, sample_scene
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from sdxl_sae_kit.artifacts import whole_number
+from sdxl_sae_kit.amounts import whole_number
 from sdxl_sae_kit.errors import ModelError, did_you_mean
 from sdxl_sae_kit.tiny import checkpoints
 from sdxl_sae_kit.tiny.judge_training import train_judge
