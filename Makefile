@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN   := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help env report test test-all lint format notebooks-clean docs dist audit release clean
+.PHONY: help env report test test-all lint format notebooks-clean mutate docs dist audit release clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -30,17 +30,22 @@ $(READY): pyproject.toml constraints.txt
 report: $(READY)  ## run every notebook, write one offline HTML file, print its path (SCALE=smoke|demo, MODEL=tiny-turbo)
 	$(BIN)/python -m sdxl_sae_kit report --scale $(SCALE) --model $(MODEL)
 
-test: $(READY)  ## run the tests, without the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
+test: $(READY)  ## run the tests, without the slow ones, and say what share of the package's lines they run
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal --cov
 
-test-all: $(READY)  ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+test-all: $(READY)  ## run all tests, with more examples of each property
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --hypothesis-profile thorough
 
-lint: $(READY)  ## check style, types, import contracts and that notebooks carry no outputs
+mutate: $(READY)  ## change metrics and formats line by line and say which changes no test notices; takes hours
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 1
+	$(BIN)/mutmut results
+
+lint: $(READY)  ## check style, types, import contracts, spelling and that notebooks carry no outputs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/codespell
 	$(BIN)/nbstripout --keep-id --verify notebooks/*.ipynb
 
 format: $(READY)  ## format the code
@@ -51,7 +56,7 @@ notebooks-clean: $(READY)  ## strip the outputs of the notebooks
 	$(BIN)/nbstripout --keep-id notebooks/*.ipynb
 
 docs: $(READY)  ## write the API reference from the docstrings to build/api
-	$(BIN)/python -m pdoc --output-directory build/api sdxl_sae_kit
+	$(BIN)/python docs/api/build.py build/api
 
 dist: $(READY)  ## build wheel and sdist into dist
 	rm -rf dist
