@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,8 @@ import numpy as np
 import pytest
 from laboratory import CHROMIUM, GO_DARK, RAN, READY, REPOSITORY, RUN_ALL, browser, jupyterlab, leaves, notebook
 from synthetic import synthetic_stats
+
+from sdxl_sae_kit.artifacts import Store
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")]
@@ -94,12 +95,15 @@ def test_a_label_given_in_jupyterlab_is_there_when_the_notebook_runs_again(lab: 
 
 @pytest.mark.slow
 def test_the_notebook_on_annotating_runs_and_can_be_clicked_through(page: Any, tmp_path: Path) -> None:
-    """With what the checkout's store holds: after `make report SCALE=smoke` seconds, from nothing minutes."""
+    """With what the usual store holds: after `make report SCALE=smoke` seconds, from nothing minutes."""
     content = nbformat.read(REPOSITORY / "notebooks" / "03_annotate_features.ipynb", as_version=4)
     parameters = next(cell for cell in content.cells if "parameters" in cell.metadata.get("tags", []))
     parameters.source = parameters.source.replace('SCALE = "demo"', 'SCALE = "smoke"')
     content.metadata = notebook().metadata
-    shutil.copytree(REPOSITORY / "artifacts", tmp_path / "store", ignore=shutil.ignore_patterns("labels", "reports"))
+    for made in Store.at().artifacts():
+        if made.finished and made.kind != "reports":
+            (tmp_path / "store" / made.kind).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "store" / made.kind / made.name).symlink_to(made.folder)
     page.set_default_timeout(60_000)
     with jupyterlab(tmp_path, content) as address:
         page.goto(address)
