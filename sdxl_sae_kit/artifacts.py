@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
+from sdxl_sae_kit.amounts import human_bytes
 from sdxl_sae_kit.errors import ArtifactError
 from sdxl_sae_kit.files import canonical_json, explain_full, folder_path, hash_file, write_atomically
 from sdxl_sae_kit.stamps import check_of, digest_of, is_stamp, kit_version, name_hash
