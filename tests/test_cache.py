@@ -154,7 +154,7 @@ def test_settings_that_cannot_be_are_refused_at_once(tmp_path, unchecked_types):
         ActivationCache.open(unfinished.folder, unfinished=True).sample("mid.0", 5)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_of_a_data_loader_read_correct_rows(tmp_path, context):
     cache, updates = a_cache(tmp_path, 13)
     cache.read("mid.0", [0])  # this process already holds a file open

@@ -42,10 +42,11 @@ def noisy(picture: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("change", "least"), [(None, 0.96), (blurred, 0.93), (noisy, 0.93)])
 def test_it_names_every_factor_of_a_render(judge, verdicts, change, least):
-    seen = verdicts if change is None else judge.read(np.stack([change(picture) for picture in PICTURES]))
+    n = len(PICTURES) if change is None else 120
+    seen = verdicts if change is None else judge.read(np.stack([change(picture) for picture in PICTURES[:n]]))
     for factor in FACTORS:
         for absent in (False, True):
-            asked = [i for i, known in enumerate(EXPECTED) if factor in known and (known[factor] is None) == absent]
+            asked = [i for i, known in enumerate(EXPECTED[:n]) if factor in known and (known[factor] is None) == absent]
             right = [seen.values[factor][i] == EXPECTED[i][factor] for i in asked]
             assert not asked or np.mean(right) >= least, (factor, absent)
 
