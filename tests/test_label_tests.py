@@ -22,8 +22,9 @@ from world_stats import DEAD, EVERYWHERE, LEFT, NOISE, RARE, RED, shows_red, wor
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.label_lines import LabelTest
 from sdxl_sae_kit.label_tests import SHOWN, BlindTest, auto_label, score_label, test_label
-from sdxl_sae_kit.labellers import HERE, WorldLabeller, opened
+from sdxl_sae_kit.labellers import HERE, WorldLabeller
 from sdxl_sae_kit.labels import LabelStore, user
+from sdxl_sae_kit.layout import decode_picture
 
 STATS = world_stats()
 HELD_OUT = STATS.prompts.held_out
@@ -47,7 +48,7 @@ class Honest:
 
     def __init__(self, rule) -> None:
         self.rule, self.asked = rule, []
-        self.known = {opened(STATS.thumbnail(image)).tobytes(): image for image in range(len(HELD_OUT))}
+        self.known = {decode_picture(STATS.thumbnail(image)).tobytes(): image for image in range(len(HELD_OUT))}
 
     def label(self, examples, contrast) -> str:
         self.named_from = examples, contrast

@@ -25,13 +25,13 @@ from sdxl_sae_kit.labellers import (
     Labeller,
     TransformersLabeller,
     WorldLabeller,
-    opened,
     sheet,
 )
 from sdxl_sae_kit.labels import LabelStore
+from sdxl_sae_kit.layout import decode_picture
 from sdxl_sae_kit.tiny.world import FACTORS, factors
 
-PICTURES = [opened(thumbnail) for thumbnail in thumbnails()[:200]]
+PICTURES = [decode_picture(thumbnail) for thumbnail in thumbnails()[:200]]
 TOLD = [factors(scene) for scene in scenes()[:200]]
 
 

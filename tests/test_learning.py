@@ -304,6 +304,7 @@ def test_bfloat16_learns_about_the_same_in_the_sparse_way_and_the_dense(kind, de
     assert {parameter.dtype for parameter in other.sae.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_compiled_step_learns_the_same(monkeypatch, unchecked_types, dense):
     if dense:
