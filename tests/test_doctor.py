@@ -359,9 +359,7 @@ if _check_cuda_version() > 0:
     ],
 )
 @pytest.mark.parametrize("written", ["in the file", "in the distribution"])
-def test_a_torchvision_of_another_torch_fails(
-    installed, monkeypatch, tmp_path, tag, torch_cuda, wants, state, written
-):
+def test_a_torchvision_of_another_torch_fails(installed, monkeypatch, tmp_path, tag, torch_cuda, wants, state, written):
     in_file, in_distribution = (tag, "") if written == "in the file" else ("", tag)
     package = tmp_path / "torchvision"
     package.mkdir()
@@ -434,7 +432,10 @@ def disable(jupyter, listed):
 @pytest.mark.parametrize(
     ("listed", "found"),
     [
-        ({"disabledExtensions": {"anywidget": True, "other": True, "@jupyter-widgets/x": False}}, ["anywidget", "other"]),
+        (
+            {"disabledExtensions": {"anywidget": True, "other": True, "@jupyter-widgets/x": False}},
+            ["anywidget", "other"],
+        ),
         ({"disabledExtensions": ["anywidget:plugin"]}, ["anywidget:plugin"]),
         ([], []),
     ],
