@@ -35,7 +35,7 @@ Row = dict[str, Any]
 def with_inputs(artifacts: Iterable[Artifact]) -> list[Artifact]:
     """Artifacts with all that they were made from, as far as it lies in their stores and can be read: by kind and name.
 
-    What cannot be read is left out: by now every notebook has run, and one damaged folder in a store must not cost that.
+    What cannot be read is left out: every notebook has run by now, and one damaged folder must not cost that.
     """
     wanted = {artifact.folder: artifact for artifact in artifacts if _readable(artifact)}
     known: dict[str, Artifact] = {}
