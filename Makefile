@@ -62,7 +62,7 @@ dist: $(READY)  ## build wheel and sdist into dist
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 
-audit: $(READY)  ## look up known vulnerabilities of the installed packages; needs a network
+audit: $(READY)  ## look up known vulnerabilities of the packages in constraints.txt; needs a network
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[release]"
 	$(BIN)/python .ci/audit
 

@@ -23,8 +23,8 @@ def diagnose(store: Store | Path | str | None = None) -> Diagnosis:
 
     Example:
         >>> diagnosis = diagnose()
-        >>> diagnosis.healthy
-        True
+        >>> print(diagnosis.summary)  # doctest: +SKIP
+        20 checks: 19 ok, 1 with a warning, 0 failed.
     """
     root = Store.at(store).root
     looked: dict[str, Callable[[], Check | Sequence[Check]]] = {

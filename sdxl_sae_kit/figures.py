@@ -122,17 +122,18 @@ def _columns(trace: Mapping[str, Any], layout: Mapping[str, Any]) -> dict[str, l
 
 
 def _points(traces: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str]:
-    """One row for each point of all traces, thinned out where there are many."""
+    """One row for each point of all traces; where there are many, of even traces even points, their first at least."""
     columns = [_columns(trace, layout) for trace in traces]
     names = list(dict.fromkeys(name for each in columns for name in each))
     lengths = [len(next(iter(each.values()))) for each in columns]
-    share = min(1.0, ROWS / sum(lengths))
+    told = _spread(len(traces), ROWS)
+    share = min(1.0, (ROWS - len(told)) / max(1, sum(lengths[i] - 1 for i in told)))
     rows, named = [], any(trace.get("name") for trace in traces)
-    for trace, each, length in zip(traces, columns, lengths, strict=True):
-        for at in _spread(length, max(1, int(share * length))):
+    for trace, each, length in ((traces[i], columns[i], lengths[i]) for i in told):
+        for at in _spread(length, 1 + int(share * (length - 1))):
             row: dict[str, Any] = {"series": _plain(trace.get("name") or "–")} if named else {}
             rows.append(row | {name: each[name][at] if name in each else "–" for name in names})
-    return rows[:ROWS], _thinned(len(rows[:ROWS]), sum(lengths), "points")
+    return rows, _thinned(len(rows), sum(lengths), "points")
 
 
 def _matrix(trace: Mapping[str, Any], layout: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str]:
@@ -158,7 +159,8 @@ def _flow(trace: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str]:
     names = [str(_plain(label)) for label in numbers((trace.get("node") or {}).get("label")) or ()]
     ends = (numbers(trace["link"].get(key)) for key in ("source", "target", "value"))
     links = list(zip(*ends, strict=False))
-    rows = [{"from": names[int(a)], "to": names[int(b)], "value": _plain(value)} for a, b, value in links[:ROWS]]
+    shown = (links[at] for at in _spread(len(links), ROWS))
+    rows = [{"from": names[int(a)], "to": names[int(b)], "value": _plain(value)} for a, b, value in shown]
     return rows, _thinned(len(rows), len(links), "links")
 
 

@@ -7,15 +7,16 @@ import json
 import platform
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.files import hash_file
-from sdxl_sae_kit.health import Check
+from sdxl_sae_kit.health import Check, State
+from sdxl_sae_kit.printing import find_browser
 from sdxl_sae_kit.tiny import WEIGHTS
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ EXTRAS = {
 """What each extra of pyproject.toml gives."""
 WIDGETS = ("anywidget", "@jupyter-widgets/jupyterlab-manager")
 """JupyterLab's extensions that galleries and panels are drawn by."""
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
 # Packages -----------------------------------------------------------------------------------------------------------
@@ -122,28 +122,29 @@ def check_torchvision() -> Sequence[Check]:
         return []
     import torch
 
-    cuda, torch_cuda = _torchvision_cuda(), torch.version.cuda
+    cuda = torch.version.cuda
+    build, torch_build = _torchvision_build(), f"cu{cuda.replace('.', '')}" if cuda else "cpu"
     unfit = [need for need in requirements("torchvision") if need.name == "torch" and not fits(need)]
-    builds = f"torchvision {found} ({_build(cuda)}) beside torch {torch.__version__} ({_build(torch_cuda)})"
-    if not unfit and cuda == torch_cuda:
-        return [Check("torchvision", "ok", builds)]
+    both = f"torchvision {found} ({build or 'of a build it does not tell'}) beside torch {torch.__version__}"
+    if not unfit and build in (None, torch_build):
+        return [Check("torchvision", "ok", both)]
     remedy = (
         "Install the torchvision of this torch's version and build, from the index that torch came from, or, since the "
         f"kit does not need it: {shlex.join([sys.executable, '-m', 'pip', 'uninstall', 'torchvision'])}"
     )
-    return [Check("torchvision", "fails", f"{builds}: importing diffusers may fail", remedy)]
+    return [Check("torchvision", "fails", f"{both}: importing diffusers may fail", remedy)]
 
 
-def _torchvision_cuda() -> str | None:
-    """The CUDA version that torchvision was built for, read without importing it, which may fail."""
+def _torchvision_build() -> str | None:
+    """What torchvision was built for, such as cpu or cu130; None where its version does not tell.
+
+    It is read and not imported, which may fail. PyPI's distributions leave the build out of their own version.
+    """
     spec = importlib.util.find_spec("torchvision")
     file = Path(spec.origin).parent / "version.py" if spec and spec.origin else Path()
-    found = re.search(r"^cuda = '([^']+)'", file.read_text(), re.MULTILINE) if file.is_file() else None
+    told = f"{file.read_text() if file.is_file() else ''}\n__version__ = '{version('torchvision')}'"
+    found = re.search(r"^__version__ = '[^'+]*\+(cpu|cu\d+)'", told, re.MULTILINE)
     return found[1] if found else None
-
-
-def _build(cuda: str | None) -> str:
-    return f"CUDA {cuda}" if cuda else "no CUDA"
 
 
 # What comes with the kit --------------------------------------------------------------------------------------------
@@ -154,8 +155,11 @@ def check_weights(folder: Path = WEIGHTS) -> Check:
     sums = [line.split("  ") for line in (folder / "SHA256SUMS").read_text().splitlines()]
     wrong = [name for digest, name in sums if not _is(folder / name, digest)]
     if wrong:
-        again = pip_install(["--force-reinstall", "--no-deps", KIT])
-        remedy = f"Run: {again} (in a checkout: git restore {shlex.quote(str(folder))})"
+        again = pip_install(["--force-reinstall", "--no-deps"])
+        remedy = (
+            f"Install the kit again from where it came, with {again} and its name, wheel or address; "
+            f"in a checkout: git restore {shlex.quote(str(folder))}"
+        )
         return Check("embedded models", "fails", f"missing or changed: {', '.join(wrong)}", remedy)
     return Check("embedded models", "ok", f"{len(sums)} files as released")
 
@@ -176,18 +180,21 @@ def check_jupyterlab() -> Check:
         return Check("JupyterLab", "fails", "not installed", f"Run: {pip_install(['jupyterlab'])}")
     places = [Path(folder) for folder in jupyter_path("labextensions")]
     absent = [name for name in WIDGETS if not any((place / name / "package.json").is_file() for place in places)]
-    off = [name for name in WIDGETS if name in disabled(map(Path, jupyter_config_path()))]
+    listed = disabled(map(Path, jupyter_config_path()))
+    off = [name for name in WIDGETS if name in listed]
+    parts = [name for name in listed if name.split(":")[0] in WIDGETS and name not in off]
     if absent:
         remedy = f"Run: {pip_install(['--force-reinstall', '--no-deps', 'anywidget', 'jupyterlab_widgets'])}"
         return Check("JupyterLab", "fails", f"{found}, without its extensions {', '.join(absent)}", remedy)
-    if off:
-        remedy = f"Run: {'; '.join(f'jupyter labextension enable {name}' for name in off)}"
-        return Check("JupyterLab", "fails", f"{found}, with {', '.join(off)} disabled", remedy)
+    if off or parts:  # one plugin of several may well be meant to be off
+        state: State = "fails" if off else "warning"
+        remedy = f"Run: {'; '.join(f'jupyter labextension enable {name}' for name in [*off, *parts])}"
+        return Check("JupyterLab", state, f"{found}, with {', '.join([*off, *parts])} disabled", remedy)
     return Check("JupyterLab", "ok", f"{found}, with {' and '.join(WIDGETS)}")
 
 
-def disabled(folders: Iterable[Path]) -> set[str]:
-    """JupyterLab's extensions that its settings switch off, whole or in part."""
+def disabled(folders: Iterable[Path]) -> list[str]:
+    """JupyterLab's extensions and, as extension:plugin, parts of them that its settings switch off."""
     names: set[str] = set()
     for file in (folder / "labconfig" / "page_config.json" for folder in folders):
         try:
@@ -195,7 +202,7 @@ def disabled(folders: Iterable[Path]) -> set[str]:
         except (OSError, ValueError, AttributeError):
             continue
         names |= {name for name, off in listed.items() if off} if isinstance(listed, Mapping) else set(listed)
-    return {name.split(":")[0] for name in names}
+    return sorted(names)
 
 
 def check_kernel() -> Check:
@@ -217,9 +224,8 @@ def check_kernel() -> Check:
 
 def check_browser() -> Check:
     """Whether a report could be printed as PDF."""
-    mac = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
-    if found := next(filter(None, map(shutil.which, (*BROWSERS, mac))), None):
-        return Check("browser for PDF", "ok", found)
-    return Check(
-        "browser for PDF", "ok", "none", "Install Chromium or Chrome to write reports as PDF; HTML needs none."
-    )
+    try:
+        return Check("browser for PDF", "ok", find_browser())
+    except KitError:
+        remedy = "Install Chromium or Chrome to write reports as PDF; HTML needs none."
+        return Check("browser for PDF", "ok", "none", remedy)

@@ -20,7 +20,8 @@ NOTEBOOKS_DISK = GB
 """The store of all notebooks at scale demo takes 0.3 GB."""
 SDXL_DISK, SDXL_GPU, SDXL_CPU, SDXL_CPU_HALF = 7 * GB, 9 * GB, 16 * GB, 9 * GB
 """3.5 billion parameters in 2 bytes, on a CPU in 4 unless told otherwise, and room for one image at 512 px."""
-SHARED_FILESYSTEMS = ("nfs", "cifs", "smb", "9p", "fuse.sshfs", "afs")
+SHARED_FILESYSTEMS = ("nfs", "cifs", "smb", "9p", "sshfs", "afs", "lustre", "gpfs", "beegfs", "ceph")
+"""How the kinds of filesystems begin that several machines may have mounted, those of FUSE without `fuse.`."""
 _ELSEWHERE = f"Choose a folder on a local disk with store= or the variable {STORE_VARIABLE}."
 
 
@@ -31,12 +32,19 @@ def count_cpus(root: Path = Path("/")) -> int:
     """Processors that this process may use: its affinity, or less where its control group says so."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in _control_groups(root, "cpu"):
-        try:
-            quota, period = map(int, (folder / "cpu.max").read_text().split())
-        except (OSError, ValueError):  # "max" is no limit
-            continue
-        cpus = min(cpus, max(1, round(quota / period)))
+        cpus = min(cpus, max(1, round(_share(folder) or cpus)))
     return cpus
+
+
+def _share(folder: Path) -> float | None:
+    """The processors' time that a control group may take, in processors; None where it has no limit."""
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        try:
+            quota, period = map(int, " ".join((folder / name).read_text() for name in names).split())
+        except (OSError, ValueError):  # the other version's files, or "max", which is no limit
+            continue
+        return quota / period if quota > 0 else None  # -1 is no limit either
+    return None
 
 
 def available_memory(root: Path = Path("/")) -> int:
@@ -118,6 +126,10 @@ def check_device(driver: Path = Path("/proc/driver/nvidia/version")) -> Check:
     found = f"cpu, torch {torch.__version__}"
     if not driver.exists():
         return Check("device", "ok", found)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and hidden.split(",")[0].strip() in ("", "-1"):
+        found = f"{found}, and CUDA_VISIBLE_DEVICES={hidden!r} hides every GPU"
+        return Check("device", "warning", found, "Unset the variable CUDA_VISIBLE_DEVICES to use a GPU.")
     why = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is a build without CUDA"
     remedy = "Install PyPI's torch, which carries CUDA, or, if it does, update the NVIDIA driver."
     return Check("device", "warning", f"{found} {why} and sees no GPU, though there is an NVIDIA driver", remedy)
@@ -190,9 +202,13 @@ def _check_locks(folder: Path, kind: str) -> Check:
         excluded = excludes(folder / "lock")
     except OSError as cause:
         return Check("locks", "fails", f"flock does not work on {kind or 'this disk'} ({cause.strerror})", _ELSEWHERE)
-    if not excluded or kind.startswith(SHARED_FILESYSTEMS):
+    if not excluded:
         remedy = f"Let one process at a time write to this store. {_ELSEWHERE}"
-        return Check("locks", "warning", f"on {kind or 'this disk'} locks may not keep other writers out", remedy)
+        return Check("locks", "warning", f"on {kind or 'this disk'} locks do not keep other writers out", remedy)
+    if kind.removeprefix("fuse.").startswith(SHARED_FILESYSTEMS):
+        found = f"on {kind} locks may not keep out other machines' writers: not where it is mounted with localflock"
+        remedy = f"Let one machine at a time write to this store. {_ELSEWHERE}"
+        return Check("locks", "warning", found, remedy)
     return Check("locks", "ok", "flock keeps a second writer out")
 
 
@@ -218,8 +234,8 @@ def _check_hdf5(folder: Path) -> Check:
     except (ImportError, OSError) as cause:
         remedy = "Install h5py again (pip install --force-reinstall h5py), and look whether the disk is full."
         return Check("HDF5", "fails", f"cannot be written and read: {str(cause).splitlines()[0]}", remedy)
-    if os.environ.get("HDF5_USE_FILE_LOCKING", "").upper() == "FALSE":
-        found = "HDF5_USE_FILE_LOCKING=FALSE lets a second writer in"
+    if (locking := os.environ.get("HDF5_USE_FILE_LOCKING", "")).upper() in ("FALSE", "0"):
+        found = f"HDF5_USE_FILE_LOCKING={locking} lets a second writer in"
         return Check("HDF5", "warning", found, "Unset the variable HDF5_USE_FILE_LOCKING.")
     found = f"h5py {h5py.__version__}, HDF5 {h5py.version.hdf5_version}: what was written can be read"
     return Check("HDF5", "ok" if same else "fails", found, "" if same else "Replace the disk: it returns other data.")

@@ -18,23 +18,22 @@ class Method:
     """What computes it, by its name in the package."""
     source: str = ""
     """Publication; empty for what is the kit's own or elementary."""
-    words: tuple[str, ...] = ()
-    """What tables call it, beside its name."""
 
 
 METHODS = {
     "SAEs": (
         Method(
             "SAE",
-            "z = TopK(W_encᵀ (x − b_dec) + b_enc),   x̂ = W_decᵀ z + b_dec",
-            "x is a token of an update, (d_in,), z its code, (d_sae,), of which at most k entries are not 0. BatchTopK "
-            "takes the k · n largest of a batch of n tokens; JumpReLU those above a threshold θ of each latent. "
-            "Decoder rows have length 1. Where the configuration says so, tokens are scaled or whitened before and x̂ "
-            "is scaled back.",
+            "h = W_encᵀ (x − b_pre) + b_enc,   z = act(h),   x̂ = W_decᵀ z + b_dec",
+            "x is a token of an update, (d_in,), z its code, (d_sae,); b_pre is b_dec with subtract_b_dec, else 0. "
+            "Top-K: z = max(h, 0) where h is among the k largest of its token, else 0, so that at most k entries are "
+            "not 0. BatchTopK: in training max(h, 0) where h is among the k · n largest of a batch of n tokens; in use "
+            "h where it is above one threshold for all latents, else 0. JumpReLU: h where it is above a learnt "
+            "threshold θ ≥ 0 of each latent, else 0. Decoder rows have length 1. Where the configuration says so, "
+            "tokens are scaled or whitened before and x̂ is scaled back.",
             "sae.SAE",
             "Gao et al. 2024 (arXiv 2406.04093); Bussmann et al. 2024; Rajamanoharan et al. 2024; Surkov et al. 2024 "
             "(arXiv 2410.22366)",
-            ("Top-K", "BatchTopK", "JumpReLU"),
         ),
         Method(
             "Explained variance",
@@ -42,20 +41,18 @@ METHODS = {
             "Over all held-out tokens and channels: 1 is perfect, 0 no better than the mean. Nothing else carries this "
             "name. Per channel, where a table says so: the mean over channels c of 1 − Var(x_c − x̂_c) / Var(x_c).",
             "metrics.explained_variance",
-            words=("unexplained",),
         ),
         Method(
             "L0",
-            "mean over tokens of |{i : z_i ≠ 0}|",
-            "Active latents per token, as measured.",
+            "mean over tokens of |{i : z_i > 0.001}|",
+            "Latents that fire on a token, as measured: with Top-K k or fewer.",
             "metrics.ReconstructionMetrics.l0",
         ),
         Method(
             "Dead share",
-            "|{i : z_i = 0 on all n tokens}| / d_sae",
+            "|{i : z_i ≤ 0.001 on all n tokens}| / d_sae",
             "It falls with n, which is told beside it: a latent that has not fired yet may still do so.",
             "evaluation.evaluate",
-            words=("dead",),
         ),
         Method(
             "Controls of an SAE",
@@ -64,7 +61,6 @@ METHODS = {
             "update, up and down; the principal axes of training tokens, up and down. Everything that is claimed of an "
             "SAE's features is measured of these in the same way.",
             "evaluation.controls",
-            words=("untrained", "channel", "PCA"),
         ),
         Method(
             "Matched latents",
@@ -73,7 +69,6 @@ METHODS = {
             "principal axes (shuffled), and of untrained ones.",
             "metrics.matched_cosine",
             "Kuhn 1955 (assignment)",
-            ("mean cosine", "shuffled"),
         ),
         Method(
             "Participation ratio",
@@ -128,7 +123,6 @@ METHODS = {
             "frequencies of words would give.",
             "label_agreement.cohens_kappa",
             "Cohen 1960; mean over pairs: Light 1971",
-            ("kappa",),
         ),
     ),
     "Effects": (
@@ -140,14 +134,12 @@ METHODS = {
             "tokens along a random direction, a decoder row of an untrained SAE or a random mixture of features, or "
             "turn off the feature of the nearest density.",
             "studies.ablation.ablate",
-            words=("ablated", "random direction", "other feature", "mixed features"),
         ),
         Method(
             "Locality",
             "effect inside / effect outside",
             "1 where an edit changes the whole picture alike. Only over prompts that have an outside.",
             "studies.results.Ablation.rows",
-            words=("inside", "outside"),
         ),
         Method(
             "Reading of a dose",
@@ -156,7 +148,6 @@ METHODS = {
             "dose 1, w a dose less their mean. Where changes have nothing to do with doses, Spearman's ρ of reading "
             "and dose is 0 on average.",
             "studies.statistics.read_doses",
-            words=("monotone",),
         ),
         Method(
             "Semantic distance",
@@ -165,7 +156,6 @@ METHODS = {
             "both, 1 where no value is in both.",
             "studies.statistics.bhattacharyya",
             "Bhattacharyya 1943",
-            ("semantic", "judge's distance"),
         ),
         Method(
             "Repaired",
@@ -186,7 +176,6 @@ METHODS = {
             "ln(p / (1 − p))",
             "p: the judge's probability of a value. An edit moves its target where this changes as expected.",
             "studies.selected.Outcome",
-            words=("moved",),
         ),
         Method(
             "Equal damage",
@@ -195,7 +184,6 @@ METHODS = {
             "their settings reach over damage, no edit being at damage 0. Damage is 1 − the share of other factors "
             "that stay as they were. Settings and hulls are chosen on one half of the items for the other.",
             "studies.equal_damage.compare_at_equal_damage",
-            words=("damage", "difference"),
         ),
     ),
     "Blocks and models": (
@@ -206,7 +194,6 @@ METHODS = {
             "shuffled blocks.",
             "studies.contrasts.association",
             "Shannon 1948",
-            ("bits", "entropy"),
         ),
         Method(
             "Adjusted Rand index",
@@ -221,14 +208,13 @@ METHODS = {
             "Cohen's d, of the features of one block and of the others; q is that of Welch's t-test.",
             "studies.contrasts.contrasts",
             "Cohen 1969; Welch 1947",
-            ("effect",),
         ),
         Method(
             "Vanished and appeared latents",
             "density there / density here < 0.1, upper end of its interval < ½",
-            "On the same prompts, at the row where the density is greatest.",
+            "Of the latents that fire on at least 5 prompts here; on the same prompts, each at the row where its "
+            "density is greatest.",
             "studies.densities.lost",
-            words=("vanish", "appear"),
         ),
         Method(
             "Kendall's τ-b",
@@ -236,7 +222,6 @@ METHODS = {
             "Of two rankings of the blocks, by random halves of the prompts.",
             "studies.block_ranking.BlockRanking.stability",
             "Kendall 1945",
-            ("τ-b",),
         ),
         Method(
             "Spearman's ρ",
@@ -244,7 +229,6 @@ METHODS = {
             "−1 to 1; 0 on average where two orders have nothing to do with each other.",
             "studies.rank_agreement.spearman",
             "Spearman 1904",
-            ("rho", "ρ"),
         ),
     ),
     "Intervals and tests": (
@@ -255,7 +239,6 @@ METHODS = {
             "cluster is averaged first. It tells nothing of other seeds of the SAE, models or kinds of prompts.",
             "metrics.bootstrap_interval",
             "Efron 1979",
-            ("95 %", "interval"),
         ),
         Method(
             "Wilson's interval",
@@ -281,8 +264,8 @@ METHODS = {
         Method(
             "Sign-flip test",
             "share of flips of the pairs' signs with as large a mean",
-            "One-sided p-value of paired differences; exact for up to 13 pairs. p against several controls at once is "
-            "the largest of them.",
+            "One-sided p-value of paired differences: over all flips for up to 13 pairs, for more (1 + hits) / 10,001 "
+            "of 10,000 random ones. p against several controls at once is the largest of them.",
             "studies.statistics.sign_flip_p",
             "Fisher 1935",
         ),
@@ -292,14 +275,12 @@ METHODS = {
             "Of m p-values in order: the rate at which each would just be called a discovery.",
             "studies.statistics.benjamini_hochberg",
             "Benjamini and Hochberg 1995",
-            ("q",),
         ),
         Method(
             "Permutation p",
             "(1 + shuffles with as much) / (1 + shuffles)",
             "Of associations and of orders of blocks; never 0. All orders are taken where there are few.",
             "studies.agreements.agreement",
-            words=("chance", "by chance"),
         ),
     ),
 }

@@ -44,7 +44,8 @@ def print_pdf(page: Path, target: Path) -> None:
         KitError: no Chromium, or it failed.
     """
     browser = find_browser()
-    with tempfile.TemporaryDirectory() as folder:
+    # Beside the target: a Chromium from a snap has a /tmp of its own, and sees no hidden folders.
+    with tempfile.TemporaryDirectory(prefix="printing-", dir=target.resolve().parent) as folder:
         made = Path(folder) / "report.pdf"
         options = [
             *("--headless", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run"),
@@ -70,4 +71,4 @@ def print_pdf(page: Path, target: Path) -> None:
         if done.returncode or not made.exists():
             said = done.stderr.decode(errors="replace").strip().splitlines()
             raise KitError(f"{browser} could not print {page.name}: {said[-1] if said else 'it said nothing'}.")
-        shutil.copyfile(made, target)
+        made.replace(target)

@@ -24,6 +24,8 @@ _USUAL = list(asdict(SAEConfig()).items())
 """Settings of SAEs that need no telling."""
 SHORT = 8
 """Characters of a hash that are shown."""
+_DAMAGED = "cannot be read: `sdxl-sae-kit artifacts verify` says why"
+"""What stands in a report for what only the store's owner can look into."""
 _CONTROL = "_control"
 """What stands between an SAE's name and the rest in the name of a file whose labels are other features'."""
 
@@ -31,10 +33,13 @@ Row = dict[str, Any]
 
 
 def with_inputs(artifacts: Iterable[Artifact]) -> list[Artifact]:
-    """Artifacts with all that they were made from, as far as it lies in their stores: by kind and name."""
-    wanted = {artifact.folder: artifact for artifact in artifacts}
+    """Artifacts with all that they were made from, as far as it lies in their stores and can be read: by kind and name.
+
+    What cannot be read is left out: every notebook has run by now, and one damaged folder must not cost that.
+    """
+    wanted = {artifact.folder: artifact for artifact in artifacts if _readable(artifact)}
     known: dict[str, Artifact] = {}
-    for root in {artifact.folder.parent.parent for artifact in wanted.values()}:
+    for root in {folder.parent.parent for folder in wanted}:
         known |= _by_name_and_hash(Store(root))
     left = list(wanted.values())
     while left:
@@ -47,12 +52,20 @@ def with_inputs(artifacts: Iterable[Artifact]) -> list[Artifact]:
 
 def _by_name_and_hash(store: Store) -> dict[str, Artifact]:
     """Each finished artifact under what recipes of others call it."""
-    finished = [artifact for artifact in store.artifacts() if artifact.finished]
+    finished = [artifact for artifact in store.artifacts() if artifact.finished and _readable(artifact)]
     known = {artifact.name: artifact for artifact in finished} | {artifact.digest: artifact for artifact in finished}
     for statistics in (artifact.recipe for artifact in finished if artifact.kind == "features"):
         if sae := known.get(str(statistics.get("name"))):
-            known[str(statistics["sae"])] = sae  # studies name an SAE by the hash of its weights
+            known[str(statistics.get("sae"))] = sae  # studies name an SAE by the hash of its weights
     return known
+
+
+def _readable(artifact: Artifact) -> bool:
+    """Whether what an artifact says of itself can be read, and is as it was written."""
+    try:
+        return bool(artifact.stamp)
+    except ArtifactError:
+        return False
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -73,10 +86,19 @@ def model_names(artifacts: Iterable[Artifact]) -> list[str]:
 
 def data_rows(artifacts: Iterable[Artifact]) -> list[Row]:
     """A row per cache: the prompts' source, how many, how they are split, their seeds, and how images were made."""
-    return [_data_row(ActivationCache.open(a.folder)) for a in artifacts if a.kind == "activations"]
+    return [_data_row(artifact) for artifact in artifacts if artifact.kind == "activations"]
 
 
-def _data_row(cache: ActivationCache) -> Row:
+_DATA_COLUMNS = (
+    *("cache", "model", "prompts", "images", "train / held out", "seeds", "hookpoints", "steps", "prompts' hash"),
+)
+
+
+def _data_row(artifact: Artifact) -> Row:
+    try:
+        cache = ActivationCache.open(artifact.folder)
+    except (ArtifactError, OSError):
+        return dict.fromkeys(_DATA_COLUMNS, "–") | {"cache": artifact.name, "prompts": _DAMAGED}
     recipe, prompts = cache.recipe, cache.prompts
     held_out, seeds = len(cache.images("held_out")), prompts.seeds
     return {
@@ -123,7 +145,11 @@ def _number(metrics: Mapping[str, Any], name: str) -> float:
 
 
 def artifact_rows(artifacts: Iterable[Artifact], sections: Mapping[Path, Sequence[str]]) -> list[Row]:
-    """A row per artifact: kind, name, hash, time, main settings, and the sections (by folder) that used it."""
+    """A row per artifact: kind, name, hash, time, main settings, and the sections (by folder) that used it.
+
+    One that a section used but that cannot be read is a row that says so.
+    """
+    damaged = [artifact for artifact in map(Artifact, sections) if not _readable(artifact)]
     return [
         {
             "kind": artifact.kind,
@@ -134,6 +160,10 @@ def artifact_rows(artifacts: Iterable[Artifact], sections: Mapping[Path, Sequenc
             "used in": ", ".join(sections.get(artifact.folder, [])) or "as an input",
         }
         for artifact in artifacts
+    ] + [
+        {"kind": artifact.kind, "name": artifact.name, "hash": "–", "made": "–", "settings": _DAMAGED}
+        | {"used in": ", ".join(sections[artifact.folder])}
+        for artifact in damaged
     ]
 
 

@@ -13,7 +13,7 @@ import torch
 from bs4 import BeautifulSoup
 
 import sdxl_sae_kit as kit
-from sdxl_sae_kit import installation, machine
+from sdxl_sae_kit import installation, machine, printing
 from sdxl_sae_kit.health import Check, Diagnosis, look
 from sdxl_sae_kit.tiny import WEIGHTS
 
@@ -42,14 +42,30 @@ def assert_says_what_to_do(check, *words):
         assert word in check.remedy + check.found, check
 
 
-def test_this_machine_is_well_enough_to_run_the_tests(tmp_path):
-    store = tmp_path / "store"
-    diagnosis = kit.diagnose(store)
-    assert diagnosis.healthy, str(diagnosis)
+def test_whatever_this_machine_is_it_is_looked_at_whole(tmp_path):
+    """The only test here that depends on the machine, so it asks for no state of any check."""
+    diagnosis = kit.diagnose(tmp_path / "store")
+    assert str(diagnosis).endswith(diagnosis.summary)
     assert all(check.remedy for check in diagnosis.checks if check.state != "ok")
     assert not list(tmp_path.iterdir()), "nothing is left behind, and no store is made"
     names = [check.name for check in diagnosis.checks]
-    assert len(names) == len(set(names)) and {"Python", "packages", "device", "memory", "locks", "HDF5"} <= set(names)
+    assert len(names) == len(set(names)) and {"Python", "packages", "device", "memory", "store"} <= set(names)
+
+
+@pytest.fixture
+def probes(monkeypatch):
+    """Every check of a diagnosis, made up to be ok."""
+    for module in (installation, machine):
+        for name in (name for name in vars(module) if name.startswith("check_")):
+            monkeypatch.setattr(module, name, lambda *_, name=name: Check(name, "ok", "made up"))
+
+
+def test_a_diagnosis_is_healthy_unless_a_check_fails(probes, monkeypatch, tmp_path):
+    assert kit.diagnose(tmp_path).healthy and {check.state for check in kit.diagnose(tmp_path).checks} == {"ok"}
+    monkeypatch.setattr(machine, "check_memory", lambda: Check("memory", "warning", "little", "Close programs."))
+    assert kit.diagnose(tmp_path).healthy and kit.diagnose(tmp_path).count("warning") == 1
+    monkeypatch.setattr(installation, "check_packages", lambda: 1 / 0)
+    assert not kit.diagnose(tmp_path).healthy and kit.diagnose(tmp_path).count("fails") == 1
 
 
 def test_a_diagnosis_is_text_html_and_json():
@@ -109,6 +125,16 @@ def test_processors_are_those_of_the_control_group(files, monkeypatch):
     assert machine.count_cpus(root) == 2
 
 
+def test_processors_are_those_of_a_control_group_of_version_1(files, monkeypatch):
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    group = "sys__fs__cgroup__cpu__docker__cpu_DOT_cfs_"
+    files(proc__self__cgroup="4:cpu,cpuacct:/docker\n")
+    root = files(**{group + "quota_us": "-1\n", group + "period_us": "100000\n"})
+    assert machine.count_cpus(root) == 8
+    files(**{group + "quota_us": "300000\n"})
+    assert machine.count_cpus(root) == 3
+
+
 def test_little_memory_and_many_threads_are_warned_of(monkeypatch):
     monkeypatch.setattr(machine, "available_memory", lambda: 10**9)
     assert_says_what_to_do(machine.check_memory(), "1 GB", "kernel")
@@ -150,6 +176,7 @@ def test_a_gpu_is_named_and_tried(gpu, monkeypatch):
 
 
 def test_a_driver_without_a_gpu_that_torch_sees_is_warned_of(no_gpu, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     driver = tmp_path / "version"
     assert machine.check_device(driver).state == "ok"
     driver.write_text("NVRM")
@@ -157,6 +184,18 @@ def test_a_driver_without_a_gpu_that_torch_sees_is_warned_of(no_gpu, tmp_path, m
     assert_says_what_to_do(machine.check_device(driver), "without CUDA", "Install PyPI's torch")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert_says_what_to_do(machine.check_device(driver), "CUDA 13.0", "update the NVIDIA driver")
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", "-1,0"])
+def test_gpus_that_are_hidden_are_no_reason_to_install_torch_again(no_gpu, tmp_path, monkeypatch, hidden):
+    driver = tmp_path / "version"
+    driver.write_text("NVRM")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    check = machine.check_device(driver)
+    assert_says_what_to_do(check, f"CUDA_VISIBLE_DEVICES={hidden!r}", "Unset")
+    assert "Install" not in check.remedy
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert_says_what_to_do(machine.check_device(driver), "sees no GPU", "Install PyPI's torch")
 
 
 # Disk ---------------------------------------------------------------------------------------------------------------
@@ -168,11 +207,14 @@ def test_a_full_disk_is_warned_of(tmp_path, monkeypatch):
     assert_says_what_to_do(machine.check_disk(tmp_path / "a"), "5 MB", "store=")
 
 
-def test_a_store_that_cannot_be_written_fails(tmp_path):
-    (tmp_path / "file").write_text("")
-    [check] = machine.check_store(Path("/proc/store"))  # where not even root can write
+def test_a_store_that_cannot_be_written_fails(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(machine.tempfile, "TemporaryDirectory", refuse)
+    [check] = machine.check_store(tmp_path)
     assert check.state == "fails"
-    assert_says_what_to_do(check, "/proc/store", "SDXL_SAE_KIT_STORE")
+    assert_says_what_to_do(check, str(tmp_path), "Read-only file system", "SDXL_SAE_KIT_STORE")
 
 
 def test_the_filesystem_is_that_of_the_innermost_mount(tmp_path):
@@ -191,9 +233,9 @@ def test_locks_that_do_not_hold_are_told_of(tmp_path, monkeypatch):
     assert machine.excludes(tmp_path / "lock")
     mounts = tmp_path / "mountinfo"
     mounts.write_text("22 1 0:50 / / rw - nfs4 server:/ rw\n")
-    assert_says_what_to_do(machine.check_store(tmp_path, mounts)[1], "nfs4", "one process at a time")
+    assert_says_what_to_do(machine.check_store(tmp_path, mounts)[1], "nfs4", "one machine at a time")
     monkeypatch.setattr(machine.fcntl, "flock", lambda *_: None)
-    assert machine.check_store(tmp_path)[1].state == "warning"
+    assert_says_what_to_do(machine.check_store(tmp_path)[1], "one process at a time")
 
     def refuse(*_):
         raise OSError(37, "No locks available")
@@ -203,10 +245,21 @@ def test_locks_that_do_not_hold_are_told_of(tmp_path, monkeypatch):
     assert_says_what_to_do(machine.check_store(tmp_path)[1], "No locks available", "local disk")
 
 
+@pytest.mark.parametrize("kind", ["lustre", "gpfs", "beegfs", "ceph", "fuse.ceph-fuse", "fuse.sshfs", "smb3", "nfs"])
+def test_locks_of_filesystems_that_machines_share_are_not_trusted(tmp_path, kind):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"22 1 0:50 / / rw - {kind} server:/ rw,localflock\n")
+    assert_says_what_to_do(machine.check_store(tmp_path, mounts)[1], kind, "localflock", "one machine at a time")
+    mounts.write_text("22 1 8:1 / / rw - ext4 /dev/sda1 rw\n")
+    assert machine.check_store(tmp_path, mounts)[1].state == "ok"
+
+
 def test_hdf5_that_is_not_there_or_does_not_lock_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.delenv("HDF5_USE_FILE_LOCKING", raising=False)
     assert machine.check_store(tmp_path)[2].state == "ok"
-    monkeypatch.setenv("HDF5_USE_FILE_LOCKING", "FALSE")
-    assert_says_what_to_do(machine.check_store(tmp_path)[2], "Unset the variable HDF5_USE_FILE_LOCKING")
+    for off in ("FALSE", "0"):
+        monkeypatch.setenv("HDF5_USE_FILE_LOCKING", off)
+        assert_says_what_to_do(machine.check_store(tmp_path)[2], f"HDF5_USE_FILE_LOCKING={off}", "Unset the variable")
     monkeypatch.setitem(sys.modules, "h5py", None)
     assert machine.check_store(tmp_path)[2].state == "fails"
     assert_says_what_to_do(machine.check_store(tmp_path)[2], "pip install --force-reinstall h5py")
@@ -284,18 +337,37 @@ def test_another_python_fails(monkeypatch):
     assert_says_what_to_do(installation.check_python(), "3.10.12", ">=3.11")
 
 
+VERSION_OF_A_WHEEL = """__version__ = '0.28.0{}'
+git_version = '7a13ad0f89167089eb7d4cb4d6d7b4a6a4ed8d35'
+from torchvision.extension import _check_cuda_version
+if _check_cuda_version() > 0:
+    cuda = _check_cuda_version()
+"""
+
+
 @pytest.mark.parametrize(
-    ("cuda", "torch_cuda", "wants", "state"),
+    ("tag", "torch_cuda", "wants", "state"),
     [
-        (None, None, "2.13.0", "ok"),
-        ("12.8", "12.8", "2.13.0", "ok"),
-        ("12.8", None, "2.13.0", "fails"),
-        (None, None, "2.12.0", "fails"),
+        ("+cpu", None, "2.13.0", "ok"),
+        ("+cu130", "13.0", "2.13.0", "ok"),
+        ("+cu130", None, "2.13.0", "fails"),
+        ("+cu130", "12.8", "2.13.0", "fails"),
+        ("+cpu", "13.0", "2.13.0", "fails"),
+        ("+cpu", None, "2.12.0", "fails"),
+        ("", "13.0", "2.13.0", "ok"),
+        ("a0+1a2b3c4", "13.0", "2.13.0", "ok"),  # built from sources: that is a commit
     ],
 )
-def test_a_torchvision_of_another_torch_fails(installed, monkeypatch, cuda, torch_cuda, wants, state):
-    installed({"torchvision": "0.28.0", "torch": "2.13.0"}, {"torchvision": [f"torch=={wants}"]})
-    monkeypatch.setattr(installation, "_torchvision_cuda", lambda: cuda)
+@pytest.mark.parametrize("written", ["in the file", "in the distribution"])
+def test_a_torchvision_of_another_torch_fails(installed, monkeypatch, tmp_path, tag, torch_cuda, wants, state, written):
+    in_file, in_distribution = (tag, "") if written == "in the file" else ("", tag)
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (package / "version.py").write_text(VERSION_OF_A_WHEEL.format(in_file))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    installed({"torchvision": f"0.28.0{in_distribution}", "torch": "2.13.0"}, {"torchvision": [f"torch=={wants}"]})
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
     [check] = installation.check_torchvision()
     assert check.state == state
@@ -319,7 +391,8 @@ def test_weights_are_listed_whole_and_a_changed_byte_is_noticed(tmp_path):
     (tmp_path / "SHA256SUMS").write_text(f"{digest}  a\n{digest}  b\n")
     check = installation.check_weights(tmp_path)
     assert check.state == "fails"
-    assert_says_what_to_do(check, "a, b", "--force-reinstall --no-deps sdxl-sae-kit", "git restore")
+    assert_says_what_to_do(check, "a, b", "from where it came", "--force-reinstall --no-deps", "git restore")
+    assert "--no-deps sdxl-sae-kit" not in check.remedy, "which asks an index, where not every kit came from"
 
 
 # JupyterLab ---------------------------------------------------------------------------------------------------------
@@ -339,23 +412,49 @@ def test_jupyterlab_without_its_widget_extensions_fails(jupyter):
     check = installation.check_jupyterlab()
     assert check.state == "fails"
     assert_says_what_to_do(check, "anywidget, @jupyter-widgets/jupyterlab-manager", "pip install --force-reinstall")
+    install_widgets(jupyter)
+    assert installation.check_jupyterlab().state == "ok"
+
+
+def install_widgets(jupyter):
     for name in installation.WIDGETS:
         folder = jupyter / "share" / "labextensions" / name
         folder.mkdir(parents=True)
         (folder / "package.json").write_text("{}")
-    assert installation.check_jupyterlab().state == "ok"
+
+
+def disable(jupyter, listed):
+    config = jupyter / "etc" / "labconfig" / "page_config.json"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(json.dumps(listed))
 
 
 @pytest.mark.parametrize(
-    "listed", [{"anywidget": True, "other": True, "@jupyter-widgets/x": False}, ["anywidget:plugin"]]
+    ("listed", "found"),
+    [
+        (
+            {"disabledExtensions": {"anywidget": True, "other": True, "@jupyter-widgets/x": False}},
+            ["anywidget", "other"],
+        ),
+        ({"disabledExtensions": ["anywidget:plugin"]}, ["anywidget:plugin"]),
+        ([], []),
+    ],
 )
-def test_a_disabled_extension_is_found(jupyter, listed):
-    config = jupyter / "etc" / "labconfig" / "page_config.json"
-    config.parent.mkdir(parents=True)
-    config.write_text(json.dumps({"disabledExtensions": listed}))
-    assert installation.disabled([jupyter / "etc", jupyter / "nowhere"]) - {"other"} == {"anywidget"}
-    config.write_text("[]")
-    assert installation.disabled([jupyter / "etc"]) == set()
+def test_a_disabled_extension_is_found(jupyter, listed, found):
+    disable(jupyter, listed)
+    assert installation.disabled([jupyter / "etc", jupyter / "nowhere"]) == found
+
+
+@pytest.mark.parametrize(
+    ("name", "state"), [("anywidget", "fails"), ("anywidget:plugin", "warning"), ("another:plugin", "ok")]
+)
+def test_widgets_are_not_drawn_with_the_extension_off_but_may_be_with_one_plugin_off(jupyter, name, state):
+    install_widgets(jupyter)
+    disable(jupyter, {"disabledExtensions": {name: True}})
+    check = installation.check_jupyterlab()
+    assert check.state == state
+    if state != "ok":
+        assert_says_what_to_do(check, f"with {name} disabled", f"jupyter labextension enable {name}")
 
 
 @pytest.mark.parametrize(
@@ -378,8 +477,11 @@ def test_the_kernel_that_notebooks_ask_for_is_this_python(tmp_path, monkeypatch,
         assert_says_what_to_do(check, starts, "ipykernel install --user --name sdxl-sae-kit")
 
 
-def test_a_browser_is_found_by_its_name_and_missed_in_words(monkeypatch):
-    monkeypatch.setattr(installation.shutil, "which", lambda name: f"/bin/{name}" if name == "google-chrome" else None)
-    assert installation.check_browser().found == "/bin/google-chrome"
-    monkeypatch.setattr(installation.shutil, "which", lambda name: None)
-    assert "Install Chromium" in installation.check_browser().remedy
+def test_a_browser_is_the_one_that_would_print_and_is_missed_in_words(monkeypatch):
+    monkeypatch.setattr(installation, "find_browser", lambda: "/bin/msedge")
+    assert installation.check_browser().found == "/bin/msedge"
+    monkeypatch.undo()
+    monkeypatch.setattr(printing.shutil, "which", lambda name: None)
+    monkeypatch.setattr(printing, "MAC", ())
+    check = installation.check_browser()
+    assert (check.state, check.found) == ("ok", "none") and "Install Chromium" in check.remedy

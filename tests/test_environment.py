@@ -51,7 +51,20 @@ def test_conda_and_pip_are_told_the_same_of_pip():
 
 
 @pytest.fixture(scope="module")
-def channel(tmp_path_factory):
+def wheels(tmp_path_factory):
+    """All that the test needs of a package index: a pip for the channel, and what builds an editable install."""
+    pytest.importorskip("rattler", reason="py-rattler is not installed")
+    folder = tmp_path_factory.mktemp("wheels")
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    for wanted in ([_pip_wanted(), "--no-deps"], [*build, "editables"]):  # hatchling asks for the latter as it builds
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", "--dest", folder]
+        if subprocess.run([*command, *wanted]).returncode:
+            pytest.skip(f"no package index has {wanted[0]}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def channel(tmp_path_factory, wheels):
     """A channel with this Python and a pip, which stand for conda-forge's."""
     pytest.importorskip("rattler", reason="py-rattler is not installed")
     for tool in ("patchelf", "whl2conda"):
@@ -63,7 +76,7 @@ def channel(tmp_path_factory):
     (folder / "noarch").mkdir(parents=True)
     (folder / "linux-64").mkdir()
     _pack_python(folder / "linux-64", tmp_path_factory.mktemp("python"))
-    _pack_pip(folder / "noarch", tmp_path_factory.mktemp("wheel"))
+    _pack_pip(folder / "noarch", wheels)
     import rattler.index
 
     asyncio.run(rattler.index.index_fs(folder, force=True))
@@ -103,11 +116,8 @@ def _pack_python(channel, work):
             packed.add(prefix / name, name)
 
 
-def _pack_pip(channel, work):
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, _pip_wanted()]
-    if subprocess.run(command).returncode:
-        pytest.skip("no package index is reached")
-    [wheel] = work.glob("pip-*.whl")
+def _pack_pip(channel, wheels):
+    [wheel] = wheels.glob("pip-*.whl")
     command = [_tool("whl2conda"), "convert", wheel, "--out-dir", channel, "--format", "V2"]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
 
@@ -131,7 +141,7 @@ def _solved(channel, specifications):
 
 
 @pytest.mark.slow
-def test_conda_makes_the_environment_and_pip_finds_the_kit_in_it(channel, tmp_path):
+def test_conda_makes_the_environment_and_pip_finds_the_kit_in_it(channel, wheels, tmp_path):
     import rattler
 
     here = ".".join(map(str, sys.version_info[:2]))  # the one Python there is to pack; others differ in no other way
@@ -148,7 +158,8 @@ def test_conda_makes_the_environment_and_pip_finds_the_kit_in_it(channel, tmp_pa
         return done.stdout
 
     # Dependencies are those of pyproject.toml, which `make env` proves; installing 120 packages again proves no more.
-    run("-m", "pip", "install", "--quiet", "--no-deps", *PIP[0].split())
+    local = ["--no-index", "--find-links", str(wheels)]  # an index that answers in part would fail it half-way
+    run("-m", "pip", "install", "--quiet", "--no-deps", *local, *PIP[0].split())
     told = run("-c", "import sys, sdxl_sae_kit; print(sys.prefix); print(sdxl_sae_kit.__file__)", cwd=tmp_path)
     assert told.split() == [str(prefix), str(ROOT / "sdxl_sae_kit" / "__init__.py")]
     assert (prefix / "share/jupyter/kernels/sdxl-sae-kit/kernel.json").is_file()

@@ -45,6 +45,32 @@ def test_a_flow_is_a_table_of_its_links():
     assert rows == [{"from": "a", "to": "b", "value": 5}, {"from": "a", "to": "c", "value": 6}]
 
 
+def evenly(places):
+    """Whether the gaps between places differ by no more than rounding does."""
+    return np.ptp(np.diff(places)) <= 1
+
+
+def test_of_many_links_and_many_traces_even_ones_are_told():
+    flow = go.Sankey(
+        node={"label": ["a", "b"]}, link={"source": [0] * 300, "target": [1] * 300, "value": [*range(300)]}
+    )
+    ((links, caption),) = tabulate(spec(flow))
+    values = [row["value"] for row in links]
+    assert len(links) == ROWS and (values[0], values[-1]) == (0, 299) and evenly(values)
+    assert caption == "80 of 300 links, evenly chosen"
+    ((points, caption),) = tabulate(spec(*(go.Bar(x=[i, i], y=[0, 1], name=str(i)) for i in range(200))))
+    series = [int(row["series"]) for row in points]
+    assert len(points) == ROWS and (series[0], series[-1]) == (0, 199) and evenly(series)
+    assert caption == "80 of 400 points, evenly chosen"
+
+
+def test_short_traces_stay_beside_a_long_one():
+    traces = [go.Scatter(y=[*range(5000)], name="long"), *(go.Scatter(y=[1], name=f"mark {i}") for i in range(70))]
+    ((rows, _),) = tabulate(spec(*traces))
+    series = [row["series"] for row in rows]
+    assert len(rows) <= ROWS and {f"mark {i}" for i in range(70)} <= set(series) and series.count("long") == 10
+
+
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=6), st.integers(1, 90), st.integers(1, 60))
 def test_tables_stay_small_and_keep_the_ends_of_a_single_curve(lengths, height, width):
     curves = [{"type": "scatter", "y": list(range(length))} for length in lengths]

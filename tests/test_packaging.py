@@ -83,6 +83,26 @@ def test_the_sources_are_what_git_has(built):
     assert names - {"PKG-INFO"} == kept() | ({".gitignore"} & names)
 
 
+def test_dependencies_and_pins_are_in_order_and_named_once():
+    def names(lines):
+        return [canonicalize_name(Requirement(line).name) for line in lines]
+
+    assert names(PROJECT["dependencies"]) == sorted(set(names(PROJECT["dependencies"])))
+    groups = re.split(r"^# .*$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+    pinned = [names(group.split()) for group in groups if group.strip()]
+    assert all(group == sorted(group) for group in pinned)
+    known = [name for group in pinned for name in group]
+    assert len(known) == len(set(known)) and set(names(PROJECT["dependencies"])) <= set(known)
+
+
+def test_sources_hold_what_a_reader_and_a_tester_need(built):
+    [path] = built.glob("*.tar.gz")
+    with tarfile.open(path) as opened:
+        names = {name.split("/", 1)[1] for name in opened.getnames()}
+    wanted = ("SECURITY.md", "CITATION.cff", "constraints.txt", "tests/conftest.py", "docs/", "notebooks/")
+    assert all(any(name.startswith(each) for name in names) for each in wanted)
+
+
 # What the package imports --------------------------------------------------------------------------------------------
 
 
@@ -92,8 +112,8 @@ def test_every_package_that_is_imported_is_required():
         need for extra in ("datasets", "lora", "riebench", "umap") for need in PROJECT["optional-dependencies"][extra]
     ]
     required = {canonicalize_name(Requirement(line).name) for line in wanted}
-    # With JupyterLab and jupyter-client, whose parts these are.
-    required |= {"jupyter-core", "ipython", "traitlets"}
+    # With JupyterLab, jupyter-client and Jinja, whose parts these are.
+    required |= {"jupyter-core", "ipython", "traitlets", "markupsafe"}
     required |= {"pandas"}  # only those who ask for a table of it need it, and are told so
     homes = {"umap": ["umap-learn"], **packages_distributions()}  # an extra that may not be installed
     for path in (ROOT / "sdxl_sae_kit").rglob("*.py"):
