@@ -6,10 +6,12 @@ import base64
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from bs4 import BeautifulSoup, Tag
 from jinja2 import DictLoader
@@ -44,14 +46,24 @@ class Section:
 
     slug: str
     title: str
-    headings: Sequence[tuple[str, str]]
-    """Its second headings: ids and texts."""
-    html: str
+    soup: BeautifulSoup = field(repr=False)
+    ids: Mapping[str, str]
+    """What its ids were called → what they are called in the report."""
     scripts: Sequence[str]
     artifacts: Sequence[Artifact]
     """What it was made from."""
     seconds: float | None = None
     """What running it took; None where nothing was run."""
+
+    @cached_property
+    def html(self) -> str:
+        """What it shows; the page has the style of the kit's pieces once."""
+        return str(self.soup).replace(html.STYLE, "")
+
+    @property
+    def headings(self) -> list[tuple[str, str]]:
+        """Its second headings: ids and texts."""
+        return [(str(h2["id"]), h2.get_text()) for h2 in self.soup.select("h2[id]")]
 
 
 def section_slug(source: Path) -> str:
@@ -83,22 +95,7 @@ def run_notebook(path: Path, progress: str, model: str, scale: str, store: Store
     _disarm(soup)
     title = soup.find("h1")
     name = title.get_text() if title else path.stem
-    return _finish(soup, slug(path), name, scripts, used, seen, seconds)
-
-
-def _finish(
-    soup: BeautifulSoup,
-    name: str,
-    title: str,
-    scripts: Sequence[str],
-    artifacts: Sequence[Artifact],
-    seen: set[str],
-    seconds: float | None = None,
-) -> Section:
-    _make_ids_unique(soup, seen)
-    headings = [(str(h2["id"]), h2.get_text()) for h2 in soup.select("h2[id]")]
-    # The page has the style of the kit's pieces once.
-    return Section(name, title, headings, str(soup).replace(html.STYLE, ""), scripts, artifacts, seconds)
+    return Section(slug(path), name, soup, _make_ids_unique(soup, seen), scripts, used, seconds)
 
 
 def _make_static(cell: NotebookNode, path: Path) -> Iterable[str]:
@@ -168,8 +165,8 @@ def _disarm(soup: BeautifulSoup) -> None:
                 del element[name]
 
 
-def _make_ids_unique(soup: BeautifulSoup, seen: set[str]) -> None:
-    """Rename ids that the report already has, and what points to them from this section."""
+def _make_ids_unique(soup: BeautifulSoup, seen: set[str]) -> dict[str, str]:
+    """Rename ids that the report already has, and what points to them from this section; returns old → new."""
     renamed: dict[str, str] = {}
     for element in soup.find_all(id=True):
         name = unique = str(element["id"])
@@ -183,6 +180,7 @@ def _make_ids_unique(soup: BeautifulSoup, seen: set[str]) -> None:
     for attribute in ("href", "for", "aria-labelledby", "aria-describedby", "aria-controls"):
         for element in soup.select(f"[{attribute}]"):
             _redirect(element, attribute, renamed)
+    return renamed
 
 
 def _redirect(element: Tag, attribute: str, renamed: dict[str, str]) -> None:
@@ -191,6 +189,23 @@ def _redirect(element: Tag, attribute: str, renamed: dict[str, str]) -> None:
         element[attribute] = renamed.get(value, value)
     elif value.startswith("#"):
         element[attribute] = "#" + renamed.get(value[1:], value[1:])
+
+
+def link(sections: Iterable[Section]) -> None:
+    """Lead links from notebook to notebook to its section; links to other files become plain text.
+
+    What lies beside a notebook does not lie beside the report.
+    """
+    known = {section.slug: section for section in sections}
+    for section in known.values():
+        for anchor in section.soup.select("a[href]"):
+            path, _, heading = unquote(str(anchor["href"])).partition("#")
+            if not path or ":" in path:  # within the section, or to the web
+                continue
+            if path.endswith(".ipynb") and (target := known.get(slug(Path(path)))):
+                anchor["href"] = "#" + target.ids.get(heading, target.slug)
+            else:
+                anchor.unwrap()
 
 
 # Artifacts ------------------------------------------------------------------------------------------------------------
@@ -208,7 +223,8 @@ def show_artifact(folder: Path, seen: set[str]) -> Section:
     made = f"{artifact.kind} {artifact.digest[:SHORT]}, made {artifact.stamp['time'][:16].replace('T', ' ')} UTC"
     parts = [f"<h1>{html.escape(artifact.name)}</h1>", html.fragment(html.quiet(made)), _view(opened, artifact)]
     soup = BeautifulSoup("".join([*parts, *(drawing.markup for drawing in drawings)]), "html.parser")
-    return _finish(soup, name, artifact.name, [drawing.script for drawing in drawings], [artifact], seen)
+    scripts = [drawing.script for drawing in drawings]
+    return Section(name, artifact.name, soup, _make_ids_unique(soup, seen), scripts, [artifact])
 
 
 def _view(opened: Any, artifact: Artifact) -> str:

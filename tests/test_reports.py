@@ -37,6 +37,12 @@ class Gallery(ipywidgets.VBox):
 Gallery([ipywidgets.Text()])"""
 HOSTILE = """HTML('<script>window.hacked = true</script><b onclick="x">bold</b>')"""
 
+LINKS = (
+    "[whole](01_second.ipynb) [part](01_second.ipynb#Shared) [gone](./01_second.ipynb#Gone) [other](09_other.ipynb#x) "
+    "[page](../docs/page.md) [web](https://example.invalid/01_second.ipynb)"
+)
+"""To a notebook of the report, to its heading, which the report renames, to none of it, and to what it lacks."""
+
 
 def notebook(folder: Path, name: str, *cells: str) -> Path:
     """Strings that start with # are prose, the others code; the parameters cell comes first."""
@@ -57,7 +63,7 @@ def page_path(tmp_path_factory) -> Path:
         HOSTILE,
         "import os; print(os.environ['SDXL_SAE_KIT_STORE'], SCALE)",
     )
-    notebook(folder, "00_first", "# Figures & <i>more</i>\n## Shared\n[there](#Shared)", PLOT, PLOT, GALLERY)
+    notebook(folder, "00_first", f"# Figures & <i>more</i>\n## Shared\n[there](#Shared) {LINKS}", PLOT, PLOT, GALLERY)
     return report(folder, scale="smoke", model="tiny-turbo", store=tmp_path_factory.mktemp("store"))
 
 
@@ -135,6 +141,15 @@ def test_ids_are_unique_and_every_link_of_the_page_leads_somewhere(page):
     assert len(ids) == len(set(ids))
     links = [link["href"] for link in page.find_all("a") if link["href"].startswith("#")]
     assert len(links) > 4 and {link[1:] for link in links} <= set(ids)
+
+
+def test_links_between_notebooks_lead_to_their_sections_and_links_to_other_files_are_text(page):
+    first, second = page.find(id="00_first"), page.find(id="01_second")
+    leads = {link.get_text(): link["href"] for link in first.find_all("a")}
+    assert (leads["whole"], leads["gone"]) == ("#01_second", "#01_second")
+    assert second.find(id=leads["part"][1:]).get_text() == "Shared" and leads["part"] != leads["there"]
+    assert leads["web"] == "https://example.invalid/01_second.ipynb"
+    assert "other" not in leads and "page" not in leads and "other page" in first.get_text()
 
 
 def test_the_index_names_the_notebooks_in_order(page):
