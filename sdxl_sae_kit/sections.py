@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from bs4 import BeautifulSoup, Tag
+from bs4.element import PreformattedString
 from jinja2 import DictLoader
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
@@ -22,7 +23,7 @@ from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
-from sdxl_sae_kit.figures import Drawing, draw
+from sdxl_sae_kit.figures import Drawing, draw, tabulate
 from sdxl_sae_kit.galleries import gallery
 from sdxl_sae_kit.notebooks import cell_place, execute, slug, tagged
 from sdxl_sae_kit.opened import open_artifact
@@ -154,7 +155,10 @@ def _check_pictures(soup: BeautifulSoup, path: Path) -> None:
 
 def _disarm(soup: BeautifulSoup) -> None:
     """Remove what could run, load or lead away without a click; text, tables and pictures stay."""
-    for element in soup.find_all(FORBIDDEN):
+    # Browsers end comments and styles earlier than Python does: there markup can hide that only they would see.
+    for hidden in soup.find_all(string=lambda text: isinstance(text, PreformattedString)):
+        hidden.extract()
+    for element in [*soup.find_all(FORBIDDEN), *(style for style in soup.find_all("style") if "<" in style.get_text())]:
         element.decompose()
     for element in soup.find_all(True):
         for name in [name for name in element.attrs if name.lower().startswith("on")]:
@@ -222,7 +226,8 @@ def show_artifact(folder: Path, seen: set[str]) -> Section:
     drawings = list(_figures(opened, name))
     made = f"{artifact.kind} {artifact.digest[:SHORT]}, made {artifact.stamp['time'][:16].replace('T', ' ')} UTC"
     parts = [f"<h1>{html.escape(artifact.name)}</h1>", html.fragment(html.quiet(made)), _view(opened, artifact)]
-    soup = BeautifulSoup("".join([*parts, *(drawing.markup for drawing in drawings)]), "html.parser")
+    markup = _without_places("".join([*parts, *(drawing.markup for drawing in drawings)]), artifact)
+    soup = BeautifulSoup(markup, "html.parser")
     scripts = [drawing.script for drawing in drawings]
     return Section(name, artifact.name, soup, _make_ids_unique(soup, seen), scripts, [artifact])
 
@@ -238,11 +243,22 @@ def _view(opened: Any, artifact: Artifact) -> str:
     return shown + opened.contact_sheet() if isinstance(opened, RIEBench) else shown
 
 
+def _without_places(markup: str, artifact: Artifact) -> str:
+    """A cache says where it lies, and where a model lay: a report tells nothing of this machine."""
+    model = str(artifact.recipe.get("model", ""))
+    names = {str(artifact.folder): f"artifacts/{artifact.kind}/{artifact.name}"}
+    names |= {model: Path(model).name} if Path(model).is_absolute() else {}
+    for place, name in names.items():
+        markup = markup.replace(html.escape(place), html.escape(name))
+    return markup
+
+
 def _figures(opened: Any, name: str) -> Iterator[Drawing]:
     """Every figure that an opened artifact can draw by itself."""
     for number, method in enumerate(sorted(each for each in dir(type(opened)) if each.startswith("plot"))):
         try:
-            figure = getattr(opened, method)()
+            spec = getattr(opened, method)().to_plotly_json()
         except KitError:  # it was not measured
             continue
-        yield draw(figure.to_plotly_json(), f"figure-{name}-{number}", f"{type(opened).__name__}.{method}")
+        if tabulate(spec):
+            yield draw(spec, f"figure-{name}-{number}", f"{type(opened).__name__}.{method}")

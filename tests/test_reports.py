@@ -35,7 +35,10 @@ class Gallery(ipywidgets.VBox):
         prompt = html.escape("<script>alert(1)</script>", quote=True)
         return {**super()._repr_mimebundle_(**options), "text/html": f'<p id="Shared">static twin of {prompt}</p>'}
 Gallery([ipywidgets.Text()])"""
-HOSTILE = """HTML('<script>window.hacked = true</script><b onclick="x">bold</b>')"""
+AWAY = "<meta http-equiv=refresh content='0;url=http://example.invalid'>"
+HIDDEN = f"<!-->{AWAY}--><![CDATA[>{AWAY}]]><svg><style>{AWAY}</style></svg><?x {AWAY}?>"
+"""Markup that Python's parser takes for a comment or a style, and browsers for what it is."""
+HOSTILE = f"""HTML({'<script>alert(1)</script><b onclick="x">bold</b>' + HIDDEN!r})"""
 
 LINKS = (
     "[whole](01_second.ipynb) [part](01_second.ipynb#Shared) [gone](./01_second.ipynb#Gone) [other](09_other.ipynb#x) "
@@ -123,6 +126,10 @@ def test_figures_say_what_they_show_also_without_scripts(page):
 def test_what_an_output_brings_along_is_disarmed_and_its_text_stays(page):
     (bold,) = [element for element in page.find_all("b") if element.get_text() == "bold"]
     assert bold.attrs == {}
+
+
+def test_no_markup_hides_where_only_browsers_see_it(page_path):
+    assert "<meta http-equiv=refresh" not in page_path.read_text("utf-8")
 
 
 def test_every_picture_has_its_alt_text(page):
