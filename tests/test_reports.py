@@ -209,7 +209,7 @@ def test_without_a_place_for_parameters_the_notebook_is_named(tmp_path):
 
 
 def test_without_notebooks_the_error_says_what_to_pass(tmp_path):
-    with pytest.raises(KitError, match="pass the folder `notebooks/`"):
+    with pytest.raises(KitError, match="Pass a folder of .ipynb files"):
         report(tmp_path)
     with pytest.raises(KitError, match=r"No notebook at .*gone\.ipynb"):
         report([tmp_path / "gone.ipynb"])
