@@ -26,7 +26,8 @@ from sdxl_sae_kit.buffers import Tokens
 from sdxl_sae_kit.configs import Split
 from sdxl_sae_kit.errors import ArtifactError
 from sdxl_sae_kit.files import folder_path, hash_file
-from sdxl_sae_kit.layout import Layout, decode_picture, encode_picture
+from sdxl_sae_kit.layout import Layout
+from sdxl_sae_kit.pictures import decode_picture, encode_picture
 from sdxl_sae_kit.shards import Shard, check_complete, examine, read_manifest, read_prompts, read_recipe
 
 _OPEN_FILES = 64

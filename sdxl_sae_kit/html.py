@@ -22,6 +22,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from sdxl_sae_kit.pictures import decode_picture, picture_size
+
 # The brighter six eighths of matplotlib's "inferno" (CC0): lightness only rises, so it reads with any colour blindness.
 HEAT = np.array(
     [(85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51), (249, 140, 10), (249, 201, 50), (252, 255, 164)],
@@ -134,7 +136,7 @@ def data_uri(webp: bytes) -> str:
 
 def picture(webp: bytes, alt: str) -> str:
     """One `<img>` of WebP bytes, with its size, so that the page does not jump, and `alt` for who cannot see it."""
-    width, height = Image.open(io.BytesIO(webp), formats=("WEBP",)).size
+    width, height = picture_size(webp)
     return f'<img src="{data_uri(webp)}" alt="{escape(alt)}" width="{width}" height="{height}">'
 
 
@@ -210,8 +212,7 @@ def _tile(thumbnail: bytes, size: int) -> Image.Image:
     """A thumbnail so wide and high, black if empty; kept, since many latents share images, and to open it is dear."""
     if not thumbnail:
         return Image.new("RGB", (size, size))
-    opened = Image.open(io.BytesIO(thumbnail), formats=("WEBP",)).convert("RGB")
-    return opened.resize((size, size), Image.Resampling.BILINEAR)
+    return decode_picture(thumbnail).resize((size, size), Image.Resampling.BILINEAR)
 
 
 def to_webp(image: Image.Image) -> bytes:

@@ -27,7 +27,7 @@ from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.hdf5 import open_checked
 from sdxl_sae_kit.hooks import Call, rewrite
 from sdxl_sae_kit.interventions import check_measured
-from sdxl_sae_kit.layout import decode_picture, encode_picture
+from sdxl_sae_kit.pictures import decode_picture, encode_picture
 from sdxl_sae_kit.pipelines import generate, scheduler
 from sdxl_sae_kit.sae import SAE
 

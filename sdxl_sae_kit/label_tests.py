@@ -20,7 +20,7 @@ from sdxl_sae_kit.forms import line, widget
 from sdxl_sae_kit.label_lines import latent, tidy
 from sdxl_sae_kit.labellers import LabelJudge, Labeller
 from sdxl_sae_kit.labels import Label, LabelStore, LabelTest, check_stats, user
-from sdxl_sae_kit.layout import decode_picture
+from sdxl_sae_kit.pictures import decode_picture
 from sdxl_sae_kit.sae import FIRES
 
 SHOWN = 12

@@ -26,7 +26,7 @@ from PIL import Image
 from sdxl_sae_kit.devices import choose_device
 from sdxl_sae_kit.errors import KitError, ModelError
 from sdxl_sae_kit.features import Example
-from sdxl_sae_kit.layout import decode_picture
+from sdxl_sae_kit.pictures import decode_picture
 from sdxl_sae_kit.tiny.judge import load_judge
 from sdxl_sae_kit.tiny.world import FACTORS
 

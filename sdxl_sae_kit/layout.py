@@ -24,17 +24,11 @@ from torch import Tensor
 
 from sdxl_sae_kit.errors import ArtifactError
 from sdxl_sae_kit.files import canonical_json, sha256
+from sdxl_sae_kit.pictures import IMAGES, encode_picture
 
 LIBVER = ("v108", "v110")  # readable by every HDF5 tool since 1.10
-IMAGES = ("thumbnails", "webp", "png")
-"""How pictures may be kept: small WebP files, or the whole picture as WebP (lossy) or PNG (exact)."""
-
-THUMBNAIL = 160
-"""Pixels that a thumbnail is at most wide and high."""
-
 _STRIP_BYTES = 80 * 2**10  # 32 tokens of SDXL: small enough to mix images well, large enough to read fast
 _PICTURE_CHUNK = 2**14
-_MOST_PIXELS = 2**25
 _COUNTS = ("n_images", "num_inference_steps", "height", "width", "batch_size", "images_per_shard")
 _TEXTS = ("model", "revision", "scheduler", "prompts", "compute_dtype")
 _HOOKPOINT = re.compile(r"[A-Za-z0-9_.]+")
@@ -271,34 +265,6 @@ class Layout:
             raise ValueError(f"it claims {stored} bytes and has {size}")
         if file.attrs["recipe"] != self.recipe_hash:
             raise ValueError("it belongs to another cache")
-
-
-def encode_picture(image: Image.Image, kind: str) -> bytes:
-    """A picture as WebP or PNG bytes; thumbnails are at most 160 pixels wide and high."""
-    picture = image.convert("RGB")
-    if kind == "thumbnails":
-        picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    if kind == "png":
-        picture.save(buffer, "PNG")
-    else:
-        picture.save(buffer, "WEBP", quality=90 if kind == "thumbnails" else 95, method=2)
-    return buffer.getvalue()
-
-
-def decode_picture(data: bytes) -> Image.Image:
-    """The picture of WebP or PNG bytes.
-
-    Raises:
-        ArtifactError: they are none, or a few bytes that would unpack to more than 33 million pixels.
-    """
-    try:
-        picture = Image.open(io.BytesIO(data), formats=("WEBP", "PNG"))
-        if picture.width * picture.height > _MOST_PIXELS:
-            raise ValueError(f"it has {picture.width} × {picture.height} pixels")
-        return picture.convert("RGB")
-    except Exception as cause:  # Pillow raises whatever it trips over
-        raise ArtifactError(f"A picture cannot be read ({cause}). Make or get what it belongs to again.") from None
 
 
 def _datasets(group: h5py.Group, fields: Mapping[str, Field], prefix: str = "") -> Iterator[tuple[str, h5py.Dataset]]:

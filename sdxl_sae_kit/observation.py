@@ -16,7 +16,8 @@ from sdxl_sae_kit.devices import dtype_name
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, Hookpoint, resolve
 from sdxl_sae_kit.hooks import Recording, watch
-from sdxl_sae_kit.layout import IMAGES, Layout
+from sdxl_sae_kit.layout import Layout
+from sdxl_sae_kit.pictures import IMAGES
 from sdxl_sae_kit.pipelines import (
     SIZE_STEP,
     Model,

@@ -13,8 +13,9 @@ from sdxl_sae_kit.amounts import human_bytes, whole_number
 from sdxl_sae_kit.artifacts import Store
 from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, SDXL
-from sdxl_sae_kit.layout import THUMBNAIL, Layout, encode_picture
+from sdxl_sae_kit.layout import Layout
 from sdxl_sae_kit.observation import as_prompts, check_settings, make_recipe, observing, outline
+from sdxl_sae_kit.pictures import THUMBNAIL, encode_picture
 from sdxl_sae_kit.pipelines import PRESETS, Model
 from sdxl_sae_kit.prompts import Prompts
 

@@ -27,7 +27,7 @@ from sdxl_sae_kit.pipelines import local_folder
 from sdxl_sae_kit.printing import find_browser, print_pdf
 from sdxl_sae_kit.provenance import artifact_rows, data_rows, label_rows, model_names, sae_rows, with_inputs
 from sdxl_sae_kit.scales import load_scale
-from sdxl_sae_kit.sections import Section, run_notebook, section_slug, show_artifact
+from sdxl_sae_kit.sections import Section, link, run_notebook, section_slug, show_artifact
 from sdxl_sae_kit.stamps import kit_version
 from sdxl_sae_kit.tiny import NAMES as TINY_NAMES
 
@@ -95,6 +95,7 @@ def report(
         else show_artifact(source, seen)
         for source in sources
     ]
+    link(sections)
     page = _page(sections, {"Model": Path(model).name if folder else model, "Scale": scale} if paths else {}, now, own)
     if target is not None:
         return _write(target, page, pdf)

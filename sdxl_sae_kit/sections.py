@@ -6,12 +6,15 @@ import base64
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from bs4 import BeautifulSoup, Tag
+from bs4.element import PreformattedString
 from jinja2 import DictLoader
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
@@ -20,7 +23,7 @@ from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
-from sdxl_sae_kit.figures import Drawing, draw
+from sdxl_sae_kit.figures import Drawing, draw, tabulate
 from sdxl_sae_kit.galleries import gallery
 from sdxl_sae_kit.notebooks import cell_place, execute, slug, tagged
 from sdxl_sae_kit.opened import open_artifact
@@ -44,14 +47,24 @@ class Section:
 
     slug: str
     title: str
-    headings: Sequence[tuple[str, str]]
-    """Its second headings: ids and texts."""
-    html: str
+    soup: BeautifulSoup = field(repr=False)
+    ids: Mapping[str, str]
+    """What its ids were called → what they are called in the report."""
     scripts: Sequence[str]
     artifacts: Sequence[Artifact]
     """What it was made from."""
     seconds: float | None = None
     """What running it took; None where nothing was run."""
+
+    @cached_property
+    def html(self) -> str:
+        """What it shows; the page has the style of the kit's pieces once."""
+        return str(self.soup).replace(html.STYLE, "")
+
+    @property
+    def headings(self) -> list[tuple[str, str]]:
+        """Its second headings: ids and texts."""
+        return [(str(h2["id"]), h2.get_text()) for h2 in self.soup.select("h2[id]")]
 
 
 def section_slug(source: Path) -> str:
@@ -83,22 +96,7 @@ def run_notebook(path: Path, progress: str, model: str, scale: str, store: Store
     _disarm(soup)
     title = soup.find("h1")
     name = title.get_text() if title else path.stem
-    return _finish(soup, slug(path), name, scripts, used, seen, seconds)
-
-
-def _finish(
-    soup: BeautifulSoup,
-    name: str,
-    title: str,
-    scripts: Sequence[str],
-    artifacts: Sequence[Artifact],
-    seen: set[str],
-    seconds: float | None = None,
-) -> Section:
-    _make_ids_unique(soup, seen)
-    headings = [(str(h2["id"]), h2.get_text()) for h2 in soup.select("h2[id]")]
-    # The page has the style of the kit's pieces once.
-    return Section(name, title, headings, str(soup).replace(html.STYLE, ""), scripts, artifacts, seconds)
+    return Section(slug(path), name, soup, _make_ids_unique(soup, seen), scripts, used, seconds)
 
 
 def _make_static(cell: NotebookNode, path: Path) -> Iterable[str]:
@@ -157,7 +155,10 @@ def _check_pictures(soup: BeautifulSoup, path: Path) -> None:
 
 def _disarm(soup: BeautifulSoup) -> None:
     """Remove what could run, load or lead away without a click; text, tables and pictures stay."""
-    for element in soup.find_all(FORBIDDEN):
+    # Browsers end comments and styles earlier than Python does: there markup can hide that only they would see.
+    for hidden in soup.find_all(string=lambda text: isinstance(text, PreformattedString)):
+        hidden.extract()
+    for element in [*soup.find_all(FORBIDDEN), *(style for style in soup.find_all("style") if "<" in style.get_text())]:
         element.decompose()
     for element in soup.find_all(True):
         for name in [name for name in element.attrs if name.lower().startswith("on")]:
@@ -168,8 +169,8 @@ def _disarm(soup: BeautifulSoup) -> None:
                 del element[name]
 
 
-def _make_ids_unique(soup: BeautifulSoup, seen: set[str]) -> None:
-    """Rename ids that the report already has, and what points to them from this section."""
+def _make_ids_unique(soup: BeautifulSoup, seen: set[str]) -> dict[str, str]:
+    """Rename ids that the report already has, and what points to them from this section; returns old → new."""
     renamed: dict[str, str] = {}
     for element in soup.find_all(id=True):
         name = unique = str(element["id"])
@@ -183,6 +184,7 @@ def _make_ids_unique(soup: BeautifulSoup, seen: set[str]) -> None:
     for attribute in ("href", "for", "aria-labelledby", "aria-describedby", "aria-controls"):
         for element in soup.select(f"[{attribute}]"):
             _redirect(element, attribute, renamed)
+    return renamed
 
 
 def _redirect(element: Tag, attribute: str, renamed: dict[str, str]) -> None:
@@ -191,6 +193,23 @@ def _redirect(element: Tag, attribute: str, renamed: dict[str, str]) -> None:
         element[attribute] = renamed.get(value, value)
     elif value.startswith("#"):
         element[attribute] = "#" + renamed.get(value[1:], value[1:])
+
+
+def link(sections: Iterable[Section]) -> None:
+    """Lead links from notebook to notebook to its section; links to other files become plain text.
+
+    What lies beside a notebook does not lie beside the report.
+    """
+    known = {section.slug: section for section in sections}
+    for section in known.values():
+        for anchor in section.soup.select("a[href]"):
+            path, _, heading = unquote(str(anchor["href"])).partition("#")
+            if not path or ":" in path:  # within the section, or to the web
+                continue
+            if path.endswith(".ipynb") and (target := known.get(slug(Path(path)))):
+                anchor["href"] = "#" + target.ids.get(heading, target.slug)
+            else:
+                anchor.unwrap()
 
 
 # Artifacts ------------------------------------------------------------------------------------------------------------
@@ -207,8 +226,10 @@ def show_artifact(folder: Path, seen: set[str]) -> Section:
     drawings = list(_figures(opened, name))
     made = f"{artifact.kind} {artifact.digest[:SHORT]}, made {artifact.stamp['time'][:16].replace('T', ' ')} UTC"
     parts = [f"<h1>{html.escape(artifact.name)}</h1>", html.fragment(html.quiet(made)), _view(opened, artifact)]
-    soup = BeautifulSoup("".join([*parts, *(drawing.markup for drawing in drawings)]), "html.parser")
-    return _finish(soup, name, artifact.name, [drawing.script for drawing in drawings], [artifact], seen)
+    markup = _without_places("".join([*parts, *(drawing.markup for drawing in drawings)]), artifact)
+    soup = BeautifulSoup(markup, "html.parser")
+    scripts = [drawing.script for drawing in drawings]
+    return Section(name, artifact.name, soup, _make_ids_unique(soup, seen), scripts, [artifact])
 
 
 def _view(opened: Any, artifact: Artifact) -> str:
@@ -222,11 +243,22 @@ def _view(opened: Any, artifact: Artifact) -> str:
     return shown + opened.contact_sheet() if isinstance(opened, RIEBench) else shown
 
 
+def _without_places(markup: str, artifact: Artifact) -> str:
+    """A cache says where it lies, and where a model lay: a report tells nothing of this machine."""
+    model = str(artifact.recipe.get("model", ""))
+    names = {str(artifact.folder): f"artifacts/{artifact.kind}/{artifact.name}"}
+    names |= {model: Path(model).name} if Path(model).is_absolute() else {}
+    for place, name in names.items():
+        markup = markup.replace(html.escape(place), html.escape(name))
+    return markup
+
+
 def _figures(opened: Any, name: str) -> Iterator[Drawing]:
     """Every figure that an opened artifact can draw by itself."""
     for number, method in enumerate(sorted(each for each in dir(type(opened)) if each.startswith("plot"))):
         try:
-            figure = getattr(opened, method)()
+            spec = getattr(opened, method)().to_plotly_json()
         except KitError:  # it was not measured
             continue
-        yield draw(figure.to_plotly_json(), f"figure-{name}-{number}", f"{type(opened).__name__}.{method}")
+        if tabulate(spec):
+            yield draw(spec, f"figure-{name}-{number}", f"{type(opened).__name__}.{method}")

@@ -27,8 +27,8 @@ from sdxl_sae_kit.devices import choose_device
 from sdxl_sae_kit.errors import KitError, ModelError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.files import hash_file, sha256, write_atomically
-from sdxl_sae_kit.layout import decode_picture
 from sdxl_sae_kit.metrics import bootstrap_interval
+from sdxl_sae_kit.pictures import decode_picture
 from sdxl_sae_kit.tiny import WEIGHTS
 from sdxl_sae_kit.tiny.judge import FILE as JUDGE
 from sdxl_sae_kit.tiny.judge import load_judge

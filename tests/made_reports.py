@@ -7,25 +7,13 @@ from pathlib import Path
 
 from caches import a_cache
 from made_saes import random_sae
+from payloads import SCRIPTS
 
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.labels import LabelStore
 
-PAYLOADS = (
-    "<script>window.hacked=1</script>",
-    '"><img src=x onerror=window.hacked=1>',
-    "'><svg onload=window.hacked=1>",
-    "</style></title></textarea><script>window.hacked=1</script>",
-    "<a href='javascript:window.hacked=1'>x</a>",
-    "<iframe srcdoc='<script>parent.hacked=1</script>'></iframe>",
-    "<meta http-equiv=refresh content='0;url=http://127.0.0.1/gone'>",
-    "<link rel=stylesheet href=http://127.0.0.1/x.css><base href=http://127.0.0.1/>",
-    "</script><script>window.hacked=1</script>",
-    "<details open ontoggle=window.hacked=1>",
-    "{{ 7 * 7 }}{% raw %}",
-    "javascript:window.hacked=1//`${window.hacked=1}`",
-)
-"""Text that must be shown as it is and do nothing."""
+PAYLOADS = tuple(text for text in SCRIPTS if "\0" not in text)
+"""Text that must be shown as it is, and do nothing."""
 HOSTILE = " ".join(PAYLOADS)
 METRICS = {
     "explained_variance": 0.875,

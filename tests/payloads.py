@@ -12,7 +12,11 @@ SCRIPTS = (
     "<iframe srcdoc='<script>alert(1)</script>'></iframe>",
     "<math><mi//xlink:href='data:x,<script>alert(1)</script>'>",
     "<!--><img src=x onerror=alert(1)>-->",
-    "{{7*7}} ${7*7} <%= 7*7 %>",
+    "</script><script>alert(1)</script>",
+    "<details open ontoggle=alert(1)>",
+    "<link rel=stylesheet href=http://example.invalid/x.css><base href=http://example.invalid/>",
+    "javascript:alert(1)//`${alert(1)}`",
+    "{{7*7}} ${7*7} <%= 7*7 %> {% raw %}",
     "&lt;script&gt;alert(1)&lt;/script&gt;",
     "\u202e<b>\u2066x",
     "\0<\0script\0>alert(1)</script>",
@@ -20,6 +24,9 @@ SCRIPTS = (
     "[x](javascript:alert(1)) ![x](http://example.invalid/x.png)",
 )
 """Texts that run or load something wherever they are taken for HTML, Markdown or a template."""
+
+NASTY = '"><img src=x onerror=alert(1)></bdi><script>alert(2)</script>'
+"""One of them, for where one is enough."""
 
 FORMULAS = ("=cmd|'/C calc'!A0", "+1+1", "-2+3", "@SUM(1)", "\t=1", "\r=1", '=HYPERLINK("http://example.invalid")')
 """Cells that a spreadsheet would run."""

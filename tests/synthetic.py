@@ -17,7 +17,7 @@ from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.features import Curve, Example, FeatureStats, Histogram, Neighbour, Ranking
 from sdxl_sae_kit.firing import EDGES
 from sdxl_sae_kit.icons import Icons
-from sdxl_sae_kit.layout import encode_picture
+from sdxl_sae_kit.pictures import encode_picture
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.sae import FIRES
 from sdxl_sae_kit.tiny.world import BACKGROUNDS, COLOURS

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from payloads import NASTY
 from reading_html import read_safely
 from synthetic import synthetic_stats
 
@@ -15,7 +16,6 @@ from sdxl_sae_kit.html import short
 from sdxl_sae_kit.labels import LabelStore
 
 STATS = synthetic_stats(d_sae=40, n_dead=5)
-NASTY = '"><img src=x onerror=alert(1)></bdi><script>alert(2)</script>'
 
 
 def test_both_sides_show_their_images_and_numbers(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from page_events import drag, leave
+from payloads import NASTY
 from reading_html import Reader, read_safely
 
 from sdxl_sae_kit.errors import ArtifactError, HookpointError, KitError
@@ -24,7 +25,6 @@ from sdxl_sae_kit.pipelines import generate, load_pipeline
 from sdxl_sae_kit.sae import SAE
 
 PROMPT, OTHER = "a large red circle on a black background", "a small blue star on the left"
-NASTY = '"><img src=x onerror=alert(1)></bdi><script>alert(2)</script>'
 HOOKPOINTS = ("down.2.1", "up.0.1")
 
 

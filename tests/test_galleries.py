@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ipywidgets import widgets
+from payloads import NASTY
 from PIL import Image
 from reading_html import Reader, read_safely
 from synthetic import SyntheticStats, synthetic_stats
@@ -32,7 +33,6 @@ from sdxl_sae_kit.labels import LabelStore
 from sdxl_sae_kit.sae import FIRES
 from sdxl_sae_kit.similarity import Specificity
 
-NASTY = '"><img src=x onerror=alert(1)></bdi><script>alert(2)</script>'
 STATS = synthetic_stats(d_sae=40, n_dead=5)
 FEW = synthetic_stats(d_sae=3, n_dead=0)
 

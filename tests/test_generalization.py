@@ -7,6 +7,7 @@ import pytest
 import torch
 from caches import made_up_recipe, made_up_updates
 from made_saes import random_sae
+from payloads import NASTY
 from reading_html import read_safely
 
 from sdxl_sae_kit import SAE, Site, evaluate, html, metrics
@@ -32,7 +33,6 @@ from sdxl_sae_kit.studies.trajectories import Asked
 
 D_IN, GRID = 6, [2, 3]
 HOOKPOINTS = {"mid.0": [*GRID, D_IN], "up.0.1": [*GRID, D_IN]}
-NASTY = "<script>alert(1)</script>"
 
 
 def cache_of(folder, prompts: Prompts, updates=None, seed=0, **settings) -> ActivationCache:

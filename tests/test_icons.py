@@ -18,7 +18,7 @@ from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.hooks import rewrite
 from sdxl_sae_kit.icons import Icons, draw_icons
 from sdxl_sae_kit.interventions import steer
-from sdxl_sae_kit.layout import encode_picture
+from sdxl_sae_kit.pictures import encode_picture
 from sdxl_sae_kit.pipelines import generate
 
 

@@ -35,7 +35,16 @@ class Gallery(ipywidgets.VBox):
         prompt = html.escape("<script>alert(1)</script>", quote=True)
         return {**super()._repr_mimebundle_(**options), "text/html": f'<p id="Shared">static twin of {prompt}</p>'}
 Gallery([ipywidgets.Text()])"""
-HOSTILE = """HTML('<script>window.hacked = true</script><b onclick="x">bold</b>')"""
+AWAY = "<meta http-equiv=refresh content='0;url=http://example.invalid'>"
+HIDDEN = f"<!-->{AWAY}--><![CDATA[>{AWAY}]]><svg><style>{AWAY}</style></svg><?x {AWAY}?>"
+"""Markup that Python's parser takes for a comment or a style, and browsers for what it is."""
+HOSTILE = f"""HTML({'<script>alert(1)</script><b onclick="x">bold</b>' + HIDDEN!r})"""
+
+LINKS = (
+    "[whole](01_second.ipynb) [part](01_second.ipynb#Shared) [gone](./01_second.ipynb#Gone) [other](09_other.ipynb#x) "
+    "[page](../docs/page.md) [web](https://example.invalid/01_second.ipynb)"
+)
+"""To a notebook of the report, to its heading, which the report renames, to none of it, and to what it lacks."""
 
 
 def notebook(folder: Path, name: str, *cells: str) -> Path:
@@ -57,7 +66,7 @@ def page_path(tmp_path_factory) -> Path:
         HOSTILE,
         "import os; print(os.environ['SDXL_SAE_KIT_STORE'], SCALE)",
     )
-    notebook(folder, "00_first", "# Figures & <i>more</i>\n## Shared\n[there](#Shared)", PLOT, PLOT, GALLERY)
+    notebook(folder, "00_first", f"# Figures & <i>more</i>\n## Shared\n[there](#Shared) {LINKS}", PLOT, PLOT, GALLERY)
     return report(folder, scale="smoke", model="tiny-turbo", store=tmp_path_factory.mktemp("store"))
 
 
@@ -119,6 +128,10 @@ def test_what_an_output_brings_along_is_disarmed_and_its_text_stays(page):
     assert bold.attrs == {}
 
 
+def test_no_markup_hides_where_only_browsers_see_it(page_path):
+    assert "<meta http-equiv=refresh" not in page_path.read_text("utf-8")
+
+
 def test_every_picture_has_its_alt_text(page):
     assert [image["alt"] for image in page.find_all("img")] == ["a red square"]
     assert "No description has been provided" not in page.get_text() + str(page.find_all("img"))
@@ -135,6 +148,15 @@ def test_ids_are_unique_and_every_link_of_the_page_leads_somewhere(page):
     assert len(ids) == len(set(ids))
     links = [link["href"] for link in page.find_all("a") if link["href"].startswith("#")]
     assert len(links) > 4 and {link[1:] for link in links} <= set(ids)
+
+
+def test_links_between_notebooks_lead_to_their_sections_and_links_to_other_files_are_text(page):
+    first, second = page.find(id="00_first"), page.find(id="01_second")
+    leads = {link.get_text(): link["href"] for link in first.find_all("a")}
+    assert (leads["whole"], leads["gone"]) == ("#01_second", "#01_second")
+    assert second.find(id=leads["part"][1:]).get_text() == "Shared" and leads["part"] != leads["there"]
+    assert leads["web"] == "https://example.invalid/01_second.ipynb"
+    assert "other" not in leads and "page" not in leads and "other page" in first.get_text()
 
 
 def test_the_index_names_the_notebooks_in_order(page):
@@ -187,7 +209,7 @@ def test_without_a_place_for_parameters_the_notebook_is_named(tmp_path):
 
 
 def test_without_notebooks_the_error_says_what_to_pass(tmp_path):
-    with pytest.raises(KitError, match="pass the folder `notebooks/`"):
+    with pytest.raises(KitError, match="Pass a folder of .ipynb files"):
         report(tmp_path)
     with pytest.raises(KitError, match=r"No notebook at .*gone\.ipynb"):
         report([tmp_path / "gone.ipynb"])

@@ -91,6 +91,12 @@ def test_hostile_text_is_shown_and_is_no_markup(page):
         assert payload in page.get_text()
 
 
+def test_a_cache_says_what_it_is_and_not_where_it_lies(store, tmp_path):
+    cache, _ = store
+    text = BeautifulSoup(report(cache, out=tmp_path / "report.html").read_text("utf-8"), "html.parser").get_text()
+    assert f"artifacts/activations/{cache.name}" in text and str(cache.parent.parent) not in text
+
+
 def test_a_report_of_artifacts_is_an_artifact_that_says_what_it_shows(store):
     cache, sae = store
     written = report([sae, cache], store=cache.parent.parent)

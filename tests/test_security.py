@@ -31,7 +31,7 @@ from sdxl_sae_kit.errors import ArtifactError, KitError, ModelError
 from sdxl_sae_kit.hdf5 import open_checked
 from sdxl_sae_kit.item_files import read_records
 from sdxl_sae_kit.labels import LabelStore
-from sdxl_sae_kit.layout import decode_picture, encode_picture
+from sdxl_sae_kit.pictures import decode_picture, encode_picture
 from sdxl_sae_kit.pipelines import BLOCKS, COMPONENTS, load_pipeline
 from sdxl_sae_kit.prompts import load_prompts
 from sdxl_sae_kit.sae import SAE

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bs4 import BeautifulSoup, Tag
+from payloads import NASTY
 from synthetic import SyntheticStats, synthetic_icons, synthetic_stats
 
 from sdxl_sae_kit import html, sheets
@@ -16,7 +17,7 @@ from sdxl_sae_kit.icons import Icons
 from sdxl_sae_kit.labels import LabelStore
 from sdxl_sae_kit.sheets import draw_sheet
 
-HOSTILE = '</article><script>alert(1)</script>"><img src=x onerror=alert(2)> & \x00'
+HOSTILE = NASTY + " & \x00"
 
 
 @pytest.fixture(scope="module")

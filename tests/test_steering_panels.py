@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from page_events import draw, move
+from payloads import NASTY
 from PIL import Image
 from reading_html import Reader, read_safely
 
@@ -28,7 +29,6 @@ from sdxl_sae_kit.steering_rows import VERBS, Change
 from sdxl_sae_kit.steerings import Steering, random_direction
 
 PROMPT, OTHER = "a large red circle on a black background", "a small blue star on the left"
-NASTY = '"><img src=x onerror=alert(1)></bdi><script>alert(2)</script>'
 LEFT = {"type": "rect", "x0": 0, "x1": 4, "y0": 0, "y1": 8}
 
 

@@ -25,8 +25,8 @@ from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.gradients import differentiate
 from sdxl_sae_kit.hookpoints import by_hookpoint, list_hookpoints
 from sdxl_sae_kit.interventions import check_fit, check_model, steer
-from sdxl_sae_kit.layout import encode_picture
 from sdxl_sae_kit.observation import as_prompts
+from sdxl_sae_kit.pictures import encode_picture
 from sdxl_sae_kit.pipelines import generate
 from sdxl_sae_kit.plots import predicted_and_true
 from sdxl_sae_kit.prompts import Prompts

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.amounts import counted
-from sdxl_sae_kit.layout import decode_picture
+from sdxl_sae_kit.pictures import decode_picture
 from sdxl_sae_kit.studies.benchmark_scores import CEILING, FLOOR, LEAST, LESS_IS_BETTER, NEARNESS, Line, Row, Scores
 from sdxl_sae_kit.studies.distances import written
 from sdxl_sae_kit.studies.transport import Setting

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
 from sdxl_sae_kit.features import Example, FeatureStats
-from sdxl_sae_kit.layout import decode_picture
+from sdxl_sae_kit.pictures import decode_picture
 from sdxl_sae_kit.questions import expected
 from sdxl_sae_kit.similarity import Embed, specificity
 
