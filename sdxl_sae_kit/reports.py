@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.resources import files
@@ -19,7 +20,7 @@ from plotly.offline import get_plotlyjs
 from sdxl_sae_kit import html
 from sdxl_sae_kit.amounts import counted
 from sdxl_sae_kit.artifacts import FORMATS, Artifact, Store
-from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.files import hash_file, sha256, writable, write_atomically
 from sdxl_sae_kit.methods import METHODS
 from sdxl_sae_kit.notebooks import find_notebooks
@@ -133,8 +134,17 @@ def _recipe(sources: Sequence[Path], sections: Sequence[Section], model: str | N
         "scale": scale if model else None,
         "notebooks": {source.name: hash_file(source) for source in sources if source.suffix == ".ipynb"},
         "shown": shown,
-        "used": sorted({artifact.digest for section in sections for artifact in section.artifacts}),
+        "used": sorted(_digests(artifact for section in sections for artifact in section.artifacts)),
     }
+
+
+def _digests(artifacts: Iterable[Artifact]) -> set[str]:
+    """Of those that can be read: the provenance says which cannot."""
+    known = set()
+    for artifact in artifacts:
+        with suppress(ArtifactError):
+            known.add(artifact.digest)
+    return known
 
 
 def _write(target: Path, page: str, pdf: bool) -> Path:

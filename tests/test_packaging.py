@@ -112,8 +112,8 @@ def test_every_package_that_is_imported_is_required():
         need for extra in ("datasets", "lora", "riebench", "umap") for need in PROJECT["optional-dependencies"][extra]
     ]
     required = {canonicalize_name(Requirement(line).name) for line in wanted}
-    # With JupyterLab, jupyter-client and Jinja, whose parts these are.
-    required |= {"jupyter-core", "ipython", "traitlets", "markupsafe"}
+    # With JupyterLab and jupyter-client, whose parts these are.
+    required |= {"jupyter-core", "ipython", "traitlets"}
     required |= {"pandas"}  # only those who ask for a table of it need it, and are told so
     homes = {"umap": ["umap-learn"], **packages_distributions()}  # an extra that may not be installed
     for path in (ROOT / "sdxl_sae_kit").rglob("*.py"):
