@@ -188,6 +188,14 @@ METHODS = {
     ),
     "Blocks and models": (
         Method(
+            "ω²",
+            "(SS_between − (g − 1) · MS_within) / (SS_total + MS_within),   MS_within = SS_within / (n − g)",
+            "Share of the variance over n images of a latent's strength that a factor of g values explains, corrected "
+            "for chance; 0 where that is negative.",
+            "studies.descriptors.omega_squared",
+            "Hays 1963",
+        ),
+        Method(
             "Mutual information",
             "Σ p(b, c) log₂ (p(b, c) / (p(b) p(c)))",
             "What a feature's cluster c tells of its block b, as a share of the block's entropy, less what it tells of "

@@ -16,7 +16,10 @@ from sdxl_sae_kit.__main__ import _parser
 
 REPOSITORY = Path(__file__).parent.parent
 PAGES = [
-    *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "artifacts/README.md")),
+    *(
+        REPOSITORY / name
+        for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "artifacts/README.md")
+    ),
     REPOSITORY / "sdxl_sae_kit" / "tiny" / "README.md",
     *sorted((REPOSITORY / "docs").rglob("*.md")),
 ]

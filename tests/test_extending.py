@@ -125,16 +125,17 @@ def test_the_page_on_studies_makes_one_that_is_found_verified_and_goes_on_where_
     made = run("study", folder)
     study, module = made["study"], sys.modules["turning_off"]
     assert len(study.changes) == len(made["held_out"]) == 6
-    assert all(each["sae"] > 0 for each in study.changes.values())
-    rows = {row["latent of"]: row["change"] for row in study.rows()}
-    assert rows["SAE − untrained"] == pytest.approx(rows["SAE"] - rows["untrained"])
+    assert all(each["SAE"] > 0 for each in study.changes.values())
+    rows = {row["turned off"]: row["change"] for row in study.rows()}
+    for control in ("untrained", "random direction"):
+        assert rows[f"SAE − {control}"] == pytest.approx(rows["SAE"] - rows[control])
     read_safely(study._repr_html_())
 
     arguments, drawn, picture = (made["pipe"], made["sae"], made["cache"], made["held_out"]), [], module.picture
 
     def dying(*asked):
         drawn.append(asked)
-        if len(drawn) == 8:  # in the third prompt, of three pictures each
+        if len(drawn) == 11:  # in the third prompt, of four pictures each
             raise KeyboardInterrupt
         return picture(*asked)
 
@@ -142,7 +143,7 @@ def test_the_page_on_studies_makes_one_that_is_found_verified_and_goes_on_where_
     with pytest.raises(KeyboardInterrupt):
         module.turn_off(*arguments, store=tmp_path / "store")
     again = module.turn_off(*arguments, store=tmp_path / "store")
-    assert len(drawn) == 8 + 4 * 3
+    assert len(drawn) == 11 + 4 * 4
     assert again.changes == study.changes and again.artifact.digest == study.artifact.digest
 
 

@@ -12,8 +12,8 @@ from sdxl_sae_kit.commands.options import add_store, add_verb, option
 
 REPORT = """
 Notebooks are run in order, each in a fresh kernel; artifacts (statistics, studies, SAEs, caches) are shown as they are.
-One HTML file comes out, which asks for nothing from anywhere. On two cores all notebooks take about forty minutes at
-the scale demo, a few minutes at smoke, and a fraction of that once the store holds what they make.
+One HTML file comes out, which asks for nothing from anywhere. On two cores all notebooks take about an hour at the
+scale demo, a few minutes at smoke, and a fraction of that once the store holds what they make.
 """
 NOTEBOOKS = "They come with the package. What is there already is never written over."
 

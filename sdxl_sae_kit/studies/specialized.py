@@ -202,7 +202,7 @@ class Specialization:
     def plot(self) -> Any:
         """Heat map of what features of each block respond to, or of their looks, beside the controls (plotly)."""
         factors = any(row["kind"] == "response" for row in self.effects)
-        title = "What features respond to: mean explained variance (ω²)" if factors else "How features look: mean"
+        title = "What features respond to: mean ω²" if factors else "How features look: mean"
         return self._map(("response",) if factors else ("space", "look"), ("", "untrained ", "channels "), title)
 
     def plot_causes(self) -> Any:
