@@ -55,7 +55,7 @@ class Store:
         """
         if isinstance(store, Store):
             return store
-        if not isinstance(store, Path | str | None):
+        if not isinstance(store, os.PathLike | str | None):
             raise ArtifactError(
                 f"store is a Store or the path of a folder, not {store!r}. Leave it out for the usual one."
             )

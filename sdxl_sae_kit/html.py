@@ -22,6 +22,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from sdxl_sae_kit.arguments import checked
+
 # The brighter six eighths of matplotlib's "inferno" (CC0): lightness only rises, so it reads with any colour blindness.
 HEAT = np.array(
     [(85, 15, 109), (136, 34, 106), (186, 54, 85), (227, 89, 51), (249, 140, 10), (249, 201, 50), (252, 255, 164)],
@@ -378,11 +380,13 @@ class Shown:
         return self.markup
 
 
+@checked
 def show_images(images: Sequence[Image.Image], captions: Sequence[str], side: int = 192) -> Shown:
     """Pictures side by side, each over its caption, also its alt text; small ones are enlarged to `side` px."""
     return Shown(fragment(figures((picture(_sized(i, side), c), "", c) for i, c in zip(images, captions, strict=True))))
 
 
+@checked
 def show_table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> Shown:
     """A table in a notebook: see `table`."""
     return Shown(fragment(table(rows, caption)))

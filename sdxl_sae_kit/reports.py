@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.resources import files
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from plotly.offline import get_plotlyjs
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.amounts import counted
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import FORMATS, Artifact, Store
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.files import hash_file, sha256, writable, write_atomically
@@ -41,6 +43,7 @@ PARTS = ("contents", "data", "labels", "methods", "provenance")
 """Ids that the template uses."""
 
 
+@checked
 def report(
     notebooks: Path | str | Sequence[Path | str] | None = None,
     *,
@@ -114,7 +117,7 @@ def _find_sources(given: Path | str | Sequence[Path | str] | None) -> list[Path]
     if given is None:
         return find_notebooks(None)
     found: list[Path] = []
-    for each in [given] if isinstance(given, Path | str) else given:
+    for each in [given] if isinstance(given, PathLike | str) else given:
         place = Path(each).resolve()
         is_artifact = place.is_dir() and place.parent.name in FORMATS and not any(place.glob("*.ipynb"))
         found += [place] if is_artifact else find_notebooks(each)

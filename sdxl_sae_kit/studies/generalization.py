@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.amounts import counted, human_bytes
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.configs import Site
@@ -33,6 +34,7 @@ from sdxl_sae_kit.studies.lines import Lines
 SAEs = SAE | Mapping[Any, SAE] | Iterable[SAE]
 
 
+@checked
 def generalize(
     saes: SAEs,
     cache: ActivationCache,

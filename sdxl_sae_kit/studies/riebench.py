@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit.amounts import human_bytes, whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.attended import few_steps
 from sdxl_sae_kit.errors import KitError
@@ -41,6 +42,7 @@ _ASKED = "riebench"
 _DRAWING = ("num_inference_steps", "guidance_scale", "height", "width")
 
 
+@checked
 def riebench(
     pipe: Any,
     saes: SAE | Iterable[SAE] | Mapping[Any, SAE],
