@@ -96,6 +96,8 @@ def load_pipeline(
     >>> pipe("a large red circle", num_inference_steps=1, guidance_scale=0.0).images[0].size
     (64, 64)
     """
+    name = name if isinstance(name, str) else Path(name)
+    lora = lora if isinstance(lora, str | None) else Path(lora)
     device = choose_device(device)
     numbers = choose_dtype(dtype, device)
     local = local_folder(name)

@@ -11,11 +11,11 @@ import hashlib
 import io
 import json
 import operator
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
@@ -248,7 +248,7 @@ def _scenes(n: int, seed: int) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _read(source: str | Path | Iterable[Any], split: str) -> Iterable[Any]:
-    if not isinstance(source, str | PathLike):
+    if not isinstance(source, str | os.PathLike):
         if isinstance(source, Mapping) or not isinstance(source, Iterable):
             raise PromptError(f"load_prompts takes a name, a file, or a list of texts or rows, not {source!r}.")
         return source
@@ -340,4 +340,4 @@ def _whole(seed: Any, place: str) -> int:
 
 
 def _describe(source: str | Path | Iterable[Any]) -> str:
-    return str(source) if isinstance(source, str | PathLike) else "the list given"
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else "the list given"

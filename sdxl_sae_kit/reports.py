@@ -61,7 +61,7 @@ def report(
 
     Args:
         notebooks: notebook files, folders of them, and folders of artifacts, in the order of the report; by default
-            `notebooks/` of the checkout.
+            `notebooks/` of the checkout, or those that the installed package carries.
         scale: what the notebooks call SCALE.
         model: what they call MODEL.
         out: the HTML file; by default a new artifact in the store: a report shows one moment, so its time is part of

@@ -118,7 +118,7 @@ def open_clip(given: str) -> Any:
 def anything(given: str, store: Path | None) -> Path:
     """A path as it is, or the folder of whatever artifact has this name or alone begins so."""
     path = Path(given).expanduser()
-    if path.exists() or path.suffix:
+    if path.exists() or path.suffix == ".ipynb":
         return path
     kind, _, name = given.partition("/")
     return _named([kind], name, Store.at(store)) if kind in FORMATS else _named(list(FORMATS), given, Store.at(store))

@@ -78,7 +78,8 @@ def riebench(
         saes: one SAE for each block, of this model; the steps they were trained on may be others.
         items: from `load_items`, or several `Item`s.
         methods: names, with the benchmark's grids of k and strength (k 80 to 640 of SDXL's 20,480 features); or a
-            mapping of each to its own, such as {"sae": {"k": [24], "strength": [1, 2]}, "steering": {}}.
+            mapping of each to its own, such as {"sae": {"k": [24], "strength": [1, 2]}, "steering": {}}. With none, {},
+            only the pictures of the two prompts are drawn and measured.
         by_block: (method, k, strength), which is tried with all blocks, each block alone, and each left out.
         segmenter: what finds the masks; by default the embedded model's. Others need one.
         judge: what tells pictures apart; by default the embedded model's. Others need one; None measures pixels only.
