@@ -16,7 +16,7 @@ from sdxl_sae_kit.files import explain_full
 
 @contextmanager
 def held(make: Callable[[], IO[str]], name: str, *, shared: bool) -> Iterator[Callable[[], None]]:
-    """Hold the file that `make` makes and opens for writing, alone or `shared`; gives what turns the one into the other.
+    """Hold the file that `make` makes and opens for writing, alone or `shared`; gives what admits others later.
 
     Raises:
         ArtifactError: another process holds it; it is named, and so is what it writes.
