@@ -85,7 +85,7 @@ def test_specificity_takes_statistics(sae, judge, unchecked_types):
 
 
 def test_statistics_are_measured_of_an_sae(small_stats, small_cache, unchecked_types):
-    with pytest.raises(KitError, match=r"measure takes one SAE, such as saes\[.*\], not a FeatureStats"):
+    with pytest.raises(KitError, match=r"measure takes one SAE, such as saes\[.*\] as sae, not a FeatureStats"):
         FeatureStats.measure(small_stats, small_cache)
 
 
