@@ -128,7 +128,7 @@ def replay(pipe: Any, saes: Any, edits: Edit | Sequence[Edit] | Path | str) -> I
     several = saes.values() if isinstance(saes, Mapping) else saes
     given: list[Any] = list(several) if isinstance(several, Iterable) and not isinstance(several, str) else [several]
     for kind, items in ((SAE, given), (Edit, listed)):
-        if wrong := [item for item in items if not isinstance(item, kind)]:
+        if wrong := [item for item in items if not (isinstance(item, kind) or (kind is SAE and is_sae(item)))]:
             raise EditError(
                 f"replay takes SAEs, then edits, such as replay(pipe, saes, [edit]); {type(wrong[0]).__name__} is no "
                 f"{kind.__name__}. What is JSON already becomes an edit with Edit.from_json."

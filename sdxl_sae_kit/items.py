@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, product
-from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, overload
@@ -230,8 +229,6 @@ def load_items(source: str | Path, n: int | None = None, *, seed: int = 0) -> It
 
 
 def _known(source: str | Path) -> Path:
-    if not isinstance(source, str | PathLike):
-        raise PromptError(f"load_items takes 'world', 'natural' or the path of a JSON file, not {source!r}.")
     path = Path(source)
     if not path.suffix and not os.path.exists(path):  # which is False, too, of a name that no file can have
         raise PromptError(

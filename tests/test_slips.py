@@ -90,7 +90,9 @@ def test_statistics_are_measured_of_an_sae(small_stats, small_cache, unchecked_t
 
 
 def test_explore_takes_a_pipeline_and_one_prompt(pipe, sae, unchecked_types):
-    with pytest.raises(KitError, match=r"explore takes a pipeline, such as load_pipeline\('tiny-turbo'\) gives as pipe, not None"):
+    with pytest.raises(
+        KitError, match=r"explore takes a pipeline, such as load_pipeline\('tiny-turbo'\) gives as pipe, not None"
+    ):
         explore(None, sae)
     with pytest.raises(KitError, match=r"explore draws one prompt, a text, not \['a red circle'\]"):
         explore(pipe, sae, ["a red circle"])

@@ -80,9 +80,6 @@ def generalize(
     """
     placed = by_hookpoint("generalize", "SAEs", SAE, saes)
     here = {} if own is None else by_hookpoint("generalize", "SAEs of own=", SAE, own)
-    for each in (cache, target):
-        if not isinstance(each, ActivationCache):
-            raise KitError(f"generalize takes caches that collect made, not {type(each).__name__}.")
     for given, of in ((placed, cache), (here, target)):
         for sae in given.values():
             _check_trained(sae, of)
