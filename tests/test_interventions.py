@@ -17,7 +17,7 @@ from PIL import Image
 
 from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.edits import read_edits, write_edits
-from sdxl_sae_kit.errors import ArtifactError, EditError, HookpointError
+from sdxl_sae_kit.errors import ArtifactError, EditError, HookpointError, KitError
 from sdxl_sae_kit.hooks import record, rewrite
 from sdxl_sae_kit.interventions import replay, steer
 from sdxl_sae_kit.masks import Polygon

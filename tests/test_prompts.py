@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdxl_sae_kit.errors import PromptError
+from sdxl_sae_kit.errors import KitError, PromptError
 from sdxl_sae_kit.prompts import HELD_OUT_SHARE, Prompts, is_held_out, load_prompts
 from sdxl_sae_kit.tiny import world
 

@@ -94,7 +94,7 @@ def test_explore_takes_a_pipeline_and_one_prompt(pipe, sae, unchecked_types):
         KitError, match=r"explore takes a pipeline, such as load_pipeline\('tiny-turbo'\) gives as pipe, not None"
     ):
         explore(None, sae)
-    with pytest.raises(KitError, match=r"explore draws one prompt, a text, not \['a red circle'\]"):
+    with pytest.raises(KitError, match=r"explore takes a text as prompt, not \['a red circle'\]"):
         explore(pipe, sae, ["a red circle"])
 
 
