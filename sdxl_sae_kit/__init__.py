@@ -159,8 +159,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         hint = importlib.import_module("sdxl_sae_kit.errors").did_you_mean(name, _HOMES)
         raise AttributeError(f"module 'sdxl_sae_kit' has no attribute {name!r}.{hint}")
-    found = getattr(importlib.import_module(f"sdxl_sae_kit.{_HOMES[name]}"), name)
-    return importlib.import_module("sdxl_sae_kit.arguments").checked(found) if callable(found) else found
+    return getattr(importlib.import_module(f"sdxl_sae_kit.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

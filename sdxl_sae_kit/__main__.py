@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from importlib.metadata import version
 
 import shtab
 
@@ -16,6 +15,7 @@ from sdxl_sae_kit.commands import benchmark, collection, doctor, features, repor
 from sdxl_sae_kit.commands.answers import Answer
 from sdxl_sae_kit.commands.options import PREAMBLE
 from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.stamps import kit_version
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 ABOUT = """
@@ -76,8 +76,13 @@ def _close_stdout() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sdxl-sae-kit", description=ABOUT)
-    parser.add_argument("--version", action="version", version=version("sdxl-sae-kit"))
-    shtab.add_argument_to(parser, help="print a completion script, for your shell's start-up file", preamble=PREAMBLE)
+    parser.add_argument("--version", action="version", version=kit_version())
+    parser.add_argument(
+        "--print-completion",
+        action=shtab.completion_action(preamble=PREAMBLE),
+        choices=("bash", "zsh", "tcsh"),  # shtab knows more, for which `commands.options` has no words
+        help="print a completion script, for your shell's start-up file",
+    )
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
     for family in (collection, training, features, studies, benchmark, reports, store, tiny, doctor):
         family.add(verbs)

@@ -6,7 +6,6 @@ folder without it is work in progress that its writer can resume. The formats ar
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -20,7 +19,8 @@ from typing import IO, Any
 
 from sdxl_sae_kit.amounts import human_bytes
 from sdxl_sae_kit.errors import ArtifactError
-from sdxl_sae_kit.files import canonical_json, explain_full, folder_path, hash_file, write_atomically
+from sdxl_sae_kit.files import canonical_json, folder_path, hash_file, write_atomically
+from sdxl_sae_kit.locks import held, is_held
 from sdxl_sae_kit.stamps import check_of, digest_of, is_stamp, kit_version, name_hash
 
 FORMATS = {"activations": 2, "saes": 2, "features": 3, "icons": 1, "studies": 2, "reports": 2}
@@ -30,6 +30,8 @@ STORE_VARIABLE = "SDXL_SAE_KIT_STORE"
 PAGES = Path(__file__).parent / "pages"
 """The notebooks of an installed package; in a checkout they lie in `notebooks/`."""
 _STAMP, _LOCK = "stamp.json", ".lock"
+DELETING = ".deleting"
+"""How a folder's name ends while it is deleted: no artifact's does."""
 _ASKED: dict[Path, None] = {}
 """Folders of the artifacts that this process made, found or opened, in that order."""
 
@@ -55,7 +57,7 @@ class Store:
         """
         if isinstance(store, Store):
             return store
-        if not isinstance(store, Path | str | None):
+        if not isinstance(store, os.PathLike | str | None):
             raise ArtifactError(
                 f"store is a Store or the path of a folder, not {store!r}. Leave it out for the usual one."
             )
@@ -163,14 +165,7 @@ class Artifact:
     @property
     def busy(self) -> bool:
         """Whether a process is writing it at this moment, as far as can be told."""
-        try:
-            with open(self.folder / _LOCK) as handle:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:  # nobody ever wrote it here
-            return False
-        except OSError:
-            return True
-        return False
+        return is_held(self.folder / _LOCK)
 
     @property
     def why_unused(self) -> str:
@@ -205,11 +200,16 @@ class Artifact:
             self.__dict__.pop("stamp", None)  # what another process did meanwhile counts
             if self.finished and not self.superseded:
                 raise ArtifactError(f"{self.folder} was finished meanwhile. It is kept.")
-            self.unseal()  # a kill leaves it unfinished, which is listed again
-            try:
-                shutil.rmtree(self.folder)
-            except OSError as cause:
-                raise ArtifactError(f"{self.folder} cannot be deleted ({cause}). Delete it by hand.") from None
+            aside = self.folder.with_name(self.name + DELETING)  # in one step: nobody meets it half deleted
+            shutil.rmtree(aside, ignore_errors=True)
+            self._deleting(lambda: self.folder.rename(aside))
+        self._deleting(lambda: shutil.rmtree(aside))  # its lock is closed, or NFS would keep it
+
+    def _deleting(self, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except OSError as cause:
+            raise ArtifactError(f"{self.folder} cannot be deleted ({cause}). Delete it by hand.") from None
 
     @property
     def nbytes(self) -> int:
@@ -284,29 +284,15 @@ class Artifact:
             ArtifactError: the store cannot be written, a link lies in the folder, which writing would follow, or
                 another process is writing it; then the message names it.
         """
+        with held(self._open_lock, self.name, shared=shared) as admit_others:
+            yield admit_others
+
+    def _open_lock(self) -> IO[str]:
         with explain_unwritable(self.folder.parent.parent):
             self.folder.mkdir(parents=True, exist_ok=True)
             if links := [path.name for path in self.folder.iterdir() if path.is_symlink()]:
                 raise ArtifactError(f"{self.folder} holds links ({', '.join(links)}). Remove them: nothing is written.")
-            handle = open(self.folder / _LOCK, "a+")  # noqa: SIM115
-        with handle:
-            self._flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-            if not shared:
-                with explain_full(self.folder / _LOCK):
-                    handle.truncate(0)
-                    handle.write(f"process {os.getpid()} on {os.uname().nodename}")
-                    handle.flush()
-            yield lambda: self._flock(handle, fcntl.LOCK_SH)
-
-    def _flock(self, handle: IO[str], kind: int) -> None:
-        try:
-            fcntl.flock(handle, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            raise ArtifactError(
-                f"{self.name} is being written by {holder}. Wait for it, or stop it and call again."
-            ) from None
+            return open(self.folder / _LOCK, "a+")
 
     def seal(
         self,

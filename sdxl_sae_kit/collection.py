@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit.amounts import human_bytes
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import ArtifactError, KitError
@@ -27,6 +28,7 @@ from sdxl_sae_kit.stamps import name_hash
 _MUCH_MEMORY = 2**30
 
 
+@checked
 def collect(
     pipe: Any,
     prompts: Prompts | Iterable[str],
@@ -96,6 +98,7 @@ def collect(
     return ActivationCache(artifact)
 
 
+@checked
 def repair(
     pipe: Any, cache: ActivationCache | Path | str, *, prompts: Prompts | Iterable[str] | None = None
 ) -> ActivationCache:
@@ -110,8 +113,6 @@ def repair(
         ArtifactError: its recipe or prompts are lost, or files lie in its folder that do not belong there.
         KitError: the pipeline is another one.
     """
-    if not isinstance(cache, ActivationCache | Path | str):
-        raise KitError(f"repair takes a cache or the path of its folder, not {cache!r}.")
     folder = cache.artifact.folder if isinstance(cache, ActivationCache) else Path(cache).expanduser().resolve()
     if not folder.is_dir():
         raise ArtifactError(f"There is no folder {folder}. Pass a cache, or the path of its folder.")

@@ -7,6 +7,7 @@ from typing import Any, SupportsIndex
 import ipywidgets as widgets
 
 from sdxl_sae_kit import cards, html
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.details import Viewer
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats, Neighbour
@@ -18,6 +19,7 @@ Side = tuple[FeatureStats, int]
 """One of the two: statistics of an SAE, and a latent of it."""
 
 
+@checked
 def compare(a: tuple[FeatureStats, SupportsIndex], b: tuple[FeatureStats, SupportsIndex]) -> Comparison:
     """Show two features side by side in a notebook: of one SAE, of two, or of one SAE on two caches.
 

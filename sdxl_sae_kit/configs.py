@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 from sdxl_sae_kit.amounts import whole_number
 from sdxl_sae_kit.errors import KitError, did_you_mean
-from sdxl_sae_kit.kinds import UnknownKindError, find_kind
 
 Split = Literal["train", "held_out", "all"]
 Normalize = Literal["none", "scale", "channels", "whiten", "layer_norm", "constant_norm"]
@@ -62,6 +61,8 @@ class SAEConfig:
 
     def __post_init__(self) -> None:
         _normalised(self)
+        from sdxl_sae_kit.kinds import UnknownKindError, find_kind  # they wait for torch, and help does not
+
         try:
             kind = find_kind(self.kind)
         except UnknownKindError as cause:

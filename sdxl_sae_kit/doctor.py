@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sdxl_sae_kit import installation, machine
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Store
 from sdxl_sae_kit.health import Check, Diagnosis, look
 
 
+@checked
 def diagnose(store: Store | Path | str | None = None) -> Diagnosis:
     """What is installed here, which device, memory and disk there are, what would fail, and how to mend it.
 

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from sdxl_sae_kit import html
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.errors import ArtifactError, EditError, KitError, did_you_mean
 from sdxl_sae_kit.files import write_atomically
 from sdxl_sae_kit.masks import Polygon, Where, as_mask, numbers, plain_map, plain_mask, shortened
@@ -219,6 +220,7 @@ _DEFAULTS = {
 }  # fmt: skip
 
 
+@checked
 def write_edits(path: Path | str, edits: Edit | Sequence[Edit]) -> None:
     """Write edits, in the order in which they are to be made, to a JSON file.
 
@@ -236,6 +238,7 @@ def write_edits(path: Path | str, edits: Edit | Sequence[Edit]) -> None:
         raise ArtifactError(f"{path} cannot be written ({cause.strerror}). Choose another place.") from None
 
 
+@checked
 def read_edits(path: Path | str) -> list[Edit]:
     """The edits of a file that `write_edits` made, or a stranger wrote.
 

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sdxl_sae_kit.activations import Activations
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.configs import SAEConfig, Split
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.metrics import (
@@ -32,6 +33,7 @@ MAX_IMAGES = 2048
 _SAMPLE = 40_960
 
 
+@checked
 @torch.no_grad()
 def evaluate(
     sae: SAE, cache: Activations | Tokens, split: Split = "held_out", *, hookpoint: str | None = None
@@ -135,6 +137,7 @@ def mean_activation(sae: SAE, cache: Activations | Tokens, hookpoint: str) -> Fl
     return (total / count.clamp_min(1)).float()
 
 
+@checked
 def stability(saes: Mapping[Any, SAE] | Iterable[SAE]) -> list[dict[str, Any]]:
     """How far SAEs that differ in their seed only learn the same latents, pair by pair, beside two controls.
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.forms import line, widget
@@ -47,6 +48,7 @@ STYLE = f"""<style>
 </style>"""
 
 
+@checked
 def explore(
     pipe: Any,
     saes: SAE | Mapping[Any, SAE] | Iterable[SAE],

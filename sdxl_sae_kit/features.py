@@ -16,6 +16,7 @@ from jaxtyping import Float, Int, Integer
 from numpy.typing import NDArray
 
 from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.arguments import checked, is_sae
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
@@ -66,6 +67,7 @@ class FeatureStats:
     moran_n: Float[np.ndarray, "latent"] = field(repr=False)
 
     @classmethod
+    @checked
     def measure(
         cls,
         sae: SAE,
@@ -372,7 +374,7 @@ def _check_ranking(by: str) -> None:
 
 def check_fit(sae: SAE, cache: ActivationCache) -> None:
     """Refuse an SAE and a cache that do not belong together."""
-    if not isinstance(sae, SAE):
+    if not is_sae(sae):
         raise KitError(f"measure takes one SAE, such as saes['up.0.1', 'k10'], not a {type(sae).__name__}.")
     if not isinstance(cache, ActivationCache):
         raise KitError(f"measure reads a cache from collect, not {cache!r}. Collect some images for it.")

@@ -99,7 +99,7 @@ def sync_folder(folder: Path) -> None:
 
 def folder_path(given: Any) -> Path:
     """The path of an artifact's folder. Raises ArtifactError for what is none."""
-    if not isinstance(given, Path | str):
+    if not isinstance(given, os.PathLike | str):
         raise ArtifactError(
             f"open takes the path of an artifact's folder, such as stats.artifact.folder, not {given!r}."
         )

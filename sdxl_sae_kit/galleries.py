@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int
 
 from sdxl_sae_kit import cards, html
 from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.cards import Subject
 from sdxl_sae_kit.details import Detail
 from sdxl_sae_kit.errors import KitError
@@ -44,6 +45,7 @@ STATIC = "Static copy: see all latents and label them in JupyterLab."
 ORDERS = cards.ORDERS | {"specificity": "specificity", "unlabelled": "unlabelled first"}
 
 
+@checked
 def gallery(
     stats: FeatureStats,
     feature: SupportsIndex | None = None,
@@ -78,8 +80,6 @@ def gallery(
     >>> kit.gallery(stats)            # doctest: +SKIP
     >>> kit.gallery(stats, 17)        # doctest: +SKIP
     """
-    if not isinstance(stats, FeatureStats):
-        raise KitError(f"gallery shows the statistics of one SAE, such as FeatureStats.measure gives, not {stats!r}.")
     static = whole_number("gallery: static", static, least=0)
     if whole_number("gallery: page_size", page_size) > MOST_CARDS:
         raise KitError(f"gallery: page_size={page_size}, and a page holds 1 to {MOST_CARDS} cards.")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.errors import HookpointError, KitError, did_you_mean
 
 DEFAULT_HOOKPOINTS = ("down.2.1", "mid.0", "up.0.0", "up.0.1")
@@ -31,6 +32,7 @@ class Hookpoint:
         return -(-latent_height // self.reduction), -(-latent_width // self.reduction)
 
 
+@checked
 def list_hookpoints(unet: Any) -> dict[str, Hookpoint]:
     """All hookpoints of a U-Net, or of a pipeline's, by short name, in the order of the forward pass.
 

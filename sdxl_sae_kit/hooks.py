@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.errors import HookpointError
 from sdxl_sae_kit.hookpoints import list_hookpoints, resolve, resolve_block
 
@@ -89,6 +90,7 @@ class _Stopped(Exception):
     """Raised inside the U-Net once everything wanted was read; never leaves `record`."""
 
 
+@checked
 @contextmanager
 def record(
     pipe: Any,
@@ -174,6 +176,7 @@ def _readers(
     return dict.fromkeys(names, read)
 
 
+@checked
 @contextmanager
 def rewrite(pipe: Any, edits: Mapping[str, Callable[[Update, Call], Tensor | None]]) -> Iterator[None]:
     """Let functions change the updates of hookpoints while images are made inside the with block.

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.pictures import decode_picture, picture_size
 
 # The brighter six eighths of matplotlib's "inferno" (CC0): lightness only rises, so it reads with any colour blindness.
@@ -379,11 +380,13 @@ class Shown:
         return self.markup
 
 
+@checked
 def show_images(images: Sequence[Image.Image], captions: Sequence[str], side: int = 192) -> Shown:
     """Pictures side by side, each over its caption, also its alt text; small ones are enlarged to `side` px."""
     return Shown(fragment(figures((picture(_sized(i, side), c), "", c) for i, c in zip(images, captions, strict=True))))
 
 
+@checked
 def show_table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> Shown:
     """A table in a notebook: see `table`."""
     return Shown(fragment(table(rows, caption)))

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.amounts import counted, whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
@@ -109,6 +110,7 @@ class Icons:
         return f"Icons of {self.sae}: {counted(len(self.features), 'features')} at strengths {self._listed}"
 
 
+@checked
 def draw_icons(
     pipe: Any,
     sae: SAE,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import ArrayLike
 
+from sdxl_sae_kit.arguments import checked, is_sae
 from sdxl_sae_kit.edits import Cfg, Edit, Gate, Strengths, explained, read_edits
 from sdxl_sae_kit.errors import ArtifactError, EditError
 from sdxl_sae_kit.hookpoints import Hookpoint, resolve
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.features import FeatureStats
 
 
+@checked
 @contextmanager
 def steer(
     pipe: Any,
@@ -85,7 +88,7 @@ def steer(
         if not ablate_block:
             raise EditError("steer takes an SAE, such as saes['up.0.1', 'k10'], for all but ablate_block. Pass one.")
         place: Any = {"hookpoint": resolve(pipe.unet, sae).name}
-    elif isinstance(sae, SAE):
+    elif is_sae(sae):
         place = {"hookpoint": check_fit(pipe, sae).name, "sae": sae.name, "digest": digest_of(sae)}
     else:
         raise EditError(f"steer takes one SAE, such as saes['up.0.1', 'k10'], not a {type(sae).__name__}.")
@@ -94,11 +97,12 @@ def steer(
     settings |= {"reconstruct": reconstruct, "ablate_block": ablate_block, "keep_norm": keep_norm}
     with explained("steer"):
         edit = Edit(**place, **{name: {} if each is None else each for name, each in verbs.items()}, **settings)
-        hook = Hook.of(edit, sae if isinstance(sae, SAE) else None)
+        hook = Hook.of(edit, sae if is_sae(sae) else None)
     with _hooked(pipe, hook):
         yield edit
 
 
+@checked
 @contextmanager
 def replay(pipe: Any, saes: Any, edits: Edit | Sequence[Edit] | Path | str) -> Iterator[list[Edit]]:
     """Make recorded edits again, in their order, in every image made inside the with block; yields them.
@@ -117,14 +121,14 @@ def replay(pipe: Any, saes: Any, edits: Edit | Sequence[Edit] | Path | str) -> I
         ...     image = pipe("a red circle", num_inference_steps=1, guidance_scale=0.0).images[0]
     """
     listed: list[Any] = [edits]
-    if isinstance(edits, Path | str):
+    if isinstance(edits, PathLike | str):
         listed = list(read_edits(edits))
     elif isinstance(edits, Iterable):
         listed = list(edits)
     several = saes.values() if isinstance(saes, Mapping) else saes
     given: list[Any] = list(several) if isinstance(several, Iterable) and not isinstance(several, str) else [several]
     for kind, items in ((SAE, given), (Edit, listed)):
-        if wrong := [item for item in items if not isinstance(item, kind)]:
+        if wrong := [item for item in items if not (isinstance(item, kind) or (kind is SAE and is_sae(item)))]:
             raise EditError(
                 f"replay takes SAEs, then edits, such as replay(pipe, saes, [edit]); {type(wrong[0]).__name__} is no "
                 f"{kind.__name__}. What is JSON already becomes an edit with Edit.from_json."
@@ -193,7 +197,7 @@ def check_measured(asked: str, pipe: Any, sae: SAE, stats: FeatureStats) -> None
     Raises:
         ArtifactError: they do not belong together, or the SAE says not where it belongs.
     """
-    if not isinstance(sae, SAE):
+    if not is_sae(sae):
         raise ArtifactError(f"{asked} takes one SAE, such as saes['up.0.1', 'k10'], not a {type(sae).__name__}.")
     if (stats.sae, stats.hookpoint) != (sae.name, sae.hookpoint):
         raise ArtifactError(

@@ -20,6 +20,7 @@ import numpy as np
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.errors import PromptError, did_you_mean
 from sdxl_sae_kit.files import canonical_json, sha256
 from sdxl_sae_kit.item_files import Record, read_records
@@ -197,6 +198,7 @@ class Items(Sequence[Item]):
         return html.fragment(first, html.table(counts, "Items of each kind"))
 
 
+@checked
 def load_items(source: str | Path, n: int | None = None, *, seed: int = 0) -> Items:
     """Items from a source, the i-th with seed `seed + i`.
 
@@ -227,8 +229,6 @@ def load_items(source: str | Path, n: int | None = None, *, seed: int = 0) -> It
 
 
 def _known(source: str | Path) -> Path:
-    if not isinstance(source, str | Path):
-        raise PromptError(f"load_items takes 'world', 'natural' or the path of a JSON file, not {source!r}.")
     path = Path(source)
     if not path.suffix and not os.path.exists(path):  # which is False, too, of a name that no file can have
         raise PromptError(

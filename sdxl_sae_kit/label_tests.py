@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.amounts import counted, whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import Example, FeatureStats, Ranking
 from sdxl_sae_kit.forms import line, widget
@@ -29,6 +30,7 @@ _SIDE = 160  # pixels of a picture in the form
 _FORMULA = "It is (right active / active + right inactive / inactive) / 2; activations are maxima over the image"
 
 
+@checked
 def test_label(
     stats: FeatureStats,
     feature: SupportsIndex,
@@ -61,6 +63,7 @@ def test_label(
 test_label.__test__ = False  # type: ignore[attr-defined]  # its name is no reason for pytest to collect it
 
 
+@checked
 def score_label(
     stats: FeatureStats,
     feature: SupportsIndex,
@@ -95,6 +98,7 @@ def score_label(
     return _save(labels, stats, feature, text, drawn, np.array(answers, dtype=bool), judge.name)
 
 
+@checked
 def auto_label(
     stats: FeatureStats,
     features: Iterable[SupportsIndex],

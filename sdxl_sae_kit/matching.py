@@ -23,6 +23,7 @@ from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
 from sdxl_sae_kit.amounts import counted, whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.matched import Basis, Compared, Matches, Matching
@@ -30,6 +31,7 @@ from sdxl_sae_kit.metrics import cosines, shuffled_rows
 from sdxl_sae_kit.sae import SAE
 
 
+@checked
 def match(
     one: SAE,
     other: SAE,
@@ -86,12 +88,6 @@ def match(
 
 
 def _check(one: Any, other: Any, cache: Any, other_cache: Any) -> None:
-    for sae in (one, other):
-        if not isinstance(sae, SAE):
-            raise KitError(f"match takes two SAEs, such as saes['mid.0', 'k10'], not {type(sae).__name__}.")
-    for given in (cache, other_cache):
-        if not isinstance(given, ActivationCache | None):
-            raise KitError(f"match takes caches that collect made, not {type(given).__name__}.")
     if other_cache is not None and cache is None:
         raise KitError("match: other_cache= is given without cache=. Give the first SAE's cache too.")
     if one.d_in != other.d_in and cache is None:

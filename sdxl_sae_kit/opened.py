@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import ArtifactError
@@ -43,6 +44,7 @@ _STUDIES: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@checked
 def open_artifact(folder: Path | str) -> Any:
     """What a finished artifact holds: an ActivationCache, SAE, FeatureStats, Icons or the result of a study.
 

@@ -20,6 +20,7 @@ import torch
 
 from sdxl_sae_kit import loras
 from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.devices import choose_device, choose_dtype
 from sdxl_sae_kit.errors import KitError, ModelError, PromptError, did_you_mean
 from sdxl_sae_kit.tiny import NAMES as TINY_NAMES
@@ -68,6 +69,7 @@ class Model:
     width: int
 
 
+@checked
 def load_pipeline(
     name: str | Path,
     *,
@@ -94,6 +96,8 @@ def load_pipeline(
     >>> pipe("a large red circle", num_inference_steps=1, guidance_scale=0.0).images[0].size
     (64, 64)
     """
+    name = name if isinstance(name, str) else Path(name)
+    lora = lora if isinstance(lora, str | None) else Path(lora)
     device = choose_device(device)
     numbers = choose_dtype(dtype, device)
     local = local_folder(name)
@@ -135,6 +139,7 @@ def scheduler(pipe: StableDiffusionXLPipeline) -> str:
     return f"{type(pipe.scheduler).__name__}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
+@checked
 def generate(
     pipe: StableDiffusionXLPipeline,
     prompts: Sequence[str],

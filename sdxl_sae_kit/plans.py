@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_sae_kit.amounts import human_bytes, whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Store
 from sdxl_sae_kit.errors import ArtifactError, KitError, did_you_mean
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, SDXL
@@ -106,6 +107,7 @@ def _updates_on_disk(layout: Layout) -> int:
     return shards * layout.nbytes(layout.images_per_shard) + (layout.nbytes(rest) if rest else 0)
 
 
+@checked
 def plan(
     pipe: Any | str,
     prompts: Prompts | Iterable[str] | int,

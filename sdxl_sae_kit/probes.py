@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit.activations import Activations
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.metrics import areas_under_curve, resampled_areas
 from sdxl_sae_kit.questions import Question, ask_of
@@ -27,6 +28,7 @@ MAX_IMAGES = 2048
 _RESAMPLES = 1000
 
 
+@checked
 @torch.no_grad()
 def probe(cache: Activations, hookpoints: Iterable[str] | None = None, *, step: int = 0) -> list[Row]:
     """How well logistic regression on each block's update tells each factor of the prompts.

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import operator
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from jaxtyping import Bool
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.errors import PromptError, did_you_mean
 from sdxl_sae_kit.tiny import world
 
@@ -131,6 +133,7 @@ def is_held_out(text: str) -> bool:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < HELD_OUT_SHARE * 2**64
 
 
+@checked
 def load_prompts(
     source: str | Path | Iterable[Any],
     n: int | None = None,
@@ -245,7 +248,7 @@ def _scenes(n: int, seed: int) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _read(source: str | Path | Iterable[Any], split: str) -> Iterable[Any]:
-    if not isinstance(source, str | Path):
+    if not isinstance(source, str | os.PathLike):
         if isinstance(source, Mapping) or not isinstance(source, Iterable):
             raise PromptError(f"load_prompts takes a name, a file, or a list of texts or rows, not {source!r}.")
         return source
@@ -337,4 +340,4 @@ def _whole(seed: Any, place: str) -> int:
 
 
 def _describe(source: str | Path | Iterable[Any]) -> str:
-    return str(source) if isinstance(source, str | Path) else "the list given"
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else "the list given"

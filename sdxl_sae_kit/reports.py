@@ -8,6 +8,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from importlib.resources import files
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.amounts import counted
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import FORMATS, Artifact, Store
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.files import hash_file, sha256, writable, write_atomically
@@ -42,6 +44,7 @@ PARTS = ("contents", "data", "labels", "methods", "provenance")
 """Ids that the template uses."""
 
 
+@checked
 def report(
     notebooks: Path | str | Sequence[Path | str] | None = None,
     *,
@@ -59,7 +62,7 @@ def report(
 
     Args:
         notebooks: notebook files, folders of them, and folders of artifacts, in the order of the report; by default
-            `notebooks/` of the checkout.
+            `notebooks/` of the checkout, or those that the installed package carries.
         scale: what the notebooks call SCALE.
         model: what they call MODEL.
         out: the HTML file; by default a new artifact in the store: a report shows one moment, so its time is part of
@@ -116,7 +119,7 @@ def _find_sources(given: Path | str | Sequence[Path | str] | None) -> list[Path]
     if given is None:
         return find_notebooks(None)
     found: list[Path] = []
-    for each in [given] if isinstance(given, Path | str) else given:
+    for each in [given] if isinstance(given, PathLike | str) else given:
         place = Path(each).resolve()
         is_artifact = place.is_dir() and place.parent.name in FORMATS and not any(place.glob("*.ipynb"))
         found += [place] if is_artifact else find_notebooks(each)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.pipelines import local_folder
@@ -62,6 +63,7 @@ SCALES = {
 }
 
 
+@checked
 def load_scale(model: str, scale: str = "demo") -> Scale:
     """The numbers for a model and a scale: `smoke` shows in a minute that everything runs, `demo` is worth looking at.
 

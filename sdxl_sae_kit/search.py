@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Store
 from sdxl_sae_kit.errors import KitError, PromptError
 from sdxl_sae_kit.features import FeatureStats, Ranking
@@ -45,6 +46,7 @@ _RESAMPLES, _BATCH = 2000, 16
 # By what two prompts differ in ----------------------------------------------------------------------------------------
 
 
+@checked
 def by_contrast(
     pipe: Any,
     saes: SAE | Iterable[SAE] | Mapping[Any, SAE],
@@ -187,6 +189,7 @@ def _contrasted(hookpoint: str, differences: Float[np.ndarray, "pair latent"]) -
 # By region and by image -----------------------------------------------------------------------------------------------
 
 
+@checked
 def by_region(stats: FeatureStats, image: int, mask: ArrayLike) -> Results:
     """Features most active under a mask of one image: mean activation inside, beside that outside.
 
@@ -241,6 +244,7 @@ def _token_shares(mask: ArrayLike, grid: tuple[int, int]) -> Float[np.ndarray, "
     return shares.clip(0, 1)
 
 
+@checked
 def by_image(stats: FeatureStats, image: int, by: Ranking = "max") -> Results:
     """Features strongest on one image of the cache: by maximum or mean over its tokens, or by how many it fires on.
 
@@ -270,6 +274,7 @@ def by_image(stats: FeatureStats, image: int, by: Ranking = "max") -> Results:
 # By label, likeness and text ------------------------------------------------------------------------------------------
 
 
+@checked
 def by_label(labels: LabelStore, text: str) -> Results:
     """Features whose label or tags hold every word of the text, or a word that it begins, in any order and case.
 
@@ -293,6 +298,7 @@ def by_label(labels: LabelStore, text: str) -> Results:
     return Results(tuple(found), "share", "words", f"share of the label's words that {text!r} asks for.")
 
 
+@checked
 def by_similarity(stats: FeatureStats, feature: int) -> Results:
     """The features nearest to one: the 8 of the most similar decoder rows, and the 8 that fire most on its tokens.
 
@@ -320,6 +326,7 @@ def by_similarity(stats: FeatureStats, feature: int) -> Results:
     return Results(tuple(found), "cosine", "tokens of co-activation", formula)
 
 
+@checked
 def by_text(
     stats: FeatureStats, text: str, embed: Embed, *, n: int = 12, store: Store | Path | str | None = None
 ) -> Results:
@@ -368,6 +375,7 @@ def held_out_firing(stats: FeatureStats) -> Bool[np.ndarray, "image latent"]:
     return np.asarray((stats.image_activations("max") > FIRES) & stats.prompts.held_out[:, None])
 
 
+@checked
 def most_energetic(stats: FeatureStats, n: int = 12) -> list[int]:
     """Latents with the most energy, density · (mean² + std²), among the local ones of which something can be measured.
 

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import cards, html
 from sdxl_sae_kit.amounts import counted, human_bytes
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Store
 from sdxl_sae_kit.cards import ORDERS, Subject
 from sdxl_sae_kit.errors import KitError, did_you_mean
@@ -60,6 +61,7 @@ STYLE = """<style>
 </style>"""
 
 
+@checked
 def draw_sheet(
     stats: FeatureStats,
     *,

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.devices import choose_device
 from sdxl_sae_kit.errors import KitError, ModelError
@@ -169,8 +170,6 @@ def default_embed(stats: FeatureStats) -> Embed:
 
 
 def _check_pictures(stats: FeatureStats) -> None:
-    if not hasattr(stats, "pictured"):
-        raise KitError(f"This takes FeatureStats, as FeatureStats.measure gives, not a {type(stats).__name__}.")
     if not len(stats.pictured):
         raise KitError(f"No pictures are kept for {stats.sae}. Collect with images='thumbnails' and measure again.")
 
@@ -315,6 +314,7 @@ class Specificity:
         return html.fragment(title, html.table(rows, caption))
 
 
+@checked
 def specificity(
     stats: FeatureStats, embed: Embed | None = None, *, n: int = 12, store: Store | Path | str | None = None
 ) -> Specificity:

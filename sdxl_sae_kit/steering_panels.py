@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.arguments import checked, is_sae
 from sdxl_sae_kit.edits import Edit, write_edits
 from sdxl_sae_kit.errors import EditError, KitError
 from sdxl_sae_kit.explorer import Drawn, finest, known_stats, placed_saes, scaled, strongest
@@ -39,6 +40,7 @@ FAULTS = (KitError, RuntimeError, TypeError, ValueError)
 """What drawing may raise: torch and the tokenizers raise the others."""
 
 
+@checked
 def steering_panel(
     pipe: Any,
     saes: SAE | Mapping[Any, SAE] | Iterable[SAE],
@@ -366,7 +368,7 @@ def _checked(features: Mapping[str, Sequence[int]], saes: Mapping[str, SAE]) -> 
 
 def _names(saes: Any) -> dict[str, str]:
     """How the SAE of each hookpoint is written in Python, given what the caller calls saes."""
-    if isinstance(saes, SAE):
+    if is_sae(saes):
         return {saes.hookpoint: "saes"}
     if isinstance(saes, Mapping):
         keys = {sae.hookpoint: key for key, sae in saes.items()}

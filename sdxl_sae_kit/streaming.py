@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sdxl_sae_kit.activations import Activations
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.buffers import Tokens
 from sdxl_sae_kit.configs import Split
 from sdxl_sae_kit.files import canonical_json, sha256
@@ -68,6 +69,7 @@ class ActivationStream(Activations):
         )
 
 
+@checked
 def stream(
     pipe: Any, prompts: Prompts | Iterable[str], hookpoints: Sequence[str] = DEFAULT_HOOKPOINTS, **settings: Any
 ) -> ActivationStream:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.amounts import counted, human_bytes, whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Store, slug
 from sdxl_sae_kit.configs import SAEConfig, Site
 from sdxl_sae_kit.devices import choose_device
@@ -28,6 +29,7 @@ from sdxl_sae_kit.tokens import Tokens
 from sdxl_sae_kit.trained import TrainedSAEs
 
 
+@checked
 def train(
     data: Activations | Iterable[Any],
     configs: Mapping[str, SAEConfig] | SAEConfig,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import fields
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ _TRAINING = "training."  # what begins so is no part of the SAE, but of a checkp
 
 def location(path: Path | str) -> Path | str:
     """The path, if it is one. Raises ArtifactError."""
-    if not isinstance(path, Path | str):
+    if not isinstance(path, PathLike | str):
         raise ArtifactError(f"SAE.load takes the path of a file or folder, not {path!r}. Pass one such as train's.")
     return path
 

@@ -1,6 +1,9 @@
 """The store: names from recipes, one writer, finished in one step, verified byte by byte."""
 
+import errno
+import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,3 +192,51 @@ def test_the_store_lists_what_it_holds(made):
     assert [(a.kind, a.finished) for a in store.artifacts()] == [("saes", False), ("studies", True)]
     assert "unfinished" in repr(store)
     assert made.name in repr(store)
+
+
+def test_a_writer_that_locked_what_was_deleted_meanwhile_starts_again(tmp_path, monkeypatch):
+    artifact, flock = Store.at(tmp_path).artifact("saes", "x", {}), fcntl.flock
+
+    def deleting_first(handle, kind):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        artifact.remove()
+        flock(handle, kind)
+
+    monkeypatch.setattr(fcntl, "flock", deleting_first)
+    with artifact.lock():
+        assert artifact.busy and artifact.folder.is_dir()
+        artifact.seal()
+    assert not artifact.busy and artifact.finished
+
+
+def test_what_nobody_writes_is_not_busy_where_only_writable_files_can_be_locked_alone(tmp_path, monkeypatch):
+    artifact, flock = Store.at(tmp_path).artifact("saes", "x", {}), fcntl.flock
+
+    def as_on_nfs(handle, kind):
+        if kind & fcntl.LOCK_EX and not handle.writable():
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(handle, kind)
+
+    monkeypatch.setattr(fcntl, "flock", as_on_nfs)
+    with artifact.lock():
+        assert artifact.busy
+    assert not artifact.busy
+
+
+def test_an_artifact_is_gone_in_one_step_and_its_lock_is_free_while_its_files_go(tmp_path, monkeypatch):
+    store = Store.at(tmp_path)
+    artifact, deleted = store.artifact("saes", "x", {}), []
+    with artifact.lock():
+        artifact.file("checkpoint.safetensors").write_bytes(b"0")
+
+    def killed(folder, ignore_errors=False):
+        if folder.exists():
+            with open(folder / ".lock", "r+") as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            deleted.append(folder)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        artifact.remove()
+    assert deleted[0].is_dir() and store.artifacts() == [] and not artifact.folder.exists()

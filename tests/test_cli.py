@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from sdxl_sae_kit import __main__ as cli
-from sdxl_sae_kit.artifacts import FORMATS, Artifact, Store
+from sdxl_sae_kit.artifacts import DELETING, FORMATS, Artifact, Store
 from sdxl_sae_kit.commands.answers import Answer
+from sdxl_sae_kit.commands.inputs import anything
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.stamps import kit_version
 
@@ -253,6 +254,51 @@ def test_leftovers_and_older_formats_are_unused_and_newer_ones_are_not(tmp_path,
         and re.search(rf"unfinished +1\.0\d kB  saes/{half.name}\n", said)
     )
     assert [each.name for each in Store.at(tmp_path).artifacts()] == [new.name]
+
+
+def test_gc_deletes_what_it_was_killed_over(tmp_path):
+    artifact = unfinished_artifact(tmp_path)
+    artifact.folder.rename(halfway := artifact.folder.with_name(artifact.name + DELETING))
+    assert cli.main(["artifacts", "gc", "--store", str(tmp_path)]) == 0 and halfway.is_dir()
+    assert cli.main(["artifacts", "gc", "--store", str(tmp_path), "--delete"]) == 0 and not halfway.exists()
+
+
+def test_verify_names_what_cannot_be_read_and_goes_on(tmp_path, capsys, monkeypatch):
+    finished_artifact(tmp_path)
+    finished_artifact(tmp_path, "reports")
+    verify = Artifact.verify
+
+    def failing(artifact):
+        if artifact.kind == "studies":
+            raise PermissionError(13, "Permission denied", str(artifact.folder))
+        verify(artifact)
+
+    monkeypatch.setattr(Artifact, "verify", failing)
+    assert cli.main(["artifacts", "verify", "--store", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "FAULTY  studies/" in said.out and "Permission denied" in said.out and "intact  reports/" in said.out
+    assert "1 of 2 finished artifacts" in said.err
+
+
+def test_a_name_with_dots_is_an_artifacts_and_a_notebooks_ending_is_a_files(tmp_path):
+    artifact = Store.at(tmp_path).artifact("features", "tiny-turbo_up.0.1_k10", {})
+    with artifact.lock():
+        artifact.seal()
+    for given in (artifact.name, artifact.name[:-4], f"features/{artifact.name}"):
+        assert anything(given, tmp_path) == artifact.folder
+    assert anything("not_there.ipynb", tmp_path) == Path("not_there.ipynb")
+
+
+def test_a_version_is_told_even_of_a_copy_that_is_not_installed(monkeypatch, capsys):
+    monkeypatch.setattr("sdxl_sae_kit.__main__.kit_version", lambda: "unknown")
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == "unknown\n"
+
+
+def test_two_saes_of_one_name_are_refused(capsys):
+    assert cli.main(["train", "nowhere", "--config", "a:k=3", "--config", "a:k=4"]) == 1
+    assert "--config: a is there twice" in capsys.readouterr().err
 
 
 def test_what_a_process_is_writing_is_never_unused(tmp_path):

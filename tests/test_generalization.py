@@ -551,7 +551,7 @@ def test_misfits_are_refused(saes, source, target, prompts, tmp_path):
     with pytest.raises(ArtifactError, match="3 steps, guidance 3"):
         generalize(saes, source, cache_of(tmp_path, prompts, **GUIDED), own=saes, store=tmp_path)
     for wrong in ("tiny-base", None):
-        with pytest.raises(KitError, match="takes caches that collect made, not"):
+        with pytest.raises(KitError, match="generalize takes a cache, such as collect gives as target, not"):
             generalize(saes, source, wrong, store=tmp_path)
     with pytest.raises(HookpointError, match="has no updates of 'up.0.0'"):
         generalize(saes_at(hookpoints=("up.0.0",)), source, target, store=tmp_path)

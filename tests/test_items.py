@@ -450,7 +450,7 @@ def test_an_item_checks_itself(unchecked_types, change, complaint):
 
 
 def test_wrong_kinds_of_arguments_are_refused_in_words(unchecked_types):
-    with pytest.raises(PromptError, match="takes 'world', 'natural' or the path"):
+    with pytest.raises(KitError, match="load_items takes a text or a path as source, not a list"):
         load_items([record()])
     with pytest.raises(KitError, match="n must be an integer"):
         load_items("natural", 2.5)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdxl_sae_kit.errors import PromptError
+from sdxl_sae_kit.errors import KitError, PromptError
 from sdxl_sae_kit.prompts import HELD_OUT_SHARE, Prompts, is_held_out, load_prompts
 from sdxl_sae_kit.tiny import world
 
@@ -141,7 +141,7 @@ def test_rows_without_a_text_are_left_out_and_counted_but_among_strings_they_are
 
 def test_what_is_no_source_is_refused(unchecked_types):
     for wrong in (5, None, {"a fox": 1}):
-        with pytest.raises(PromptError, match="takes a name, a file, or a list of texts or rows, not"):
+        with pytest.raises(KitError, match="load_prompts takes a .* a list.*, not"):
             load_prompts(wrong)
     assert load_prompts(np.array(["a fox", "a cow"])).texts == ("a fox", "a cow")
     for seed in (2**70, -1):

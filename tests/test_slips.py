@@ -1,12 +1,18 @@
 """Slips of newcomers: a thing of the wrong kind is refused in words that say what to pass, and nothing is written."""
 
+import importlib
 import inspect
+import os
+from multiprocessing.reduction import ForkingPickler
 from types import FunctionType, SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 
 import sdxl_sae_kit as kit
 from sdxl_sae_kit.amounts import counted
+from sdxl_sae_kit.arguments import checked, is_sae
 from sdxl_sae_kit.cards import Subject
 from sdxl_sae_kit.configs import SAEConfig
 from sdxl_sae_kit.errors import KitError
@@ -74,19 +80,21 @@ def test_what_is_right_passes_unchanged(pipe, small_stats, small_saes, sae):
 
 @pytest.mark.parametrize("judge", [None, WorldEmbed()], ids=["default judge", "judge"])
 def test_specificity_takes_statistics(sae, judge, unchecked_types):
-    with pytest.raises(KitError, match="takes FeatureStats, as FeatureStats.measure gives, not a SAE"):
+    with pytest.raises(KitError, match="specificity takes FeatureStats, such as .* as stats, not a SAE"):
         specificity(sae, judge)
 
 
 def test_statistics_are_measured_of_an_sae(small_stats, small_cache, unchecked_types):
-    with pytest.raises(KitError, match=r"measure takes one SAE, such as saes\[.*\], not a FeatureStats"):
+    with pytest.raises(KitError, match=r"measure takes one SAE, such as saes\[.*\] as sae, not a FeatureStats"):
         FeatureStats.measure(small_stats, small_cache)
 
 
 def test_explore_takes_a_pipeline_and_one_prompt(pipe, sae, unchecked_types):
-    with pytest.raises(KitError, match=r"takes a pipeline, such as load_pipeline\('tiny-turbo'\) gives, not None"):
+    with pytest.raises(
+        KitError, match=r"explore takes a pipeline, such as load_pipeline\('tiny-turbo'\) gives as pipe, not None"
+    ):
         explore(None, sae)
-    with pytest.raises(KitError, match=r"explore draws one prompt, a text, not \['a red circle'\]"):
+    with pytest.raises(KitError, match=r"explore takes a text as prompt, not \['a red circle'\]"):
         explore(pipe, sae, ["a red circle"])
 
 
@@ -118,3 +126,64 @@ def test_one_is_told_of_in_the_singular(small_cache, tmp_path, capsys):
     saes = train(small_cache, SAEConfig(k=4, expansion=1), hookpoints=["up.0.1"], store=tmp_path)
     assert "Training 1 SAE at up.0.1" in capsys.readouterr().out
     assert repr(saes).startswith("1 trained SAE (measured")
+
+
+def functions():
+    return [name for name in kit.__all__ if inspect.isfunction(getattr(kit, name))]
+
+
+@pytest.mark.parametrize("name", functions())
+def test_a_public_function_is_one_object_that_looks_at_its_arguments_and_pickles(name):
+    function = getattr(kit, name)
+    assert function is getattr(importlib.import_module(function.__module__), name)
+    ForkingPickler.dumps(function)  # which refuses what its module does not have under its name
+    if name not in ("plan", "stream"):  # which hand on to `collect` what they do not know
+        with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'nonsense'"):
+            function(nonsense=1)
+
+
+def test_a_misspelt_keyword_is_named_with_the_function_and_the_nearest_one(unchecked_types):
+    with pytest.raises(TypeError, match=r"^load_prompts\(\) got an unexpected .* 'sed'. Did you mean 'seed'\?"):
+        kit.load_prompts("world", 3, sed=1)
+    with pytest.raises(TypeError, match=r"load_prompts\(\) missing 1 required positional argument: 'source'"):
+        kit.load_prompts(n=3)
+    with pytest.raises(TypeError, match=r"load_prompts\(\) takes from 1 to 2 positional arguments but 3 were given"):
+        kit.load_prompts("world", 3, 4)
+
+
+def test_modules_around_an_sae_and_stand_ins_for_it_pass_if_they_answer_like_one(pipe, sae, unchecked_types):
+    compiled, deaf = torch.compile(sae), torch.nn.DataParallel(sae)
+    assert is_sae(compiled) and is_sae(Mock(spec=SAE)) and not is_sae(deaf) and not is_sae(torch.nn.Linear(1, 1))
+    with steer(pipe, compiled, scale={3: 0.0}) as edit:
+        assert edit.sae == sae.name
+    with pytest.raises(KitError, match="not a DataParallel"), steer(pipe, deaf, scale={3: 0.0}):
+        pass
+
+
+class Pathlike(os.PathLike):
+    def __init__(self, path):
+        self.path = path
+
+    def __fspath__(self):
+        return str(self.path)
+
+
+def test_whatever_names_a_path_is_one(sae, small_stats, tmp_path, unchecked_types):
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    prompts = kit.load_prompts(Pathlike(tmp_path / "prompts.txt"))
+    assert prompts.texts == kit.load_prompts(tmp_path / "prompts.txt").texts
+    assert kit.open_artifact(Pathlike(small_stats.artifact.folder)).sae == small_stats.sae
+    assert kit.Store.at(Pathlike(tmp_path)).root == tmp_path.resolve()
+    sae.save(tmp_path / "sae.safetensors")
+    assert SAE.load(Pathlike(tmp_path)).digest == sae.digest
+
+
+def test_a_list_has_a_length_and_an_order(unchecked_types):
+    @checked
+    def take(things: "Sequence[str]") -> int:  # noqa: F821
+        return len(things)
+
+    assert [take(given) for given in (["a"], ("a",), "a", range(1), torch.zeros(1))] == [1] * 5
+    for given in ({"a"}, frozenset("a"), iter("a"), (each for each in "a"), {"a": 1}, 3):
+        with pytest.raises(KitError, match="take takes a list as things, not "):
+            take(given)

@@ -375,7 +375,7 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_measured(
         specialize(pipe, small_saes, small_cache, timing=small_cache, store=store)
     with pytest.raises(KitError, match="embed is a judge such as WorldEmbed"):
         specialize(pipe, small_saes, small_cache, embed="clip", store=store)
-    with pytest.raises(KitError, match="reads a cache from collect, not 'cache'"):
+    with pytest.raises(KitError, match="specialize takes a cache, such as collect gives as cache, not 'cache'"):
         specialize(pipe, small_saes, "cache", store=store)
     partial = collect(pipe, load_prompts("world", 2), ["up.0.1"], num_inference_steps=2, store=store)
     with pytest.raises(ArtifactError, match=r"has up\.0\.1\. Collect down\.2\.1 too"):

@@ -28,6 +28,8 @@ EXAMPLE = """
 sdxl-sae-kit collect world -n 500 --hookpoints down.2.1,up.0.1
 sdxl-sae-kit collect prompts.txt --model stabilityai/sdxl-turbo --tokens-per-image 32 --plan
 """
+KNOWN = tuple(name for name in MODELS if "/" in name)
+"""Models of the hub whose forecast needs no weights: the kit knows their shapes."""
 
 
 def add(verbs: Any) -> None:
@@ -58,7 +60,8 @@ def add(verbs: Any) -> None:
     stored = ("float16", "bfloat16", "float32")
     option(parser, "--dtype", str, "float16", "how numbers are stored", choices=stored)
     add_store(parser)
-    forecast = "say how much it will write and how long it takes, and stop; hub models are not loaded and not timed"
+    forecast = "say how much it will write and how long it takes, and stop; the two hub models that the kit knows by "
+    forecast += f"name ({' and '.join(KNOWN)}) are not loaded, and not timed; any other is"
     parser.add_argument("--plan", action="store_true", help=forecast)
     add_model(parser, "tiny-turbo")
 
@@ -67,14 +70,12 @@ def _collect(options: argparse.Namespace) -> Answer:
     from sdxl_sae_kit.collection import collect
     from sdxl_sae_kit.plans import plan
     from sdxl_sae_kit.prompts import load_prompts
-    from sdxl_sae_kit.tiny import NAMES
 
     prompts = load_prompts(options.source, options.n, seed=options.seed, column=options.column, split=options.split)
     images = None if options.images == "none" else options.images
     settings = {**taken(options, collect), "images": images}
     if options.plan:
-        by_name = options.model in MODELS and options.model not in NAMES
-        forecast = plan(options.model if by_name else inputs.open_pipeline(options), prompts, **settings)
+        forecast = plan(options.model if options.model in KNOWN else inputs.open_pipeline(options), prompts, **settings)
         return Answer(str(forecast), {**asdict(forecast), "fits": forecast.fits})
     cache = collect(inputs.open_pipeline(options), prompts, **settings)
     held_out = int(prompts.held_out.sum())

@@ -37,10 +37,11 @@ def find(kind: str, given: str, store: Path | None) -> Path:
 
 
 def _named(kinds: list[str], given: str, store: Store) -> Path:
-    known = {artifact.name: artifact.folder for artifact in store.artifacts() if artifact.kind in kinds}
+    known = {artifact.name: artifact for artifact in store.artifacts() if artifact.kind in kinds}
     found = [given] if given in known else [name for name in known if given and name.startswith(given)]
+    found = [name for name in found if known[name].finished] or found  # one that was interrupted is hardly meant
     if len(found) == 1:
-        return known[found[0]]
+        return known[found[0]].folder
     what = f"in {' or '.join(kinds)} of {store.root}"
     if found:
         raise ArtifactError(
@@ -118,7 +119,7 @@ def open_clip(given: str) -> Any:
 def anything(given: str, store: Path | None) -> Path:
     """A path as it is, or the folder of whatever artifact has this name or alone begins so."""
     path = Path(given).expanduser()
-    if path.exists() or path.suffix:
+    if path.exists() or path.suffix == ".ipynb":
         return path
     kind, _, name = given.partition("/")
     return _named([kind], name, Store.at(store)) if kind in FORMATS else _named(list(FORMATS), given, Store.at(store))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from sdxl_sae_kit.amounts import counted, human_bytes
-from sdxl_sae_kit.artifacts import Artifact, Store
+from sdxl_sae_kit.artifacts import DELETING, Artifact, Store
 from sdxl_sae_kit.commands.answers import Answer
 from sdxl_sae_kit.commands.options import add_store, add_verb
 from sdxl_sae_kit.errors import ArtifactError
@@ -82,7 +83,7 @@ def _fault(artifact: Artifact) -> str:
 
     try:
         (verify_cache if artifact.kind == "activations" else Artifact.verify)(artifact)
-    except ArtifactError as error:
+    except (ArtifactError, OSError) as error:
         return str(error)
     return ""
 
@@ -90,6 +91,9 @@ def _fault(artifact: Artifact) -> str:
 def _gc(options: argparse.Namespace) -> Answer:
     store = _existing(options.store)
     rows, kept = [], []
+    if options.delete:
+        for halfway in store.root.glob(f"*/*{DELETING}"):  # of a process that was killed over it
+            shutil.rmtree(halfway, ignore_errors=True)
     for artifact in store.unused():
         row = _told(artifact, why=artifact.why_unused, bytes=_all_bytes(artifact.folder), deleted=False)
         if options.delete:

@@ -32,7 +32,10 @@ def add(verbs: Any) -> None:
     option(train, "folder", Path, None, "where checkpoints, log and sample grids go", complete="folder")
     for name, kind, text in SETTINGS:
         train.add_argument(name, type=kind, default=argparse.SUPPRESS, help=text)
-    train.add_argument("--stage", choices=("all", "vae", "judge", "base", "turbo"), default=argparse.SUPPRESS)
+    stages = "one stage only, which needs those before it in the folder (the base needs no judge) (default: all)"
+    train.add_argument(
+        "--stage", choices=("all", "vae", "judge", "base", "turbo"), default=argparse.SUPPRESS, help=stages
+    )
 
     says = "how often it draws what it is told, how good the judge is, how rich updates are"
     measure = add_verb(tiny, "measure", _measure, says, MEASURE)

@@ -95,6 +95,8 @@ def add(verbs: Any) -> None:
 def _named(text: str) -> tuple[str, dict[str, Any]]:
     """A name and the fields that are said of it: `k20:k=20,prefixes=0.25,0.5`."""
     name, _, said = text.partition(":")
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text!r} does not begin with a name, such as k20:k=20")
     settings = {}
     for part in re.split(r",(?=\w+=)", said) if said else []:
         field, _, value = part.partition("=")
@@ -111,6 +113,9 @@ def _train(options: argparse.Namespace) -> Answer:
     from sdxl_sae_kit.training import train
 
     common = {field.name: getattr(options, field.name) for field in fields(SAEConfig)}
+    names = [name for name, _ in options.configs or ()]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise KitError(f"--config: {', '.join(twice)} is there twice. Give every SAE a name of its own.")
     cache = inputs.open_cache(options.cache, options.store)
     configs = {name: SAEConfig(**{**common, **own}) for name, own in options.configs or ()}
     settings = taken(options, train, "data", "configs")

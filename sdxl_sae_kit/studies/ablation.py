@@ -16,6 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
@@ -46,6 +47,7 @@ from sdxl_sae_kit.studies.strips import draw_strip
 Labels = LabelStore | Mapping[int, str]
 
 
+@checked
 def ablate(
     pipe: Any,
     sae: SAE,

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.amounts import human_bytes, whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.files import write_atomically
@@ -227,6 +228,7 @@ class Attribution:
         return *(by_prompt(each, self.prompts) for each in (predicted, true, activation)), groups  # type: ignore[return-value]
 
 
+@checked
 def attribute(
     pipe: Any,
     saes: SAE | Mapping[Any, SAE] | Iterable[SAE],

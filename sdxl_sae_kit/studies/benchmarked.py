@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +331,7 @@ class RIEBench:
         Raises:
             KitError: it cannot be written there.
         """
-        if not isinstance(path, str | Path):
+        if not isinstance(path, str | PathLike):
             raise KitError(f"write_json: name a file, as text or a Path, not {path!r}.")
         target = writable("benchmark", Path(path))
         told = json.dumps(self.to_json(), indent=1, allow_nan=False, ensure_ascii=False).encode()

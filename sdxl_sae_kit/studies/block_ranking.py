@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.files import write_atomically
@@ -252,6 +253,7 @@ class BlockRanking:
         return np.asarray(np.quantile(ranks, [0.025, 0.975], axis=0, method="nearest"))
 
 
+@checked
 def rank_blocks(
     pipe: Any,
     prompts: Prompts | Iterable[str],

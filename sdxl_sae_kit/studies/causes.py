@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.amounts import counted, whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.features import FeatureStats
@@ -185,6 +186,7 @@ class Causes:
         return f"Causes of {len(self.latents)} features of {self.sae}: {', '.join(self.names)}"
 
 
+@checked
 def measure_causes(
     pipe: Any,
     sae: SAE,

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.amounts import counted, human_bytes
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.configs import Site
@@ -33,6 +34,7 @@ from sdxl_sae_kit.studies.lines import Lines
 SAEs = SAE | Mapping[Any, SAE] | Iterable[SAE]
 
 
+@checked
 def generalize(
     saes: SAEs,
     cache: ActivationCache,
@@ -78,9 +80,6 @@ def generalize(
     """
     placed = by_hookpoint("generalize", "SAEs", SAE, saes)
     here = {} if own is None else by_hookpoint("generalize", "SAEs of own=", SAE, own)
-    for each in (cache, target):
-        if not isinstance(each, ActivationCache):
-            raise KitError(f"generalize takes caches that collect made, not {type(each).__name__}.")
     for given, of in ((placed, cache), (here, target)):
         for sae in given.values():
             _check_trained(sae, of)

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 from sdxl_sae_kit.amounts import counted, whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.errors import HookpointError, KitError, did_you_mean
 from sdxl_sae_kit.hookpoints import DEFAULT_HOOKPOINTS, SDXL
 from sdxl_sae_kit.plans import duration
@@ -82,6 +83,7 @@ class Forecast:
         )
 
 
+@checked
 def forecast_riebench(
     n_items: int,
     methods: Methods = METHODS,

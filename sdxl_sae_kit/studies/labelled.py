@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 
 from sdxl_sae_kit.activations import Activations
+from sdxl_sae_kit.arguments import is_sae
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.interventions import check_model
 from sdxl_sae_kit.metrics import areas_under_curve
@@ -126,7 +127,7 @@ def read_saes(asked: str, pipe: Any, saes: Any, cache: Activations) -> list[SAE]
     """
     several = saes.values() if isinstance(saes, Mapping) else saes if isinstance(saes, Iterable) else [saes]
     chosen: list[Any] = list(several)
-    if not chosen or not all(isinstance(sae, SAE) for sae in chosen):
+    if not chosen or not all(is_sae(sae) for sae in chosen):
         raise KitError(f"{asked}: saes are one or more SAEs, such as [saes['up.0.1', 'k10']]. Pass nothing else.")
     if len({sae.digest for sae in chosen}) < len(chosen):
         raise KitError(f"{asked}: an SAE is there twice. Pass each once.")

@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from sdxl_sae_kit.amounts import human_bytes, whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.attended import few_steps
 from sdxl_sae_kit.errors import KitError
@@ -41,6 +42,7 @@ _ASKED = "riebench"
 _DRAWING = ("num_inference_steps", "guidance_scale", "height", "width")
 
 
+@checked
 def riebench(
     pipe: Any,
     saes: SAE | Iterable[SAE] | Mapping[Any, SAE],
@@ -76,7 +78,8 @@ def riebench(
         saes: one SAE for each block, of this model; the steps they were trained on may be others.
         items: from `load_items`, or several `Item`s.
         methods: names, with the benchmark's grids of k and strength (k 80 to 640 of SDXL's 20,480 features); or a
-            mapping of each to its own, such as {"sae": {"k": [24], "strength": [1, 2]}, "steering": {}}.
+            mapping of each to its own, such as {"sae": {"k": [24], "strength": [1, 2]}, "steering": {}}. With none, {},
+            only the pictures of the two prompts are drawn and measured.
         by_block: (method, k, strength), which is tried with all blocks, each block alone, and each left out.
         segmenter: what finds the masks; by default the embedded model's. Others need one.
         judge: what tells pictures apart; by default the embedded model's. Others need one; None measures pixels only.

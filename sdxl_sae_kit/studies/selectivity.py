@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.interventions import steer
@@ -33,6 +34,7 @@ _POOL, _FEWEST = 240, 6
 _BATCH = 48
 
 
+@checked
 def screen(
     pipe: Any,
     saes: SAE | Iterable[SAE] | Mapping[Any, SAE],

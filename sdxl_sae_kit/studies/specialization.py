@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.cache import ActivationCache
 from sdxl_sae_kit.errors import KitError
@@ -59,6 +60,7 @@ _SHOWN, _TILE = 3, 56
 _LEAST = 20
 
 
+@checked
 def specialize(
     pipe: Any,
     saes: SAE | Mapping[Any, SAE] | Sequence[SAE],

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from sdxl_sae_kit import html
 from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.files import write_atomically
@@ -229,6 +230,7 @@ class Splicing:
         return by_prompt(np.stack([error, variance], axis=1), self._texts), lambda m: 1 - m[..., 0] / m[..., 1]
 
 
+@checked
 def splice(
     pipe: Any,
     saes: SAE | Mapping[Any, SAE] | Iterable[SAE],

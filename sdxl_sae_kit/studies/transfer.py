@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from sdxl_sae_kit.activations import Activations
 from sdxl_sae_kit.amounts import whole_number
+from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.artifacts import Artifact, Store
 from sdxl_sae_kit.edits import Edit
 from sdxl_sae_kit.errors import KitError
@@ -61,6 +62,7 @@ class _Chosen(NamedTuple):
     prompts: Prompts
 
 
+@checked
 def transfer_edits(
     pipe: Any,
     saes: SAE | Iterable[SAE] | Mapping[Any, SAE],
