@@ -24,7 +24,7 @@ from sdxl_sae_kit.label_lines import LabelTest
 from sdxl_sae_kit.label_tests import SHOWN, BlindTest, auto_label, score_label, test_label
 from sdxl_sae_kit.labellers import HERE, WorldLabeller
 from sdxl_sae_kit.labels import LabelStore, user
-from sdxl_sae_kit.layout import decode_picture
+from sdxl_sae_kit.pictures import decode_picture
 
 STATS = world_stats()
 HELD_OUT = STATS.prompts.held_out

@@ -28,7 +28,7 @@ from sdxl_sae_kit.labellers import (
     sheet,
 )
 from sdxl_sae_kit.labels import LabelStore
-from sdxl_sae_kit.layout import decode_picture
+from sdxl_sae_kit.pictures import decode_picture
 from sdxl_sae_kit.tiny.world import FACTORS, factors
 
 PICTURES = [decode_picture(thumbnail) for thumbnail in thumbnails()[:200]]
