@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard, TypeVar
 
@@ -126,5 +127,8 @@ def _is_a(given: object, kind: str) -> bool:
 
 def _told(given: object) -> str:
     """How a message names what was given: plain values as they are, things by their class."""
-    plain = isinstance(given, str | int | float | bool | list | tuple | dict | None) and len(repr(given)) < 60
-    return repr(given) if plain else f"{'an' if type(given).__name__[0] in 'AEIO' else 'a'} {type(given).__name__}"
+    plain = isinstance(given, str | int | float | bool | list | tuple | dict | None)
+    with suppress(Exception):  # what lies in a list may not be able to say what it is
+        if plain and len(text := repr(given)) < 60:
+            return text
+    return f"{'an' if type(given).__name__[0] in 'AEIO' else 'a'} {type(given).__name__}"

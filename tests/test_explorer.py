@@ -271,8 +271,8 @@ def test_what_does_not_fit_together_is_refused(
     refused: list[tuple[Any, dict[str, Any], str]] = [
         ([other, twin], {}, "2 of these 2 saes are of up.0.1"),
         ([], {}, "there are no saes"),
-        (17, {}, "saes are each a SAE, not a int"),
-        ([one, None], {}, "saes are each a SAE, not a NoneType"),
+        (17, {}, "explore takes SAEs, such as train gives, or one or several of them as saes, not 17"),
+        ([one, None], {}, "explore takes SAEs, such as train gives, or one or several of them as saes, not "),
         (one, {"stats": small_stats}, "belong to none of these SAEs"),
         (twin, {}, "does not tell how strongly its latents usually fire"),
         (one, {"n": 0}, "explore: n"),

@@ -456,7 +456,7 @@ def test_a_latent_there_is_not_is_refused(shown: Gallery, labels: LabelStore) ->
         ({"page_size": 2.5}, "page_size must be an integer of at least 1, not 2.5"),
         ({"static": -1}, "static must be an integer of at least 0, not -1"),
         ({"sort": "size"}, "no order 'size'"),
-        ({"stats": None}, "statistics of one SAE, .* not None"),
+        ({"stats": None}, "takes FeatureStats, .* not None"),
     ],
 )
 def test_bad_options_are_refused(

@@ -220,8 +220,8 @@ def test_images_of_two_caches_are_paired_by_prompt_and_seed(cache, two_steps, sa
 @pytest.mark.parametrize(
     ("given", "error", "told"),
     [
-        (lambda c: (an_sae(), "mid.0"), KitError, "not str"),
-        (lambda c: (an_sae(), an_sae(), "cache"), KitError, "not str"),
+        (lambda c: (an_sae(), "mid.0"), KitError, "one SAE, .* not 'mid.0'"),
+        (lambda c: (an_sae(), an_sae(), "cache"), KitError, "a cache, .* not 'cache'"),
         (lambda c: (an_sae(), an_sae(), None, c), KitError, "without cache="),
         (lambda c: (an_sae(), an_sae("down.2.1")), KitError, "24 numbers and down.2.1 of 12"),
         (lambda c: (an_sae(), an_sae(alive=False)), KitError, "no alive latent"),

@@ -230,7 +230,7 @@ def test_whole_numbers_of_other_kinds_become_plain_ones(unchecked_types):
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
     [
-        ({"kind": "topK"}, "kind is one of topk, batchtopk, jumprelu, not 'topK'. Did you mean 'topk'"),
+        ({"kind": "topK"}, "kind is one of topk, batchtopk, jumprelu.*, not 'topK'. Did you mean 'topk'"),
         ({"normalize": "channel"}, "normalize is one of .* Did you mean 'channels'"),
         ({"k": None}, "a topk SAE needs its k"),
         ({"kind": "jumprelu", "prefixes": (0.5,)}, "are for topk and batchtopk; leave them out"),

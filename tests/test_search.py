@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -254,7 +255,8 @@ def test_an_unknown_ranking_or_image_is_refused(small_stats, unchecked_types):
 def labelled(**labels):
     """Just what by_label asks of a LabelStore."""
     said = {int(f.removeprefix("f")): told if isinstance(told, tuple) else (told, ()) for f, told in labels.items()}
-    return SimpleNamespace(
+    return Mock(
+        spec=LabelStore,
         all=lambda: {f: text for f, (text, _) in said.items()},
         latest=lambda f: SimpleNamespace(text=said[f][0], tags=said[f][1]),
     )

@@ -3,7 +3,7 @@
 import io
 import itertools
 from dataclasses import replace
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from PIL import Image
 from sdxl_sae_kit import similarity
 from sdxl_sae_kit.artifacts import Artifact
 from sdxl_sae_kit.errors import KitError, ModelError
+from sdxl_sae_kit.features import FeatureStats
 from sdxl_sae_kit.prompts import Prompts
 from sdxl_sae_kit.similarity import ClipEmbed, Embed, WorldEmbed, embed_pictures, specificity, top_pictures
 from sdxl_sae_kit.tiny.judge import load_judge
@@ -44,7 +45,8 @@ def made_up(strengths, folder, texts=None, size=(16, 16), cache="a cache", kept=
     best = np.argsort(-strengths, axis=0)[:kept]
     top = np.where(np.take_along_axis(strengths, best, axis=0) > 1e-3, best, -1).T
 
-    return SimpleNamespace(
+    return Mock(
+        spec=FeatureStats,
         sae="made up", hookpoint="mid.0", d_sae=d_sae, n_images=n, pictured=np.arange(n), top_images=top,
         artifact=Artifact(folder / "features" / "made-up-00000000", {"cache": cache}),
         prompts=Prompts(tuple(texts), tuple(range(n)), ({},) * n),
