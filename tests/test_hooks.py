@@ -309,6 +309,7 @@ def test_a_whole_compiled_unet_is_read_too(pipe, monkeypatch):
     assert n_hooks(pipe) == 0
 
 
+@pytest.mark.slow
 def test_silence_is_heard_in_a_compiled_unet(pipe):
     expected_unet, clean = pipe.unet, image(pipe)
     with silence(pipe, ["up.0.1", "up.0.resnet.0"]):

@@ -66,6 +66,7 @@ def test_a_feature_passes_when_it_moves_its_own_factor_and_keeps_every_other() -
     assert not Outcome(moved, [True] * 10, {"shape": still, "size": [True, *still[:-1]]}).passes
 
 
+@pytest.mark.slow
 def test_what_a_break_leaves_is_gone_on_with_and_gives_the_same(
     pipe, small_cache, small_saes, strict, tmp_path
 ) -> None:

@@ -103,7 +103,7 @@ def unbroken(tmp_path_factory):
     return run(folder, "turbo")
 
 
-@pytest.mark.parametrize(("stage", "file"), [("base", BASE), ("turbo", TURBO)])
+@pytest.mark.parametrize(("stage", "file"), [pytest.param("base", BASE, marks=pytest.mark.slow), ("turbo", TURBO)])
 def test_unet_resumes_bit_for_bit(unbroken, folder, monkeypatch, stage, file):
     if stage == "turbo":
         shutil.copy(unbroken / BASE, folder)

@@ -395,6 +395,7 @@ TOGETHER = """
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_half_a_batch_learn_as_one_at_the_whole(small_cache, tmp_path):
     script = tmp_path / "together.py"
     script.write_text(textwrap.dedent(TOGETHER))
@@ -417,6 +418,7 @@ def test_two_processes_at_half_a_batch_learn_as_one_at_the_whole(small_cache, tm
             assert np.allclose(curves[0], curves[1], rtol=0.1, atol=0.02), (name, key)
 
 
+@pytest.mark.slow
 def test_auxk_brings_dead_latents_back(small_cache, tmp_path):
     common = SAEConfig(k=8, expansion=2, lr=3e-3, dead_after=10_000, auxk=64)
     configs = {
