@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 
@@ -23,6 +24,7 @@ Sparse autoencoders on the block updates of SDXL's U-Net. Results are kept in a 
 it. The last line on stdout is where it lies; progress goes to stderr. Exit codes: 0 done, 1 refused or failed, 2 wrong
 usage, 130 interrupted.
 """
+_INTERRUPTED = "Interrupted; what was finished is kept, and of a training its last checkpoint. Run it again to go on."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    format_warning, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
         with redirect_stdout(sys.stderr):  # progress must not stand among the answer
             answer: Answer = options.run(options)
@@ -46,11 +49,17 @@ def _run(options: argparse.Namespace) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("Interrupted; what was made is kept, run it again to go on.", file=sys.stderr)
+        print(_INTERRUPTED, file=sys.stderr)
         return INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, terminate)
+        warnings.formatwarning = format_warning
     return DONE
+
+
+def _warning_line(message: Warning | str, *place: object, **line: object) -> str:
+    """A warning without the line of the kit that gave it, which tells nothing in a shell."""
+    return f"{message}\n"
 
 
 def _tell(answer: Answer, as_json: bool) -> None:

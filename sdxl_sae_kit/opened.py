@@ -56,6 +56,8 @@ def open_artifact(folder: Path | str) -> Any:
         >>> open_artifact("artifacts/studies/splicing_tiny-turbo_4saes-d4309e9e")  # doctest: +SKIP
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ArtifactError(f"There is no folder {folder}. Give that of an artifact, such as stats.artifact.folder.")
     artifact = Artifact.open(folder, folder.resolve().parent.name)
     study = artifact.recipe.get("study")
     read = _STUDIES.get(str(study)) if artifact.kind == "studies" else _KINDS.get(artifact.kind)

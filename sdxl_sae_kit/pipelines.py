@@ -217,7 +217,7 @@ def _warn_of_long(pipe: Any, prompts: Sequence[str]) -> bool:
         warnings.warn(
             f"{long} of {len(prompts)} prompts are longer than the {pipe.tokenizer.model_max_length} tokens that this "
             "model reads: cut there.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return bool(long)
 

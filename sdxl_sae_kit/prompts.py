@@ -195,9 +195,9 @@ def _first(rows: Iterable[Any], n: int | None, column: str | None, source: str) 
             raise PromptError(f"Prompt {number} of {source} is {text!r}, which is no valid Unicode. Mend or remove it.")
         chosen.append(told)
     if n is not None and len(chosen) < n:
-        warnings.warn(f"{source} has {len(chosen)} prompts, fewer than the {n} asked for.", stacklevel=3)
+        warnings.warn(f"{source} has {len(chosen)} prompts, fewer than the {n} asked for.", stacklevel=4)
     if left_out:
-        warnings.warn(f"Rows of {source} without a text, left out: {left_out}.", stacklevel=3)
+        warnings.warn(f"Rows of {source} without a text, left out: {left_out}.", stacklevel=4)
     return chosen
 
 
@@ -260,7 +260,8 @@ def _read(source: str | Path | Iterable[Any], split: str) -> Iterable[Any]:
     if read is None:
         raise PromptError(
             f"Unknown prompt source {str(source)!r}; it is 'world', 'scenes', a .txt, .jsonl or .csv file, "
-            f"'hf:owner/name', or a list of texts.{did_you_mean(str(source), ['world', 'scenes'])}"
+            f"'hf:owner/name', or a list of texts, also of one: ['a red star']."
+            f"{did_you_mean(str(source), ['world', 'scenes'])}"
         )
     if not path.is_file():
         raise PromptError(f"There is no file {path}. Give the path of a .txt, .jsonl or .csv file.")

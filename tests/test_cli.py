@@ -111,7 +111,10 @@ def test_ctrl_c_is_exit_code_130(answers, capsys):
 
     answers(stops)
     assert cli.main(["artifacts", "list"]) == 130
-    assert capsys.readouterr().err == "Interrupted; what was made is kept, run it again to go on.\n"
+    assert (
+        capsys.readouterr().err
+        == "Interrupted; what was finished is kept, and of a training its last checkpoint. Run it again to go on.\n"
+    )
 
 
 def test_a_terminated_command_is_interrupted_too(answers):

@@ -263,3 +263,9 @@ def test_samples_in_which_a_number_is_unknown_are_left_out_of_its_interval_only(
     assert np.isfinite([low, high]).all()  # of the samples that drew the first row
     assert np.isnan(bootstrap_intervals(values, lambda m: m * np.nan)).all()
     assert np.array_equal(low[1:], [1 / 6])
+
+
+def test_a_seed_repeats_an_interval_and_another_does_not():
+    values = np.random.default_rng(0).normal(size=(30, 2))
+    drawn = [bootstrap_intervals(values, seed=seed) for seed in (3, 3, 4)]
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])

@@ -294,7 +294,10 @@ def test_a_stop_ends_in_one_line_and_takes_the_kernel_along(tmp_path, stop, when
     finally:
         process.kill()
     assert process.returncode == 130
-    assert said.splitlines()[-1] == "Interrupted; what was made is kept, run it again to go on."
+    assert (
+        said.splitlines()[-1]
+        == "Interrupted; what was finished is kept, and of a training its last checkpoint. Run it again to go on."
+    )
     assert "Traceback" not in said and not (tmp_path / "page.html").exists()
     time.sleep(1)
     left = subprocess.run(["ps", "-o", "stat=", "-s", str(process.pid)], capture_output=True, text=True).stdout

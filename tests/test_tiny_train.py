@@ -334,7 +334,7 @@ def test_a_stop_takes_the_processes_along(folder, stop):
         process.send_signal(stop)
         _, said = process.communicate(timeout=30)
         time.sleep(2)
-        assert process.returncode == 130 and "Interrupted; what was made is kept" in said
+        assert process.returncode == 130 and "Interrupted; what was finished is kept" in said
         assert not running(process.pid)
     finally:
         with suppress(ProcessLookupError):

@@ -76,11 +76,14 @@ def option(
     parser: argparse._ActionsContainer, name: str, kind: Callable[[str], Any], default: Any, text: str, *,
     complete: str | None = None, **more: Any,
 ) -> None:  # fmt: skip
-    """Declare an option or, without dashes, a positional argument, and say its default where the text does not."""
+    """Declare an option or, without dashes, a positional argument, and say its default where the text does not.
+
+    Spaces part the names of an option that has several.
+    """
     if default is not None and "default" not in text:
         text += f" (default: {_said(default)})"
     given = more if not name.startswith("-") else {"default": default, **more}
-    action = parser.add_argument(name, type=kind, help=text.replace("%", "%%"), **given)
+    action = parser.add_argument(*name.split(), type=kind, help=text.replace("%", "%%"), **given)
     if complete is not None:
         action.complete = COMPLETE[complete]  # type: ignore[attr-defined]  # shtab reads it
 

@@ -86,7 +86,7 @@ def add(verbs: Any) -> None:
     group = parser.add_argument_group("the SAEs")
     for field in fields(SAEConfig):
         read, text = FIELDS[field.name]
-        name = "-k" if field.name == "k" else f"--{field.name.replace('_', '-')}"
+        name = "-k --k" if field.name == "k" else f"--{field.name.replace('_', '-')}"
         option(group, name, read, field.default, text, choices=CHOICES.get(field.name))
     parts = "one SAE by name, with those of these options that are its own; repeat it for several (default: one SAE)"
     option(group, "--config", _named, None, parts, action="append", metavar="NAME:FIELD=VALUE,…", dest="configs")
