@@ -307,6 +307,8 @@ class Generalization:
         ]
         n = f"{summary and self.summary()[0]['prompts']} prompts"
         labels = [row for row in self.labels() if row["group"] != "factor"]
+        # Twenty steps make thousands of rows, which nobody reads and every report would carry.
+        labels = [row for row in labels if row["step"] == "all"] or labels
         return html.fragment(
             f"<h3>What carries over to {html.escape(self.target)}</h3><p>{html.escape(self.sentence())}</p>",
             html.table(summary, f"Explained variance over all steps, with 95 % bootstrap intervals over {n}"),
@@ -315,7 +317,12 @@ class Generalization:
                 "Shares of live latents that vanish and appear, with Wilson's 95 % intervals over latents",
             ),
             html.folded("Step by step", html.table(self.rows(), "With 95 % bootstrap intervals over prompts")),
-            html.folded("Labels by role", html.table(labels, "Mean AUC, with 95 % bootstrap intervals over prompts"))
+            html.folded(
+                "Labels by role",
+                html.table(
+                    labels, "Mean AUC, with 95 % bootstrap intervals over prompts; `labels()` has every step and factor"
+                ),
+            )
             if labels
             else "",
         )
