@@ -357,3 +357,11 @@ def test_notebooks_copies_them_and_says_where(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sdxl_sae_kit.notebooks.copy_notebooks", lambda folder: [folder / "00.ipynb"], raising=False)
     assert cli.main(["notebooks", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"00.ipynb\n{tmp_path}\n"
+
+
+@pytest.mark.parametrize("verb", ["list", "verify", "gc"])
+def test_a_store_that_is_a_file_is_not_taken_for_an_empty_one(tmp_path, monkeypatch, capsys, verb):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SDXL_SAE_KIT_STORE", str(tmp_path / "file"))
+    assert cli.main(["artifacts", verb]) == 1
+    assert f"There is no folder {tmp_path / 'file'}" in capsys.readouterr().err

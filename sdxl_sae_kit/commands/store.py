@@ -40,7 +40,7 @@ def add(verbs: Any) -> None:
 
 def _existing(folder: Path | None) -> Store:
     store = Store.at(folder)
-    if folder is not None and not store.root.is_dir():
+    if not store.root.is_dir() and (folder is not None or store.root.exists()):  # the usual one may not be made yet
         raise ArtifactError(f"There is no folder {store.root}. Give the path of a store, or leave --store out.")
     return store
 
