@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard, TypeVar
 
@@ -45,6 +45,8 @@ _PLAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 _SAES = "SAEs, such as train gives, or one or several of them"
 _PIPELINE = "a pipeline, such as load_pipeline('tiny-turbo') gives"
+_SPELLED = reprlib.Repr()  # what lies in a list may be huge, or may not be able to say what it is
+_SPELLED.maxstring = _SPELLED.maxother = 60
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -128,7 +130,6 @@ def _is_a(given: object, kind: str) -> bool:
 def _told(given: object) -> str:
     """How a message names what was given: plain values as they are, things by their class."""
     plain = isinstance(given, str | int | float | bool | list | tuple | dict | None)
-    with suppress(Exception):  # what lies in a list may not be able to say what it is
-        if plain and len(text := repr(given)) < 60:
-            return text
+    if plain and len(text := _SPELLED.repr(given)) < 60:
+        return text
     return f"{'an' if type(given).__name__[0] in 'AEIO' else 'a'} {type(given).__name__}"

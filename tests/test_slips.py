@@ -98,6 +98,20 @@ def test_explore_takes_a_pipeline_and_one_prompt(pipe, sae, unchecked_types):
         explore(pipe, sae, ["a red circle"])
 
 
+def test_what_cannot_say_what_it_is_is_still_named(pipe, sae, unchecked_types):
+    class Mute:
+        def __repr__(self):
+            raise RuntimeError("no words")
+
+    for given, told in (
+        ([Mute()], r"\[<Mute instance"),
+        (["long"] * 99, r"\['long', .*, \.\.\.\]"),
+        ("a" * 99, "a str"),
+    ):
+        with pytest.raises(KitError, match=f"explore takes a pipeline, .* as pipe, not {told}"):
+            explore(given, sae)
+
+
 def test_an_sae_is_saved_as_a_file_and_loaded_from_a_path(sae, tmp_path, unchecked_types):
     with pytest.raises(KitError, match="saved as one file, and .* is a folder. Name a file in it"):
         sae.save(tmp_path)
