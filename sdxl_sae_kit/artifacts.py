@@ -32,6 +32,8 @@ PAGES = Path(__file__).parent / "pages"
 _STAMP, _LOCK = "stamp.json", ".lock"
 DELETING = ".deleting"
 """How a folder's name ends while it is deleted: no artifact's does."""
+UNFINISHED = "unfinished"
+"""Why an artifact is unused with which the call that began it would go on."""
 _ASKED: dict[Path, None] = {}
 """Folders of the artifacts that this process made, found or opened, in that order."""
 
@@ -178,7 +180,7 @@ class Artifact:
         if self.folder.is_symlink() or self.busy:
             return ""
         if not self.finished:
-            return "unfinished"
+            return UNFINISHED
         return "older format" if self.superseded else ""
 
     @property

@@ -12,7 +12,7 @@ import pytest
 from sdxl_sae_kit import __main__ as cli
 from sdxl_sae_kit.artifacts import DELETING, FORMATS, Artifact, Store
 from sdxl_sae_kit.commands.answers import Answer
-from sdxl_sae_kit.commands.inputs import anything
+from sdxl_sae_kit.commands.inputs import anything, find
 from sdxl_sae_kit.errors import ArtifactError, KitError
 from sdxl_sae_kit.stamps import kit_version
 
@@ -251,11 +251,11 @@ def test_leftovers_and_older_formats_are_unused_and_newer_ones_are_not(tmp_path,
     assert told[half.name]["bytes"] >= 1000 and half.folder.exists(), "only listed"
     assert cli.main(["artifacts", "gc", "--store", str(tmp_path), "--delete"]) == 0
     said = capsys.readouterr().out
-    assert (
-        "2 artifacts" in said
-        and "2 deleted." in said
-        and re.search(rf"unfinished +1\.0\d kB  saes/{half.name}\n", said)
-    )
+    assert "2 artifacts" in said and re.search(rf"unfinished +1\.0\d kB  saes/{half.name}\n", said)
+    assert "1 deleted. 1 unfinished stayed: the same call goes on there." in said
+    assert sorted(each.name for each in Store.at(tmp_path).artifacts()) == sorted([half.name, new.name])
+    assert cli.main(["artifacts", "gc", "--store", str(tmp_path), "--delete", "--unfinished"]) == 0
+    assert "1 deleted.\n" in capsys.readouterr().out
     assert [each.name for each in Store.at(tmp_path).artifacts()] == [new.name]
 
 
@@ -292,6 +292,59 @@ def test_a_name_with_dots_is_an_artifacts_and_a_notebooks_ending_is_a_files(tmp_
     assert anything("not_there.ipynb", tmp_path) == Path("not_there.ipynb")
 
 
+def made_of(root, kind, readable, **recipe):
+    artifact = Store.at(root).artifact(kind, readable, recipe)
+    with artifact.lock():
+        artifact.seal()
+    return artifact
+
+
+def test_a_name_without_its_hash_is_not_the_beginning_of_another(tmp_path):
+    short, longer = (made_of(tmp_path, "saes", f"tiny_mid.0_{config}") for config in ("k10", "k10-n96"))
+    assert find("saes", "tiny_mid.0_k10", tmp_path) == short.folder
+    assert find("saes", "tiny_mid.0_k10-n", tmp_path) == longer.folder
+    with pytest.raises(ArtifactError, match="begins the names of 2 artifacts"):
+        find("saes", "tiny_mid.0_k1", tmp_path)
+
+
+def test_names_that_begin_alike_are_told_apart_by_what_made_them(tmp_path):
+    cache = made_of(tmp_path, "activations", "scenes")
+    stranger = "0" * 64
+    saes = [
+        made_of(tmp_path, "saes", "tiny_k10", cache=made, config={"seed": seed, "lr": 0.1})
+        for seed, made in enumerate((cache.digest, stranger))
+    ]
+    with pytest.raises(ArtifactError) as refused:
+        find("saes", "tiny", tmp_path)
+    lines = str(refused.value).split("\n  ")
+    assert lines[0].endswith("Give more of one:")
+    assert set(lines[1:]) == {f"{sae.name}  seed {seed}" for seed, sae in enumerate(saes)}, (
+        "a hash tells nobody anything"
+    )
+    made_of(tmp_path, "saes", "tiny_k5", cache=cache.digest, config={"seed": 0, "lr": 0.1})
+    saes[1].file("stamp.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=rf"\n  {saes[1].name}(\n|$)"):  # a damaged one is still named
+        find("saes", "tiny", tmp_path)
+
+
+def test_many_names_that_begin_alike_are_not_all_listed(tmp_path):
+    for number in range(11):
+        made_of(tmp_path, "saes", "tiny", seed=number)
+    with pytest.raises(ArtifactError, match=r"of 11 artifacts (.|\n)*\n  and 3 more$") as refused:
+        find("saes", "tiny", tmp_path)
+    assert str(refused.value).count("\n") == 9
+
+
+def test_what_is_proposed_can_be_given(tmp_path):
+    for readable, seed in (("tiny_k10", 0), ("tiny_k10", 1), ("tiny_k5", 0)):
+        made_of(tmp_path, "saes", readable, seed=seed)
+    for mistyped in ("tiny_k1o", "tiny_k50", "tyny_k10"):
+        with pytest.raises(ArtifactError, match="Did you mean") as refused:
+            find("saes", mistyped, tmp_path)
+        proposed = re.search("Did you mean '(.*)'", str(refused.value))[1]
+        assert find("saes", proposed, tmp_path).is_dir()
+
+
 def test_a_version_is_told_even_of_a_copy_that_is_not_installed(monkeypatch, capsys):
     monkeypatch.setattr("sdxl_sae_kit.__main__.kit_version", lambda: "unknown")
     with pytest.raises(SystemExit):
@@ -321,7 +374,8 @@ def test_what_was_finished_since_it_was_listed_is_kept(tmp_path, capsys, monkeyp
     with pytest.raises(ArtifactError, match="was finished meanwhile"):
         listed.remove()
     monkeypatch.setattr(Store, "unused", lambda _: [listed])
-    assert cli.main(["artifacts", "gc", "--store", str(tmp_path), "--delete"]) == 1
+    monkeypatch.setattr(Artifact, "why_unused", "unfinished")
+    assert cli.main(["artifacts", "gc", "--store", str(tmp_path), "--delete", "--unfinished"]) == 1
     assert "1 artifact stayed." in capsys.readouterr().err and artifact.finished
 
 

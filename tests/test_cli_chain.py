@@ -51,7 +51,7 @@ def test_from_prompts_to_causes(said, place):
 
     measured = json.loads(said("measure", "--json"))
     stats = FeatureStats.open(measured["folder"])
-    assert stats.sae == saes["saes"][1]["name"] and measured["fire at all"] == len(stats.alive)
+    assert stats.sae == saes["saes"][1]["name"] and measured["alive"] == len(stats.alive)
     assert measured["tokens"] == stats.n_tokens == 60 * 64
 
     page = Path(said("gallery").strip())
@@ -79,7 +79,10 @@ WRONG = [
     (["train", "tiny", "-k", "0"], "SAEConfig: k must be an integer of at least 1, not 0"),
     (["train", "tinny"], "No folder 'tinny', and no such name in activations"),
     (["measure", "small_up.0.1_k9", "tiny"], "Did you mean 'small_up.0.1_k8'?"),
-    (["measure", "small", "tiny"], "'small' begins the names of 2 artifacts"),
+    (
+        ["measure", "tiny", "small_up.0.1_k8"],
+        "'tiny' is one of the activations; what is needed here is one of the saes.",
+    ),
     (["measure", "{cache}", "{cache}"], "is one of the activations; what is needed here is one of the saes."),
     (["gallery", "export", "nothing"], "; nothing is there."),
     (["collect", "wrld", "-n", "3"], "wrld"),

@@ -58,7 +58,7 @@ ONLY_HERE = {
     ("measure", "device"),  # where the SAE lies, which `measure` sees
     ("gallery export", "out"),  # a file, where notebooks show it
     ("riebench", "items"), ("riebench", "hookpoints"), ("riebench", "plan"),  # what SAEs and items are made from
-    ("artifacts gc", "delete"),
+    ("artifacts gc", "delete"), ("artifacts gc", "unfinished"),
     ("tiny measure", "captions"), ("tiny measure", "folder"),  # it calls four functions
 }  # fmt: skip
 

@@ -15,6 +15,8 @@ MEASURE = """
 Of every latent: density, mean, spread, histogram, Moran's I of its heat maps, its strongest images and a sample of all.
 The cache is read once: 1.1 to 1.3 times what encoding it takes. Killed, it goes on after the last 512 images.
 """
+SUMMARY = ("sae", "latents", "alive", "often", "median_density", "mean_moran", "mean_moran_interval", "tokens")
+"""The keys in JSON of what `FeatureStats.summary` calls by sentences."""
 EXPORT = """
 One HTML file with all in it, which asks for nothing from anywhere and can be filtered and sorted where scripts run. A
 card of the small model takes about 6 kB. Labels are those of the SAE in the store, unless a file is named.
@@ -59,7 +61,8 @@ def _measure(options: argparse.Namespace) -> Answer:
     settings = taken(options, FeatureStats.measure, "sae", "cache")
     stats = FeatureStats.measure(sae.to(device), cache, **settings)
     summary = stats.summary()
-    return of_artifact(stats.artifact, table([summary]), **summary, images=stats.n_images)
+    told = dict(zip(SUMMARY, summary.values(), strict=True))
+    return of_artifact(stats.artifact, table([summary]), **told, images=stats.n_images)
 
 
 def _export(options: argparse.Namespace) -> Answer:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +21,8 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.sae import SAE
 
 NAMING = "folder, name in the store, or the beginning of one"
-_SHOWN = 8
+_SHOWN, _DIFFERENCES = 8, 3
+_HASH = re.compile("[0-9a-f]{64}")
 
 
 def find(kind: str, given: str, store: Path | None) -> Path:
@@ -37,23 +41,73 @@ def find(kind: str, given: str, store: Path | None) -> Path:
 
 
 def _named(kinds: list[str], given: str, store: Store) -> Path:
-    known = {artifact.name: artifact for artifact in store.artifacts() if artifact.kind in kinds}
-    found = [given] if given in known else [name for name in known if given and name.startswith(given)]
-    found = [name for name in found if known[name].finished] or found  # one that was interrupted is hardly meant
-    if len(found) == 1:
+    stored = store.artifacts()
+    known = {artifact.name: artifact for artifact in stored if artifact.kind in kinds}
+    found = [name for name in _meant(given, known) if known[name].finished] or _meant(given, known)
+    if len(found) == 1:  # one that was interrupted is hardly meant where there is a finished one
         return known[found[0]].folder
     what = f"in {' or '.join(kinds)} of {store.root}"
     if found:
+        shown = _told_apart([known[name] for name in found[:_SHOWN]], stored)
+        more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         raise ArtifactError(
-            f"{given!r} begins the names of {counted(len(found), 'artifacts')} {what}: {_some(found)}. Say more of it."
+            f"{given!r} begins the names of {counted(len(found), 'artifacts')} {what}. Give more of one:\n  "
+            + "\n  ".join([*shown, *more])
         )
-    nearly = [*(name.rsplit("-", 1)[0] for name in known), *known]
+    if given and (others := [artifact for artifact in stored if _meant(given, [artifact.name])]):
+        raise ArtifactError(
+            f"{given!r} is one of the {others[0].kind}; what is needed here is one of the {' or '.join(kinds)}."
+        )
     there = f"it has {_some(list(known))}" if known else "nothing is there"
-    raise ArtifactError(f"No folder {given!r}, and no such name {what}; {there}.{did_you_mean(given, nearly)}")
+    alone = [name for name in map(_readable, known) if len(_meant(name, known)) == 1]
+    raise ArtifactError(
+        f"No folder {given!r}, and no such name {what}; {there}.{did_you_mean(given, [*alone, *known])}"
+    )
+
+
+def _meant(given: str, names: Iterable[str]) -> list[str]:
+    """The names that are meant: the whole one, else those that are so but for their hash, else those that begin so."""
+    fits: list[Callable[[str], bool]] = [
+        lambda name: name == given,
+        lambda name: _readable(name) == given,
+        lambda name: bool(given) and name.startswith(given),
+    ]
+    return next((found for fit in fits if (found := list(filter(fit, names)))), [])
+
+
+def _readable(name: str) -> str:
+    return name.rsplit("-", 1)[0]
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _told_apart(artifacts: list[Artifact], stored: list[Artifact]) -> list[str]:
+    """Each one's name, and what of its recipe is not the same in all: inputs by name where the store has them."""
+    names = {digest: artifact.name for artifact in stored if (digest := _stamped(artifact).get("digest"))}
+    recipes = [dict(_leaves(_stamped(artifact).get("recipe", {}), names)) for artifact in artifacts]
+    known = [recipe for recipe in recipes if recipe]  # nothing is known of what is unfinished or damaged
+    telling = [
+        key
+        for key in (known[0] if known else ())
+        if len(values := {recipe.get(key, "") for recipe in known}) > 1 and not any(map(_HASH.fullmatch, values))
+    ]
+    lines = (", ".join(f"{key} {each[key]}" for key in telling[:_DIFFERENCES] if key in each) for each in recipes)
+    return [f"{artifact.name}  {line}".rstrip() for artifact, line in zip(artifacts, lines, strict=True)]
+
+
+def _stamped(artifact: Artifact) -> Mapping[str, Any]:
+    """Its stamp; empty where it is unfinished or damaged."""
+    with suppress(ArtifactError):
+        return artifact.stamp
+    return {}
+
+
+def _leaves(recipe: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Every setting, however deep, as text; a digest as the name of what has it."""
+    for key, value in recipe.items():
+        yield from _leaves(value, names) if isinstance(value, Mapping) else [(key, names.get(str(value), str(value)))]
 
 
 def open_cache(given: str, store: Path | None) -> ActivationCache:

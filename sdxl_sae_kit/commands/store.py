@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from sdxl_sae_kit.amounts import counted, human_bytes
-from sdxl_sae_kit.artifacts import DELETING, Artifact, Store
+from sdxl_sae_kit.artifacts import DELETING, UNFINISHED, Artifact, Store
 from sdxl_sae_kit.commands.answers import Answer
 from sdxl_sae_kit.commands.options import add_store, add_verb
 from sdxl_sae_kit.errors import ArtifactError
 
 VERIFY = "Every byte of the store is read. Exit code 1 if anything has changed."
 GC = """
-Lists what is only in the way, with its size, and deletes it with --delete only. That is: what was left unfinished
-and no process is writing (the same call would go on there, so do not delete what you mean to finish); and what is of
-an older format than this kit reads.
+Lists what is only in the way, with its size, and deletes it with --delete only. That is: what is of an older format
+than this kit reads; and what was left unfinished and no process is writing. The same call would go on there, so that is
+deleted with --unfinished only.
 
 A finished result that this kit reads is never listed, whether or not another was made from it: a study or a report is
 the end of a line, and a cache or an SAE without users may be asked for again. Nor is anything of a newer format,
@@ -34,7 +34,8 @@ def add(verbs: Any) -> None:
     add_store(add_verb(artifacts, "list", _list, "every artifact, finished or not, with its size"))
     add_store(add_verb(artifacts, "verify", _verify, "hash every finished artifact again", VERIFY))
     gc = add_verb(artifacts, "gc", _gc, "find what is unused, and delete it if asked", GC, "sdxl-sae-kit artifacts gc")
-    gc.add_argument("--delete", action="store_true", help="delete what is listed; never what a process is writing")
+    gc.add_argument("--delete", action="store_true", help="delete what is of an older format")
+    gc.add_argument("--unfinished", action="store_true", help="with --delete: what no call is to go on with, too")
     add_store(gc)
 
 
@@ -96,7 +97,7 @@ def _gc(options: argparse.Namespace) -> Answer:
             shutil.rmtree(halfway, ignore_errors=True)
     for artifact in store.unused():
         row = _told(artifact, why=artifact.why_unused, bytes=_all_bytes(artifact.folder), deleted=False)
-        if options.delete:
+        if options.delete and (artifact.finished or options.unfinished):
             try:
                 artifact.remove()
                 row["deleted"] = True
@@ -105,10 +106,17 @@ def _gc(options: argparse.Namespace) -> Answer:
         rows.append(row)
     total = human_bytes(sum(row["bytes"] for row in rows))
     lines = [f"{row['why']:12} {human_bytes(row['bytes']):>9}  {row['kind']}/{row['name']}" for row in rows]
-    advice = f"{len(rows) - len(kept)} deleted." if options.delete else "Nothing is deleted without --delete."
-    lines.append(f"Unused in {store.root}: {counted(len(rows), 'artifacts')}, {total}. {advice}")
+    lines.append(f"Unused in {store.root}: {counted(len(rows), 'artifacts')}, {total}. {_advice(options, rows)}")
     failure = ArtifactError(f"{counted(len(kept), 'artifacts')} stayed. {' '.join(kept)}") if kept else None
     return Answer("\n".join(lines), {"store": str(store.root), "unused": rows}, failure)
+
+
+def _advice(options: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
+    if not options.delete:
+        return "Nothing is deleted without --delete."
+    resumable = 0 if options.unfinished else sum(row["why"] == UNFINISHED for row in rows)
+    stayed = f" {resumable} unfinished stayed: the same call goes on there. --unfinished deletes them too."
+    return f"{sum(row['deleted'] for row in rows)} deleted.{stayed if resumable else ''}"
 
 
 def _all_bytes(folder: Path) -> int:

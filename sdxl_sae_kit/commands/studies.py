@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdxl_sae_kit.commands import inputs
 from sdxl_sae_kit.commands.answers import Answer, of_artifact, table
@@ -17,6 +17,9 @@ from sdxl_sae_kit.commands.options import (
     option,
     taken,
 )
+
+if TYPE_CHECKING:
+    from sdxl_sae_kit.studies.results import Ablation
 
 ABLATE = """
 Each feature is turned off, and given other doses, on images on which it fires, beside four controls; how much pictures
@@ -74,7 +77,21 @@ def _ablate(options: argparse.Namespace) -> Answer:
     found = ablate(inputs.open_pipeline(options, sae), sae, stats, **given, **settings)
     told = {"sentence": found.sentence(), "overall": {measure: found.overall(measure) for measure in found.measures}}
     rows = {measure: found.rows(measure) for measure in found.measures}
-    return of_artifact(found.artifact, found.sentence(), **told, rows=rows)
+    return of_artifact(found.artifact, f"{table(_effects(found))}\n\n{found.sentence()}", **told, rows=rows)
+
+
+def _effects(found: Ablation) -> list[dict[str, Any]]:
+    """A line for what was done by each measure: its effect inside the region, over features."""
+    from sdxl_sae_kit.studies.controls import CONDITIONS
+
+    overall = {measure: found.overall(measure) for measure in found.measures if found.measured}
+    return [
+        {"measure": measure, "done": condition, "effect inside": row[condition],
+         "95 % interval": row[f"{condition} interval"], "inside / outside": row[f"{condition} locality"],
+         "features": row["features"]}
+        for measure, row in overall.items()
+        for condition in CONDITIONS
+    ]  # fmt: skip
 
 
 def _add_specialize(verbs: Any) -> None:
