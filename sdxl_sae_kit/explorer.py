@@ -286,7 +286,7 @@ class Explorer(widgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         if unknown := int((active & (usual == 0)).sum()):
             facts.append(f"{unknown} never fired in training and have no unit")
         body = f'<div class="sae-tiles">{"".join(tiles)}</div>' if tiles else html.quiet("No latent fires here.")
-        return f'<h4>{html.escape(hookpoint)} <span class="sae-quiet">{", ".join(facts)}</span></h4>{body}'
+        return f'<h3>{html.escape(hookpoint)} <span class="sae-quiet">{", ".join(facts)}</span></h3>{body}'
 
     def _tile(
         self, hookpoint: str, heat: Float[np.ndarray, "height width"], strength: Strength, label: str | None

@@ -176,7 +176,7 @@ def test_one_block_can_be_looked_at_alone(shown: Explorer) -> None:
     shown.block.value = "up.0.1"
     assert shown.panels["down.2.1"].layout.display == "none"
     assert shown.panels["up.0.1"].layout.display is None
-    assert "<h4>down.2.1" not in shown.static_html()
+    assert "<h3>down.2.1" not in shown.static_html()
     shown.block.value = "all"
     assert [shown.panels[hookpoint].layout.display for hookpoint in HOOKPOINTS] == [None, None]
 

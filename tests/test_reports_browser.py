@@ -41,7 +41,7 @@ CELLS = (
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reports")
-    title = nbformat.v4.new_markdown_cell(f"# Title {RAW}\n## Heading\n| a | b |\n|---|---|\n| {'x ' * 200} | y |")
+    title = nbformat.v4.new_markdown_cell(f"# Title {RAW}\n## Heading\nText with [a link](#Heading) in it.\n\n| a | b |\n|---|---|\n| {'x ' * 200} | y |")
     book = nbformat.v4.new_notebook(cells=[title, *map(nbformat.v4.new_code_cell, CELLS)])
     book.cells[1].metadata["tags"] = ["parameters"]
     path = folder / "'\"><img src=x onerror=alert(1)>.ipynb"
@@ -85,7 +85,7 @@ def test_it_is_drawn_asks_for_nothing_and_does_what_no_text_wants(chromium, writ
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
-def test_axe_finds_nothing_serious(chromium, written, width, scheme):
+def test_axe_finds_nothing(chromium, written, width, scheme):
     page, *_ = visit(
         chromium, written, viewport={"width": width, "height": 800}, color_scheme=scheme, bypass_csp=True
     )  # axe is no script of the page's
@@ -93,8 +93,7 @@ def test_axe_finds_nothing_serious(chromium, written, width, scheme):
     page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
     page.evaluate(Path(axe.__file__).with_name("axe.min.js").read_text("utf-8"))
     found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
-    serious = [each for each in found if each["impact"] in ("serious", "critical")]
-    assert [(each["id"], [node["html"] for node in each["nodes"]][:3]) for each in serious] == []
+    assert [(each["id"], [node["html"] for node in each["nodes"]][:3]) for each in found] == []
 
 
 def test_a_gallery_is_filtered_with_the_keyboard_alone(chromium, written):

@@ -335,7 +335,7 @@ def contact_sheet(scores: Scores, lines: Sequence[tuple[str, Line]], picture: Ca
             told = {measure: scores.values[measure][at, taken[at]] for measure in _ranked_by(scores)}
             numbers = ", ".join(f"{measure} {value:.2f}" for measure, value in told.items() if np.isfinite(value))
             shown.append(_figure(html.picture(tiles, alt), name, f"{about}; {_dose(setting)}: {numbers}"))
-        parts.append(f'<h4>{html.escape(method)}</h4><div style="{_SHEET}">{"".join(shown)}</div>')
+        parts.append(f'<h3>{html.escape(method)}</h3><div style="{_SHEET}">{"".join(shown)}</div>')
     return html.fragment(*parts)
 
 
