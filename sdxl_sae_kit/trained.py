@@ -45,7 +45,7 @@ class TrainedSAEs(dict[Key, SAE]):
         return "\n".join([f"{counted(len(self), 'trained SAEs')} (measured on held-out tokens)", *lines])
 
     def explained(self) -> dict[Key, float | None]:
-        """Explained variance of each; None where it is not defined."""
+        """Explained variance of each on held-out tokens, at most 1; None where it is not defined."""
         return {key: sae.metrics["explained_variance"] for key, sae in self.items()}
 
     def rows(self) -> list[dict[str, Any]]:

@@ -64,6 +64,7 @@ class Splicing:
     measures: tuple[str, ...]
     """The distances that could be told: see `distances.MEASURES`."""
     n_images: int
+    """Pictures in each condition."""
     _results: Mapping[str, Mapping[str, Any]] = field(repr=False)
 
     @classmethod
@@ -262,7 +263,7 @@ def splice(
 
     Raises:
         ArtifactError: SAEs or a cache of another model than the pipeline's.
-        KitError: there is nothing to draw, or no SAE.
+        HookpointError, KitError: a hookpoint that is not there, nothing to draw, or no SAE.
 
     Example:
         >>> chosen = [saes[h, "k20-white"] for h in cache.hookpoints]                    # doctest: +SKIP
