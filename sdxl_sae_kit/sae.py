@@ -292,9 +292,10 @@ class SAE(nn.Module):
         return hashed.hexdigest()
 
     def save(self, path: Path | str, training: Mapping[str, Tensor] | None = None) -> None:
-        """Write one safetensors file, not a folder, with configuration, site, data digest and metrics in its header.
+        """Write one safetensors file with configuration, site, data digest and metrics in its header.
 
-        `training` makes it a checkpoint: what the next step of training needs beside the SAE, by name.
+        Where the path is a folder it raises ArtifactError. `training` makes it a checkpoint: what the next step of
+        training needs beside the SAE, by name.
         """
         header = {
             "name": self.name,

@@ -18,6 +18,8 @@ Key = tuple[str, str]
 class TrainedSAEs(dict[Key, SAE]):
     """SAEs by (hookpoint, name of the configuration), with their held-out metrics and training curves.
 
+    `saes[key]` raises KitError for a key that is not there, and says why where its training stopped.
+
     Attributes:
         logs: per SAE, what each twentieth step saw (see `learning.StepLog`).
         failures: per SAE whose training stopped, why.

@@ -38,7 +38,8 @@ class RIEBench:
     `target` (the least probability it gives one of these), `kept` (share of the other factors whose answer stays),
     `outside` (change outside the masks), `pixel` (mean |difference| of colours 0 to 1), `to original` and `to edited`
     (the judge's distances, from 0), `image similarity` to the edited prompt's picture and `text similarity` to its
-    text, both at most 1. Items whose masks are empty are in `failed`, never dropped silently.
+    text, both at most 1. Items whose masks are empty are in `failed`, never dropped silently. What takes a measure
+    raises KitError for one that was not told, or where nothing was scored.
 
     >>> bench = RIEBench.open(folder)  # doctest: +SKIP
     >>> bench.compare("sae", "random")["difference interval"]  # doctest: +SKIP

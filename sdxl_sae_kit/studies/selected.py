@@ -97,7 +97,7 @@ class Selectivity:
         return cls(artifact, tuple(found))
 
     def passing(self, condition: str = "feature") -> dict[str, Any]:
-        """Share of features that pass in a condition, with its 95 % interval (Wilson) over features."""
+        """Share of features that pass in one of `CONDITIONS`, with its 95 % interval (Wilson) over features."""
         return share([f.outcomes[condition].passes for f in self.features])
 
     def rows(self) -> list[dict[str, Any]]:
