@@ -47,7 +47,7 @@ class Activations(ABC):
     def read(
         self, hookpoint: str, images: Sequence[int] | NDArray[np.integer]
     ) -> Float[Tensor, "image row token d_in"]:
-        """Updates of some images; rows go step by step, uncond before cond."""
+        """Updates of some images, by index; rows go step by step, uncond before cond."""
 
     @abstractmethod
     def _blocks(
@@ -61,12 +61,12 @@ class Activations(ABC):
         return tuple(self.layout.hookpoints)
 
     def grid(self, hookpoint: str) -> tuple[int, int]:
-        """Height and width of an update."""
+        """Height and width of an update, in tokens."""
         height, width, _ = self._shape(hookpoint)
         return height, width
 
     def d_in(self, hookpoint: str) -> int:
-        """Width of a token."""
+        """How many numbers a token has."""
         return self._shape(hookpoint)[2]
 
     def _shape(self, hookpoint: str) -> tuple[int, int, int]:
@@ -121,7 +121,11 @@ class Activations(ABC):
         return -(-self.n_tokens(hookpoint, "train") // batch_size)
 
     def images(self, split: Split = "all") -> Int[np.ndarray, "image"]:
-        """Indices of the images of a split; the split goes by prompt, so no text is on both sides."""
+        """Indices of the images of a split; the split goes by prompt, so no text is on both sides.
+
+        Raises:
+            KitError: no such split.
+        """
         held_out = self.prompts.held_out
         chosen = {"train": ~held_out, "held_out": held_out, "all": np.ones_like(held_out)}
         if split not in chosen:
@@ -159,6 +163,7 @@ class Activations(ABC):
 
         Raises:
             HookpointError: hookpoints of different grids.
+            KitError: no such split, or a batch size or seed that is none.
         """
         hookpoints = [hookpoints] if isinstance(hookpoints, str) else hookpoints
         batch_size, seed = whole_number("batch_size", batch_size), whole_number("seed", seed, least=0)

@@ -45,7 +45,10 @@ def checkout() -> Path | None:
 
 
 class Store:
-    """A folder of artifacts."""
+    """A folder of artifacts; `root` is its path.
+
+    >>> Store.at().unused()                                                 # doctest: +SKIP
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root

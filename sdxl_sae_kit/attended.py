@@ -56,7 +56,7 @@ class AttentionSegmenter:
     Args:
         pipe: what the pictures are drawn with.
         hookpoints: the transformer blocks to read.
-        threshold: share of the attention's range, 0 to 1.
+        threshold: share of the attention's range, above 0 and at most 1.
         num_inference_steps: as the pictures were drawn; by default as `riebench` draws them.
         guidance_scale: likewise; with guidance only the half of the prompt is read.
         batch_size: pictures drawn at once.

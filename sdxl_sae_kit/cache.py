@@ -37,6 +37,10 @@ class ActivationCache(Activations):
     """Updates of n images at some hookpoints, read from a folder.
 
     `cache["down.2.1"]` is read like an h5py dataset of (image, row, token, d_in), and can be given to a DataLoader.
+
+    >>> cache = ActivationCache.open("artifacts/activations/tiny-turbo_1step_500images-1a2b3c4d")  # doctest: +SKIP
+    >>> cache["up.0.1"][cache.images("train")[:8], cache.row(step=0)].shape                        # doctest: +SKIP
+    torch.Size([8, 64, 96])
     """
 
     def __init__(self, artifact: Artifact) -> None:
@@ -63,7 +67,11 @@ class ActivationCache(Activations):
 
     @property
     def digest(self) -> str:
-        """What the recipes of SAEs name as their input; an unfinished cache has none."""
+        """What the recipes of SAEs name as their input (sha256).
+
+        Raises:
+            ArtifactError: the cache is unfinished, and so has none.
+        """
         return self.artifact.digest
 
     @property
@@ -77,14 +85,22 @@ class ActivationCache(Activations):
         return np.concatenate([np.arange(0), *(np.arange(shard.first_image, shard.stop) for shard in self._shards)])
 
     def images(self, split: Split = "all") -> Int[np.ndarray, "image"]:
-        """Indices of the images of a split; the split goes by prompt, so no text is on both sides."""
+        """Indices of the images of a split that are there; the split goes by prompt, so no text is on both sides.
+
+        Raises:
+            KitError: no such split.
+        """
         return np.intersect1d(super().images(split), self.present, assume_unique=True)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.hookpoints)
 
     def __getitem__(self, hookpoint: str) -> Updates:
-        """The updates of a hookpoint, to be sliced."""
+        """The updates of a hookpoint, to be sliced.
+
+        Raises:
+            HookpointError: it does not hold this hookpoint.
+        """
         self.grid(hookpoint)
         return Updates(self, hookpoint)
 
@@ -112,7 +128,12 @@ class ActivationCache(Activations):
         return self.layout.tensor(out)
 
     def positions(self, hookpoint: str, images: Sequence[int] | NDArray[np.integer]) -> Int[np.ndarray, "image token"]:
-        """Which tokens of the grid `read` gives, as y · width + x: all in order, or those that were sampled."""
+        """Which tokens of the grid `read` gives, as y · width + x: all in order, or those that were sampled.
+
+        Raises:
+            HookpointError: it does not hold this hookpoint.
+            ArtifactError: an image is not there.
+        """
         n_tokens = self.tokens_per_row(hookpoint)
         self._check_present(np.asarray(images))
         kept = [self.layout.positions(hookpoint, int(image)) for image in images]
@@ -174,25 +195,25 @@ class ActivationCache(Activations):
         """The picture, as large as it was kept.
 
         Raises:
-            ArtifactError: the cache was collected without images, or the picture is damaged.
+            ArtifactError: the cache was collected without images, this one is not there, or the picture is damaged.
         """
         (data,) = self._pictures(np.array([image]))
         with self._explained(self._shard(image)):
             return decode_picture(data)
 
     def thumbnail(self, image: int) -> bytes:
-        """The picture, small, as WebP.
+        """The picture as WebP, at most 160 pixels wide and high.
 
         Raises:
-            ArtifactError: the cache was collected without images.
+            ArtifactError: as for `image`.
         """
         return self.thumbnails(np.array([image]))[0]
 
     def thumbnails(self, images: Sequence[int] | NDArray[np.integer]) -> list[bytes]:
-        """The pictures of some images, small, as WebP; of neighbours on disk together.
+        """The pictures of some images as for `thumbnail`; those of neighbours on disk are read together.
 
         Raises:
-            ArtifactError: the cache was collected without images, or an image is not there.
+            ArtifactError: as for `image`.
         """
         pictures = self._pictures(np.asarray(images))
         if self.layout.images == "thumbnails":

@@ -56,13 +56,15 @@ def collect(
         pipe: from `load_pipeline`, or any SDXL pipeline of diffusers.
         prompts: from `load_prompts`, or texts (the i-th gets seed i).
         hookpoints: short names or module paths, or one of them.
-        num_inference_steps, guidance_scale, height, width: by default the model's preset.
+        num_inference_steps, guidance_scale: by default the model's preset; guidance of at most 1 is none.
+        height, width: of the images in pixels, multiples of 8; by default the model's preset.
         steps: which denoising steps to keep, from 0, or one of them; by default all.
         half: with guidance, "cond" or "uncond"; by default both.
         tokens_per_image: keep so many tokens of every grid, drawn at random for each image; by default all. Enough for
             training at a fraction of the bytes, but heat maps need whole grids.
         batch_size: images at once. What is computed depends on it in the last digits, so that another one makes
-            another cache. At most 128 images, or one batch, are lost when it is interrupted.
+            another cache. Files hold at most 128 images, or one batch; what is lost when it is interrupted is the one
+            in the making and, if it is killed, the one being written.
         images: keep "thumbnails" (small WebP) for galleries, whole pictures as "webp" or "png", or None: then the
             U-Net stops after the last hookpoint and no image is decoded, which is faster.
         dtype: how numbers are stored: float16, bfloat16 or float32.
@@ -70,8 +72,13 @@ def collect(
 
     Raises:
         HookpointError: unknown hookpoint.
+        PromptError: no prompts, or some that cannot be read.
         ArtifactError: another process is collecting the same, or the disk is too small.
-        KitError: an impossible setting, or an update that does not fit into float16.
+        KitError: an impossible setting, or an update that does not fit into `dtype`.
+
+    >>> cache = collect(pipe, load_prompts("world", 500), ["up.0.1"])               # doctest: +SKIP
+    >>> cache["up.0.1"].shape                                                       # doctest: +SKIP
+    (500, 1, 64, 96)
     """
     prompts = as_prompts(prompts)
     recipe = make_recipe(
@@ -110,8 +117,11 @@ def repair(
         prompts: those it was collected from; needed only if they are damaged too.
 
     Raises:
-        ArtifactError: its recipe or prompts are lost, or files lie in its folder that do not belong there.
+        ArtifactError: there is no such folder, its recipe or prompts are lost, other prompts are given, or files lie in
+            it that do not belong there.
         KitError: the pipeline is another one.
+
+    >>> repair(pipe, "artifacts/activations/tiny-turbo_1step_500images-1a2b3c4d")   # doctest: +SKIP
     """
     folder = cache.artifact.folder if isinstance(cache, ActivationCache) else Path(cache).expanduser().resolve()
     if not folder.is_dir():

@@ -16,16 +16,23 @@ Normalize = Literal["none", "scale", "channels", "whiten", "layer_norm", "consta
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """What an SAE is and how it is trained; defaults are the paper's."""
+    """What an SAE is and how it is trained; defaults are the paper's (arXiv 2410.22366).
+
+    Raises:
+        KitError: a number out of its range, an unknown kind or normalisation, or settings that exclude each other.
+
+    >>> SAEConfig(k=20, expansion=8)
+    SAEConfig(k=20, kind='topk', expansion=8.0, ...
+    """
 
     k: int | None = 10
-    """Active latents per token: at most (topk), or on average (batchtopk; jumprelu aims at it). None is for a jumprelu
-    that is held back by `sparsity_coef` alone."""
+    """Active latents per token, from 1: at most (topk), or on average (batchtopk; jumprelu aims at it). None is for a
+    jumprelu that is held back by `sparsity_coef` alone."""
     kind: str = "topk"
-    """How latents become active, "topk", "batchtopk" or "jumprelu": see the equations of `sae`; or the name of a
+    """How latents become active, "topk", "batchtopk" or "jumprelu": see the equations of `SAE`; or the name of a
     `SAEKind` of your own."""
     expansion: float = 4
-    """d_sae / d_in."""
+    """d_sae / d_in, above 0."""
     prefixes: tuple[float, ...] = ()
     """Matryoshka: shares of d_sae, ascending and below 1; the latents up to each must reconstruct on their own too."""
     normalize: Normalize = "none"
@@ -37,17 +44,17 @@ class SAEConfig:
     subtract_b_dec: bool = True
     """Whether b_pre is b_dec, or 0."""
     auxk: int = 256
-    """Dead latents that try to explain each token's SAE error."""
+    """At most so many dead latents try to explain each token's SAE error; from 1."""
     auxk_coef: float = 1 / 32
-    """Weight of that attempt in the loss; 0 leaves it out."""
+    """Weight of that attempt in the loss, from 0, which leaves it out."""
     dead_after: int = 10_000_000
     """Tokens without firing after which a latent counts as dead."""
     resample_every: int | None = None
     """Tokens after which latents that are dead (see dead_after) start anew on badly explained tokens; None: never."""
     sparsity_coef: float = 1.0
-    """jumprelu: weight of (L0 / k − 1)² in the loss, or of L0 / d_in where k is None."""
+    """jumprelu: weight, above 0, of (L0 / k − 1)² in the loss, or of L0 / d_in where k is None."""
     lr: float = 1e-4
-    """Adam's learning rate."""
+    """Adam's learning rate, above 0."""
     warmup_steps: int = 0
     """Steps over which lr rises from 0."""
     decay_steps: int = 0
@@ -55,7 +62,7 @@ class SAEConfig:
     k_start: int | None = None
     """k of the first step, from which it falls to k; None: k from the start. Not for jumprelu."""
     anneal_steps: int = 0
-    """Steps over which it falls."""
+    """Steps over which it falls; 0 without `k_start`."""
     seed: int = 0
     """Start of the weights, the sample that b_dec starts from, and what resampling draws; not the order of the data."""
 
@@ -119,12 +126,21 @@ def _normalised(config: SAEConfig) -> None:
 
 @dataclass(frozen=True)
 class Site:
-    """Where the tokens an SAE was trained on come from; an SAE is only meaningful there."""
+    """Where the tokens an SAE was trained on come from; an SAE is only meaningful there.
+
+    >>> Site("stabilityai/sdxl-turbo", "", "mid.0", 1, 0.0).kind
+    'update'
+    """
 
     model: str
+    """Name as `load_pipeline` takes it."""
     revision: str
+    """Which weights of it: the hub's commit, or the beginning of a sha256; empty where it is not known."""
     hookpoint: str
+    """Short name, such as "mid.0"."""
     num_inference_steps: int
+    """Denoising steps of each image."""
     guidance_scale: float
+    """From 0; up to 1 there is no guidance."""
     kind: str = "update"
     """Updates, or "output": nothing here works on outputs of blocks."""

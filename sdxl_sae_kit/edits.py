@@ -42,13 +42,21 @@ Strengths = Mapping[int, float | ArrayLike]
 
 @dataclass(frozen=True, repr=False)
 class Edit:
-    """What one `steer` does to the updates of a hookpoint; its arguments mean what they mean there.
+    """What one `steer` does to the updates of a hookpoint.
+
+    Attributes:
+        add, scale, clamp, replace, reconstruct, ablate_block, where, steps, cfg, schedule, gate, keep_norm, along: as
+            `steer` takes them.
 
     Raises:
         EditError: arguments that make no sense, alone or together.
+
+    >>> Edit("up.0.1", "k10", "3f…", scale={17: 0.0}, steps=[0])
+    Edit at up.0.1 by k10: scale 17: 0.00; steps: 0
     """
 
     hookpoint: str
+    """Short name."""
     sae: str | None = None
     """Name of the SAE; to ablate a block none is needed."""
     digest: str | None = None
@@ -99,7 +107,7 @@ class Edit:
         return bool(self.scale or self.clamp or (self.gate and self.latents))
 
     def factor(self, step: int, n_steps: int) -> float:
-        """What the change is multiplied by at a denoising step, from 0; 0 where the step is not edited.
+        """What the change is multiplied by at a denoising step, counted from 0; 0 where the step is not edited.
 
         Raises:
             EditError: none of this image's steps is edited, or some that it has not.
@@ -243,7 +251,11 @@ def read_edits(path: Path | str) -> list[Edit]:
     """The edits of a file that `write_edits` made, or a stranger wrote.
 
     Raises:
-        ArtifactError: no such file, or it holds something else; the message names the file and the field.
+        ArtifactError: no such file, one of more than 256 MiB, or it holds something else; the message names the file
+            and the field.
+
+    >>> read_edits("off.json")                                                                   # doctest: +SKIP
+    [Edit at up.0.1 by k10: scale 17: 0.00]
     """
     try:
         if (size := Path(path).stat().st_size) > LARGEST_FILE:

@@ -38,14 +38,27 @@ _SAMPLE = 40_960
 def evaluate(
     sae: SAE, cache: Activations | Tokens, split: Split = "held_out", *, hookpoint: str | None = None
 ) -> dict[str, Any]:
-    """Reconstruction metrics (see `metrics`) and their n; explained variance has a 95 % bootstrap interval by image.
+    """Measure how well an SAE reconstructs tokens that it was not trained on.
 
-    A number that is not defined (the interval of one image, the variance of what does not vary) is None.
-    `dead_share` is the share of latents that never fired on the tokens evaluated; the SAE's hookpoint is the default.
+    Args:
+        sae: an SAE.
+        cache: updates of its hookpoint, or `Tokens`.
+        split: "held_out", "train" or "all"; of a cache at most 2,048 images, spread over all of the split.
+        hookpoint: by default the SAE's.
+
+    Returns:
+        `explained_variance` (at most 1) with `explained_variance_interval`, a 95 % bootstrap interval over images;
+        `explained_variance_per_channel`; `l0`, active latents per token; `dead_share` (0 to 1), of latents those that
+        never fired on these tokens; `relative_norm` and `gamma`; `n_tokens` and `n_images`. For the formulas see
+        `metrics.ReconstructionMetrics`. A number that is not defined (the interval of one image, the variance of what
+        does not vary) is None.
 
     Raises:
         ArtifactError: the SAE was trained at another hookpoint, or on something else than updates.
-        KitError: what is given is neither a cache nor `Tokens`.
+        HookpointError: the cache does not have the hookpoint.
+        KitError: what is given is neither a cache nor `Tokens`, or a cache has no such split.
+
+    >>> evaluate(saes["up.0.1", "k10"], cache)["explained_variance"]                              # doctest: +SKIP
     """
     if not isinstance(cache, Activations | Tokens):
         raise KitError(

@@ -20,30 +20,36 @@ class Example:
     """Index in the cache."""
     prompt: str
     seed: int
+    """Of its noise."""
     value: float
-    """What it was ranked by: the maximum over the image, the mean, or the share of tokens."""
+    """What it was ranked by: the maximum of z over the image, the mean over all its tokens, or the share of tokens on
+    which it fires (0 to 1)."""
     heat_map: Float[np.ndarray, "height width"] = field(repr=False)
-    """The latent's value at every token."""
+    """The latent's z at every token, from 0."""
     thumbnail: bytes = field(repr=False)
-    """The image, small, as WebP; empty where pictures were not kept."""
+    """The image as WebP of at most 160 pixels; empty where pictures were not kept."""
 
 
 class Curve(NamedTuple):
     """What every latent does at one denoising step in one guidance half."""
 
     step: int
+    """From 0."""
     half: str
+    """"cond" or "uncond"."""
     density: Float[np.ndarray, " latent"]
-    """Share of tokens on which it fires."""
+    """Share of tokens on which it fires, 0 to 1."""
     mean: Float[np.ndarray, " latent"]
-    """Mean value over those."""
+    """Mean z over those; 0 where there are none."""
 
 
 class Histogram(NamedTuple):
     """How many firing tokens have a value between two edges, for every latent."""
 
     edges: Float[np.ndarray, " bins_and_1"]
+    """Values of z, from 0.001 on, each √2 times the one before; the last bin takes what is larger too."""
     counts: Int[np.ndarray, "latent bin"]
+    """Tokens."""
 
 
 class Neighbour(NamedTuple):
@@ -51,4 +57,6 @@ class Neighbour(NamedTuple):
 
     latent: int
     value: float
+    """The Jaccard index (0 to 1) of the tokens on which both fire, or the cosine (−1 to 1) of the decoder rows."""
     n: int | None = None
+    """Tokens counted; None for a cosine, which is no estimate."""

@@ -40,12 +40,16 @@ class FeatureStats:
     """Statistics of every latent of one SAE over all images of one cache, at one denoising step.
 
     Attributes:
-        density (d_sae,): share of tokens on which the latent fires (value > 0.001).
-        image_density (d_sae,): share of images on which it fires somewhere.
-        mean, std, max (d_sae,): over the tokens on which it fires; 0 for a latent that never fired.
+        grid, step: height and width of an update in tokens, and the denoising step, from 0.
+        n_images, n_tokens: how many were measured.
+        density (d_sae,): share of tokens, 0 to 1, on which the latent fires (z > 0.001).
+        image_density (d_sae,): share of images, 0 to 1, on which it fires somewhere.
+        mean, std, max (d_sae,): of z over the tokens on which it fires; 0 for a latent that never fired.
         moran, moran_low, moran_high (d_sae,): mean Moran's I of its heat maps (see `Tally`), over the `moran_n` images
             on which it fires and is not the same everywhere, with Student's 95 % interval: near 1 where it fires in
             one patch, near 0 where it is scattered. NaN where there are no such images.
+
+    >>> stats = FeatureStats.measure(saes["up.0.1", "k10"], cache)             # doctest: +SKIP
     """
 
     artifact: Artifact = field(repr=False)
@@ -88,14 +92,14 @@ class FeatureStats:
             sae: a trained SAE, or one of its `controls`.
             cache: updates of the hookpoint it was trained at; with guidance, the cond half is taken, and `curves` tell
                 of all steps and halves.
-            step: which denoising step.
+            step: which denoising step, from 0.
             top: examples kept for each latent and ranking.
             memory: bytes it may take, beside the SAE: at least what one image does. The result does not depend on it.
             store: folder of artifacts.
 
         Raises:
-            ArtifactError: the SAE was trained at a hookpoint that the cache does not have, or the cache keeps only some
-                tokens of each image; or another process is measuring the same, or the disk is too small.
+            ArtifactError: the SAE is of another model or of a hookpoint that the cache does not have, the cache keeps
+                only some tokens of each image, another process is measuring the same, or the disk is too small.
             KitError: the cache does not have this step, or an impossible setting.
         """
         check_fit(sae, cache)
@@ -208,7 +212,7 @@ class FeatureStats:
             return np.asarray(file["thumbnails/image"][()])
 
     def thumbnail(self, image: int) -> bytes:
-        """The picture, small, as WebP; empty where it is not kept (see `pictured`)."""
+        """The picture as WebP of at most 160 pixels; empty where it is not kept (see `pictured`)."""
         return self.thumbnails(np.array([image]))[0]
 
     def thumbnails(self, images: Int[np.ndarray, " image"]) -> list[bytes]:
@@ -228,7 +232,7 @@ class FeatureStats:
             return np.concatenate([[0], file["thumbnails/ends"][()]])
 
     def heat_map(self, feature: int, image: int) -> Float[np.ndarray, "height width"]:
-        """A latent's value at every token of any image of the cache.
+        """A latent's z at every token of any image of the cache.
 
         Raises:
             KitError: there is no such latent or image.
@@ -239,7 +243,7 @@ class FeatureStats:
         return at_tokens.reshape(self.grid)
 
     def heat_maps(self, image: int) -> Float[np.ndarray, "latent height width"]:
-        """Every latent's value at every token of an image of the cache.
+        """Every latent's z at every token of an image of the cache.
 
         Raises:
             KitError: there is no such image.
@@ -296,7 +300,7 @@ class FeatureStats:
     def coactive(self, feature: int, n: int = 8) -> list[Neighbour]:
         """The latents that fire most on the same tokens, by Jaccard index: tokens on which both fire / either does.
 
-        Up to 8; `n` of each is the number of tokens counted.
+        0 to 1, highest first; up to 8. Each has the number of tokens counted as its own `n`.
 
         Raises:
             KitError: there is no such latent.

@@ -20,19 +20,21 @@ class Found:
     """Empty where the search does not know it."""
     latent: int
     score: float
+    """In the unit of `Results.measure`; NaN where it is not known."""
     n: int | None
     """Over how many things the score is taken; `Results.unit` says which. None where it is not taken over any."""
     low: float = nan
-    """95 % interval, where the score is an estimate."""
+    """Lower end of the score's 95 % interval; NaN where the score is no estimate."""
     high: float = nan
+    """Upper end."""
     chance: float = nan
-    """What a score must exceed, up or down, where that is known."""
+    """What a score must exceed, up or down; NaN where that is not known."""
     beside: Mapping[str, Any] = field(default_factory=dict)
     """Other facts, by the name of their column."""
 
     @property
     def beyond_chance(self) -> bool:
-        """Whether chance would hardly give a score so far from 0."""
+        """Whether chance would hardly give a score so far from 0; False where `chance` is not known."""
         return abs(self.score) > self.chance
 
 
@@ -46,6 +48,7 @@ class Results(Sequence[Found]):
     unit: str
     """What n counts."""
     formula: str
+    """What the score is, in words."""
 
     def __len__(self) -> int:
         return len(self.found)

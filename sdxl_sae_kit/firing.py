@@ -18,7 +18,7 @@ EDGES: NDArray[np.float64] = FIRES * 2.0 ** (np.arange(41) / 2)
 
 @dataclass(frozen=True)
 class Firing:
-    """One entry for each image, latent and token with z > 0.001, ordered by image, then latent, then token."""
+    """One entry for each image, latent and token whose `value` z > 0.001, by image, then latent, then token."""
 
     image: Int[np.ndarray, " entry"]
     latent: Int[np.ndarray, " entry"]
@@ -116,8 +116,10 @@ class Moments:
     """Number, mean and summed squared deviation of each latent's values, merged without loss (Chan et al. 1979)."""
 
     n: Float[np.ndarray, " latent"]
+    """Counts, from 0."""
     mean: Float[np.ndarray, " latent"]
     squares: Float[np.ndarray, " latent"]
+    """Σ(value − mean)²."""
 
     @classmethod
     def of(cls, latent: Int[np.ndarray, " entry"], value: Float[np.ndarray, " entry"], d_sae: int) -> Moments:

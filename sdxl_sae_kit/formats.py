@@ -64,7 +64,7 @@ _TRAINER = """trainer_class k target_l0 lr steps seed device layer lm_name wandb
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An SAE as plain data, whichever tool wrote it; this module's page has the formulas.
+    """An SAE as plain data, whichever tool wrote it; this module's page has the formulas with W_enc, b_enc and b_dec.
 
     Raises:
         ArtifactError: the k of a topk SAE is not between 1 and d_sae.

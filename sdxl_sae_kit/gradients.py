@@ -24,11 +24,13 @@ class Differentiated:
     """Some pictures, a number of each, and its gradient to every token of every update."""
 
     pictures: Float[Tensor, "image 3 y x"]
+    """Colours 0 to 1."""
     values: Float[Tensor, " image"]
+    """The number of each."""
     updates: Mapping[str, Rows]
     gradients: Mapping[str, Rows]
     graph_bytes: int
-    """What the graph kept for the backward pass, weights not counted."""
+    """Bytes that the graph kept for the backward pass, weights not counted."""
 
 
 def differentiate(

@@ -15,6 +15,7 @@ from sdxl_sae_kit.arguments import checked
 from sdxl_sae_kit.errors import HookpointError, KitError, did_you_mean
 
 DEFAULT_HOOKPOINTS = ("down.2.1", "mid.0", "up.0.0", "up.0.1")
+"""The four hookpoints that are read where none are named: those the paper trained SAEs at (arXiv 2410.22366)."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Hookpoint:
     path: str
     d_in: int
     reduction: int
-    """The grid is the VAE latents' height and width divided by this, rounded up."""
+    """The grid's height and width are those of the VAE latents divided by this, rounded up."""
 
     def grid(self, latent_height: int, latent_width: int) -> tuple[int, int]:
         """Height and width of an update here, for VAE latents of this size (64×64 for SDXL at 512 px gives 16×16)."""
@@ -38,6 +39,9 @@ def list_hookpoints(unet: Any) -> dict[str, Hookpoint]:
 
     Raises:
         HookpointError: it is no U-Net of SDXL's shape.
+
+    >>> list_hookpoints(pipe)["up.0.1"].d_in                                # doctest: +SKIP
+    1280
     """
     found = [
         Hookpoint(f"{name}.{i}", f"{path}.attentions.{i}", attention.proj_out.out_features, 2**level)

@@ -30,6 +30,7 @@ class Call:
     """Where in the making of an image a hook was called."""
 
     hookpoint: str
+    """Short name."""
     step: int
     """Denoising step, from 0: the first that is really made, which for image-to-image is in the middle of the
     scheduler's."""
@@ -46,7 +47,7 @@ class Recording:
     _parts: dict[tuple[str, int, Half], list[Tensor]] = field(default_factory=dict)
 
     def update(self, hookpoint: str, step: int = 0, half: Half = "cond") -> Float[Tensor, "batch *grid d_in"]:
-        """The update of every image made, (batch, height, width, d_in).
+        """The update of every image made, (batch, height, width, d_in), in the order in which images were made.
 
         Raises:
             HookpointError: nothing was recorded there; the message says what was.
@@ -118,7 +119,7 @@ def record(
     Warns where the U-Net is compiled: inside the with block it runs uncompiled.
 
     Raises:
-        HookpointError: the U-Net has no such hookpoint.
+        HookpointError: the U-Net has no such hookpoint, or is called by something else than its pipeline.
 
     Example:
         >>> with record(pipe, ["down.2.1"]) as recording:                      # doctest: +SKIP
@@ -182,10 +183,14 @@ def rewrite(pipe: Any, edits: Mapping[str, Callable[[Update, Call], Tensor | Non
     """Let functions change the updates of hookpoints while images are made inside the with block.
 
     Each function gets the update (batch, height, width, d_in) and the `Call`; it returns the new update, or None to
-    leave it as it is. It must not change the update in place.
+    leave it as it is. It must not change the update in place. Warns where the U-Net is compiled, as `record` does.
 
     Raises:
-        HookpointError: the U-Net has no such hookpoint.
+        HookpointError: the U-Net has no such hookpoint, or is called by something else than its pipeline.
+
+    Example:
+        >>> with rewrite(pipe, {"mid.0": lambda update, call: update / 2}):    # doctest: +SKIP
+        ...     image = pipe("a red circle", num_inference_steps=1, guidance_scale=0.0).images[0]
     """
     with _hooked(pipe, {resolve(pipe.unet, name).name: edit for name, edit in edits.items()}, first=False):
         yield

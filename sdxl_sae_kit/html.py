@@ -1,8 +1,7 @@
 """Pure functions that turn pictures, numbers and strangers' text into small pieces of safe, self-contained HTML.
 
 Nothing here loads anything from outside, runs a script or uses an `id`, so any number of pieces fit into one document.
-Colours are JupyterLab's own CSS variables and, where there are none (a plain file), the reader's system colours: both
-follow a dark theme.
+Colours are JupyterLab's CSS variables or, in a plain file, the reader's system colours: both follow a dark theme.
 """
 
 from __future__ import annotations
@@ -157,9 +156,8 @@ def overlay(
 ) -> Image.Image:
     """The thumbnail in dark grey with the heat map over it: colour and light mean activation and nothing else.
 
-    `heat_map` (H, W) is drawn bilinearly over the whole picture, `peak` being the activation shown brightest. Where it
-    is 0 only the picture shows; from there the layer grows to `opacity` (0..1) quickly, because weak activations must
-    be seen too. Values that are not finite count as 0.
+    `heat_map` (H, W) is drawn bilinearly over the whole picture, `peak` shown brightest. Where it is 0 only the picture
+    shows; from there the layer grows to `opacity` (0..1) quickly, to show weak activations. What is not finite is 0.
     """
     return _covered(thumbnail, _shades(heat_map, peak, thumbnail.size), opacity)
 
@@ -189,8 +187,7 @@ def strip(
     """One WebP picture of several examples (WebP thumbnail, heat map), each thumbnail with its overlay below or beside.
 
     A tile is `tile` pixels wide and high; `opacity` (0..1) is that of the heat maps. An empty thumbnail is black, and
-    room is left for `places` examples.
-    One picture for a whole card takes far fewer bytes than one per example, and a browser shows it at once.
+    room is left for `places` examples. One picture for a whole card takes far fewer bytes than one per example.
     """
     step, across = tile + GAP, max(len(examples), places)
     columns, rows = (across, 2) if below else (2 * across, 1)
@@ -382,13 +379,19 @@ class Shown:
 
 @checked
 def show_images(images: Sequence[Image.Image], captions: Sequence[str], side: int = 192) -> Shown:
-    """Pictures side by side, each over its caption, also its alt text; small ones are enlarged to `side` px."""
+    """Pictures side by side, each over its caption, also its alt text; their longer side is made `side` pixels.
+
+    >>> show_images(pipe(["a red circle", "a blue star"]).images, ["circle", "star"])     # doctest: +SKIP
+    """
     return Shown(fragment(figures((picture(_sized(i, side), c), "", c) for i, c in zip(images, captions, strict=True))))
 
 
 @checked
 def show_table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> Shown:
-    """A table in a notebook: see `table`."""
+    """A table in a notebook, of rows that have the same keys: see `html.table`.
+
+    >>> show_table([{"hookpoint": "mid.0", "L0": 10}], "Active latents")                  # doctest: +SKIP
+    """
     return Shown(fragment(table(rows, caption)))
 
 

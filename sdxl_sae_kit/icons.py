@@ -50,7 +50,9 @@ class Icons:
     """Name of the SAE."""
     hookpoint: str
     strengths: tuple[float, ...]
+    """The s above."""
     features: Int[np.ndarray, "feature"] = field(repr=False)
+    """The latents drawn."""
     plain: bytes = field(repr=False)
     """The same image with nothing added, as WebP."""
 

@@ -67,7 +67,7 @@ def steer(
             (start, end) for the steps i with start ≤ i / n_steps < end. By default all.
         cfg: with guidance, `add` is added to the cond half and subtracted from the uncond half (`both`), or touches
             one half only. All else acts on each half by itself, or on that half only.
-        schedule: factors of the change, spread evenly over all steps and interpolated between them.
+        schedule: factors of the change, from the first step to the last, spread evenly and interpolated between them.
         gate: edit each latent only at tokens at which it is "active" (its activation is above 0), or "inactive".
         keep_norm: give each edited token the norm it had.
         along: latent → (d_in,) vector to write along instead of its direction; how controls are made.
@@ -77,6 +77,7 @@ def steer(
             latent that never fired; verbs that exclude each other; an SAE whose latents have no direction that is the
             same for all tokens.
         ArtifactError: the SAE does not fit this U-Net.
+        HookpointError: the U-Net does not have its hookpoint.
 
     Warns where the SAE was trained on another model than the pipeline holds.
 
@@ -113,8 +114,10 @@ def replay(pipe: Any, saes: Any, edits: Edit | Sequence[Edit] | Path | str) -> I
         edits: what `steer` yielded, several, or the path of a file that `write_edits` made.
 
     Raises:
-        ArtifactError: an edits file that is none, or an edit by an SAE that is not among those given.
-        EditError: an edit that does not fit its SAE.
+        ArtifactError: an edits file that is none, an edit by an SAE that is not among those given, or an SAE that does
+            not fit this U-Net.
+        HookpointError: the U-Net does not have an edit's hookpoint.
+        EditError: something else than SAEs and edits, or an edit that does not fit its SAE.
 
     Example:
         >>> with replay(pipe, saes, "off.json"):                                                 # doctest: +SKIP

@@ -47,7 +47,11 @@ _OF_AN_OBJECT = (*_FIRST, *_SECOND)
 
 @dataclass(frozen=True)
 class Item:
-    """One edit: what to draw, what to draw instead, and where on the two pictures the difference lies."""
+    """One edit: what to draw (`original`), what to draw instead (`edited`), and where the two pictures differ.
+
+    Raises:
+        KitError: a text, kind, scene or seed that is none.
+    """
 
     name: str
     """Unique in its set."""
@@ -56,11 +60,11 @@ class Item:
     original: str
     edited: str
     original_mask: str = "#everything"
-    """What to find on the picture of the original prompt: a thing, "background", "#everything", or "~" and what not."""
+    """What to find on the original prompt's picture: a thing, "background", "#everything", or "~" and what not."""
     edited_mask: str = "#everything"
     instruction: str = ""
     seed: int = 0
-    """Of both pictures."""
+    """Of both pictures, 0 to 2⁶³ − 1."""
     before: Scene | None = None
     """What the prompts describe, where they are the tiny world's."""
     after: Scene | None = None
@@ -114,7 +118,11 @@ class Item:
 
 @dataclass(frozen=True, repr=False)
 class Items(Sequence[Item]):
-    """Items of different names, in order; a slice of them is one of these, too."""
+    """Items of different names, in order; a slice of them is one of these, too.
+
+    Raises:
+        PromptError: something else than an `Item` is among them, or two have one name.
+    """
 
     items: tuple[Item, ...]
 
@@ -161,8 +169,7 @@ class Items(Sequence[Item]):
         """The same with the seed `seed + i` for the i-th, counted from 0.
 
         Raises:
-            KitError: it is no integer from 0 on.
-            PromptError: the last seed would be more than 2⁶³ − 1.
+            KitError: it is no integer from 0 on, or the last seed would be more than 2⁶³ − 1.
         """
         seed = whole_number("seed", seed, least=0)
         if seed + len(self) > 2**63:
@@ -170,11 +177,7 @@ class Items(Sequence[Item]):
         return Items(tuple(replace(item, seed=seed + place) for place, item in enumerate(self.items)))
 
     def rows(self, n: int | None = None) -> list[dict[str, Any]]:
-        """The first n as rows of a table.
-
-        Raises:
-            KitError: n is no integer from 0 on.
-        """
+        """The first n as rows of a table; KitError where that is no integer from 0 on."""
         n = len(self) if n is None else whole_number("n", n, least=0)
         return [
             {

@@ -114,13 +114,15 @@ class WorldJudge:
 
 
 class EmbeddingJudge:
-    """What an embedding tells, such as `ClipEmbed`: `semantic` is 1 − the cosine; it knows no factors.
+    """What an embedding tells, such as `ClipEmbed`: `semantic` is 1 − the cosine, 0 to 2; it knows no factors.
 
     Where the embedding reads texts this is a `TextJudge`: it has `textual`.
 
     Args:
         embed: the embedding.
         perceptual: tells how different places look, such as `Lpips()`; an embedding knows no places.
+
+    >>> judge = EmbeddingJudge(ClipEmbed("openai/clip-vit-large-patch14"), Lpips())                   # doctest: +SKIP
     """
 
     def __init__(self, embed: Embed, perceptual: Perceptual | None = None) -> None:
@@ -137,7 +139,7 @@ class EmbeddingJudge:
         """None: an embedding names nothing."""
 
     def semantic(self, before: Before, after: Pictures) -> Float[np.ndarray, " image"]:
-        """1 − the cosine of the two embeddings."""
+        """1 − the cosine of the two embeddings: 0 for the same, at most 2."""
         one, other = (self._rows(pictures) for pictures in (before, after))
         return np.asarray(1 - (one * other).sum(axis=1), dtype=np.float32)
 

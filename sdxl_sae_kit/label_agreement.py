@@ -20,11 +20,13 @@ class PairAgreement:
     one: str
     other: str
     kappa: float
-    """Cohen's kappa, at most 1; 0 is what two people reach who use their words as often, but at random. NaN where it is
+    """Cohen's kappa, −1 to 1; 0 is what two people reach who use their words as often, but at random. NaN where it is
     undefined: no feature in common, or one word for everything."""
     low: float
+    """Lower end of its 95 % percentile bootstrap interval over features (NaN for fewer than two), which is too narrow
+    where n is small."""
     high: float
-    """95 % percentile bootstrap interval over features (NaN for fewer than two): too narrow where n is small."""
+    """Upper end."""
     n: int
     """Features that both labelled."""
 

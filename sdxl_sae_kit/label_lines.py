@@ -45,6 +45,7 @@ class Label:
     text: str | None
     author: str
     time: datetime
+    """In UTC."""
     tags: tuple[str, ...] = ()
     confidence: float | None = None
     """How sure the author is, 0 to 1; None: not said."""
@@ -101,9 +102,11 @@ class LabelTest:
     right_active: int
     """Pictures with the latent active that were said to show the label."""
     n_active: int
+    """Of so many that were shown."""
     right_inactive: int
     """Pictures with the latent inactive that were said not to show it."""
     n_inactive: int
+    """Of so many that were shown."""
     author: str
     """The person, or the name of the judge."""
     time: datetime

@@ -48,7 +48,7 @@ def test_label(
         stats: of the SAE.
         feature: the latent; it must have a label.
         labels: where labels are and the result goes; by default the file of this SAE in the store of `stats`.
-        n: pictures, an even number.
+        n: pictures, an even number from 2 on.
         seed: for the choice and the order of the pictures.
 
     Raises:
@@ -84,6 +84,8 @@ def score_label(
     Raises:
         KitError: as for `test_label`; `text` is empty; or the judge is none, or gave another number of answers than
             there were pictures.
+
+    >>> kit.score_label(stats, 17, WorldLabeller()).balanced_accuracy            # doctest: +SKIP
     """
     labels = _store("score_label", stats, labels)
     if isinstance(judge, type) or not isinstance(judge, LabelJudge):
@@ -112,6 +114,13 @@ def auto_label(
     Labels and tests are saved one by one with the labeller's name as author: after a break the same call goes on.
     Latents that have a label, also one given while this runs, or that this labeller has named before, are passed over,
     so that nobody's word is replaced; only a missing test is made up for.
+
+    Args:
+        stats: of the SAE.
+        features: latents.
+        labeller: such as a WorldLabeller.
+        labels: where labels and tests go; by default the file of this SAE in the store of `stats`.
+        n: pictures of each test, an even number from 2 on.
 
     Returns:
         The tests made now. Latents with too few images for a test are named, but not tested; a line says how many.

@@ -236,6 +236,9 @@ class EndpointLabeller(_VisionModel):
     Raises:
         KitError: one of these is not as described, such as an address with an impossible port, or the key holds what
             no header can.
+
+    >>> EndpointLabeller("http://localhost:8000/v1", "a-model").where
+    'to http://localhost:8000/v1'
     """
 
     url: str

@@ -79,7 +79,10 @@ def check_stats(caller: str, stats: object) -> None:
 class LabelStore:
     """The labels of one SAE, in `<store>/labels/<sae name>.jsonl`; several people and processes may write at once.
 
-    The newest time wins and, of equal times, the later line: so git may merge two people's lines in any order.
+    `LabelStore(Path("mine.jsonl"), d_sae)` is of any other file; d_sae, the number of latents, may be left out.
+
+    The newest time wins and, of equal times, the later line: so git may merge two people's lines in any order. Whatever
+    reads the file raises ArtifactError where a line of it is none of a label file, or a newer kit's.
 
     >>> labels = LabelStore.of(stats)                                       # doctest: +SKIP
     >>> labels.set(17, "red, round", tags=("colour",), confidence=0.8)      # doctest: +SKIP
@@ -225,11 +228,7 @@ class LabelStore:
         return {feature: label.text for feature, label in self._said().newest.items() if label.text is not None}
 
     def history(self, feature: SupportsIndex | None = None) -> list[Label]:
-        """All that was ever said of one latent, or of all, oldest first, also what was undone since.
-
-        Raises:
-            ArtifactError: a line of the file is none of a label file.
-        """
+        """All that was ever said of one latent, or of all, oldest first, also what was undone since."""
         chosen = None if feature is None else latent(feature)
         return [
             _copy(line) for line in self._said().lines if isinstance(line, Label) and chosen in (None, line.feature)

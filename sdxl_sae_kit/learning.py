@@ -87,14 +87,17 @@ class StepLog:
     tokens: int
     """Seen so far, this step included."""
     unexplained: float
-    """Share of the batch's variance."""
+    """Share of the batch's variance, from 0."""
     auxk: float
+    """AuxK, the dead latents' term of the loss before its weight."""
     l0: float
     """Mean active latents per token."""
     dead_share: float
     """Of the latents, before the step."""
     lr: float
+    """Of the step."""
     k: int | None
+    """Active latents per token that the step aimed at."""
     resampled: int
     """Latents that started anew after the step."""
 

@@ -54,7 +54,7 @@ class Polygon:
         object.__setattr__(self, "points", tuple((float(x), float(y)) for x, y in found))
 
     def shares(self, grid: tuple[int, int]) -> Bool[np.ndarray, "fine_height fine_width"]:
-        """Which of `SAMPLES`² points of each token lie inside."""
+        """Which points lie inside, of `SAMPLES` along each side of every token."""
         x, y = np.array(self.points).T
         next_x, next_y = np.roll(x, -1), np.roll(y, -1)
         fine_x, fine_y = ((np.arange(SAMPLES * n) + 0.5) / (SAMPLES * n) for n in (grid[1], grid[0]))

@@ -34,7 +34,7 @@ class Matches:
     partners: Int[np.ndarray, " latent"]
     """For each latent of the first, the place of its partner among those of the second; −1 if it was left over."""
     similarities: Float[np.ndarray, " latent"]
-    """With the partner; NaN if it was left over."""
+    """With the partner, −1 to 1; NaN if it was left over."""
     best: Mapping[Side, Float[np.ndarray, " latent2"]]
     """Of each latent of either SAE, the similarity with the most similar of the other, however many share that."""
 
@@ -88,7 +88,9 @@ class Matching:
     """The latents of two SAEs, matched one to one."""
 
     one: str
+    """Name of the first SAE."""
     other: str
+    """Name of the second."""
     bases: Mapping[Basis, Compared] = field(repr=False)
     n_images: int
     """Images whose codes were compared; 0 without codes."""

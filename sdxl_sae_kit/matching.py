@@ -61,7 +61,7 @@ def match(
         other_cache: those that the second reads, by default the same cache; images belong together that have prompt
             text and seed in common.
         step: which denoising step of both caches; with guidance, its cond half.
-        n_images: at most so many held-out images, spread over all that there are.
+        n_images: at most so many held-out images, from 2, spread over all that there are.
 
     Raises:
         HookpointError: a cache does not have an SAE's hookpoint.

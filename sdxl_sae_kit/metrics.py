@@ -25,7 +25,12 @@ _DRAWN = 2**17
 def explained_variance(x: Float[Tensor, "token d_in"], x_hat: Float[Tensor, "token d_in"]) -> float:
     """1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖², over all tokens and channels: 1 is perfect, 0 is no better than the mean.
 
-    The only number that carries this name in the kit (it is 1 − FVU). NaN when x does not vary.
+    The only number that carries this name in the kit (it is 1 − FVU). Below 0 where the mean is better. NaN when x does
+    not vary.
+
+    >>> x = torch.tensor([[0.0, 0.0], [2.0, 4.0]])
+    >>> explained_variance(x, x), explained_variance(x, x.mean(0).expand(2, 2))
+    (1.0, 0.0)
     """
     return ReconstructionMetrics().update(x, x_hat).explained_variance
 
@@ -33,7 +38,8 @@ def explained_variance(x: Float[Tensor, "token d_in"], x_hat: Float[Tensor, "tok
 def explained_variance_per_channel(x: Float[Tensor, "token d_in"], x_hat: Float[Tensor, "token d_in"]) -> float:
     """Mean over channels that vary of 1 − Var(x_c − x̂_c) / Var(x_c).
 
-    The number the paper's released code prints, for comparison only.
+    The number the paper's released code prints (arXiv 2410.22366), for comparison only. At most 1; NaN where no channel
+    varies.
     """
     return ReconstructionMetrics().update(x, x_hat).explained_variance_per_channel
 
@@ -41,7 +47,10 @@ def explained_variance_per_channel(x: Float[Tensor, "token d_in"], x_hat: Float[
 def geometric_median(
     x: Float[Tensor, "token d_in"], *, iterations: int = 100, tolerance: float = 1e-6
 ) -> Float[Tensor, "d_in"]:
-    """The point with the least summed distance to all tokens (Weiszfeld, from the mean): where b_dec starts."""
+    """The point with the least summed distance to all tokens (Weiszfeld, from the mean): where b_dec starts.
+
+    It is found when a step moves it by at most `tolerance` times its norm, or after so many `iterations`.
+    """
     median = x.mean(dim=0)
     for _ in range(iterations):
         weights: Tensor = 1 / (x - median).norm(dim=1).clamp_min(tolerance)
@@ -53,14 +62,20 @@ def geometric_median(
 
 
 def participation_ratio(x: Float[Tensor, "token d_in"]) -> float:
-    """(Σλ)² / Σλ² of the eigenvalues λ of the tokens' covariance: how many directions carry the variance, 1 to d_in."""
+    """(Σλ)² / Σλ² of the eigenvalues λ of the tokens' covariance: how many directions carry the variance, 1 to d_in.
+
+    NaN when x does not vary.
+    """
     centred = x.detach().double() - x.detach().double().mean(0)
     covariance = centred.T @ centred
     return _ratio(covariance.trace().square(), covariance.square().sum())  # Σλ² is the squared Frobenius norm
 
 
 def variance_spectrum(x: Float[Tensor, "token d_in"]) -> Float[np.ndarray, "d_in"]:
-    """λ / Σλ of the eigenvalues λ of the tokens' covariance, largest first: the share of variance in each direction."""
+    """λ / Σλ of the eigenvalues λ of the tokens' covariance, largest first: the share of variance in each direction.
+
+    They add up to 1; NaN when x does not vary.
+    """
     centred = x.detach().double() - x.detach().double().mean(0)
     eigenvalues = torch.linalg.eigvalsh(centred.T @ centred).flip(0).clamp_min(0)
     shares: NDArray[np.float64] = (eigenvalues / eigenvalues.sum()).cpu().numpy()
@@ -68,20 +83,26 @@ def variance_spectrum(x: Float[Tensor, "token d_in"]) -> Float[np.ndarray, "d_in
 
 
 def neighbour_correlation(x: Float[Tensor, "token d_in"]) -> float:
-    """Σ (x_i − mean)·(x_{i+1} − mean) / Σ ‖x_i − mean‖²: how alike neighbours are, 0 if they are independent."""
+    """Σ (x_i − mean)·(x_{i+1} − mean) / Σ ‖x_i − mean‖²: how alike neighbours are, 0 if they are independent.
+
+    −1 to 1, of tokens in the order in which they come; NaN when x does not vary.
+    """
     centred = x.detach().double() - x.detach().double().mean(0)
     return _ratio((centred[1:] * centred[:-1]).sum(), centred.square().sum())
 
 
 def constant_share(x: Float[Tensor, "image token d_in"]) -> float:
-    """Share of the tokens' variance that lies between images' means: what is the same at every token of an image."""
+    """Share of the tokens' variance that lies between images' means: what is the same at every token of an image.
+
+    0 to 1; NaN when x does not vary.
+    """
     x = x.detach().double()
     means = x.mean(dim=1, keepdim=True)
     return _ratio((means - means.mean(0)).square().sum() * x.shape[1], (x - means.mean(0)).square().sum())
 
 
 def cosines(one: Float[Tensor, "row d_in"], other: Float[Tensor, "row2 d_in"]) -> Float[np.ndarray, "row row2"]:
-    """Cosine of every row of `one` with every row of `other`; 0 with a row of zeros."""
+    """Cosine of every row of `one` with every row of `other`, −1 to 1; 0 with a row of zeros."""
     a, b = (torch.nn.functional.normalize(rows.detach().cpu().double(), dim=1) for rows in (one, other))
     return np.asarray(a @ b.T)
 
@@ -121,7 +142,8 @@ def matched_cosine(one: Float[Tensor, "row d_in"], other: Float[Tensor, "row2 d_
 def shuffled_rows(rows: Float[Tensor, "row d_in"], seed: int = 0) -> Float[Tensor, "row d_in"]:
     """The rows with their entries along each of their principal axes dealt out anew among them.
 
-    Keeps their mean, covariance and distribution along every axis, and destroys each row's combination of entries.
+    Keeps their mean, covariance and distribution along every axis, and destroys each row's combination of entries. For
+    rows on the CPU.
     """
     centred = rows - rows.mean(dim=0)
     axes = torch.linalg.eigh(centred.T @ centred)[1]
@@ -144,9 +166,10 @@ def areas_under_curve(
 ) -> Float[np.ndarray, "*value latent"]:
     """AUC of every latent for telling the images that show something from those that do not; ties count half.
 
-    The probability that an image that shows it has the higher strength than one that does not: with the ranks r of the
-    strengths and the n₊ images that show it and n₋ that do not, (Σ₊ r / n₊ − (n₊ + 1) / 2) / n₋ (Mann–Whitney U). Of
-    several values at once, `shows` has a column for each and the result a row.
+    The probability that an image that shows it has the higher strength than one that does not, 0 to 1, by chance 0.5:
+    with the ranks r of the strengths and the n₊ images that show it and n₋ that do not,
+    (Σ₊ r / n₊ − (n₊ + 1) / 2) / n₋ (Mann–Whitney U). NaN where all images show it or none does. Of several values at
+    once, `shows` has a column for each and the result a row.
     """
     positives = shows.sum(axis=0)[..., None]
     ranks = rankdata(strengths, axis=0)
@@ -177,11 +200,11 @@ def bootstrap_interval(
     samples: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval, resampling the rows of `values`; NaN for fewer than two rows.
+    """Percentile bootstrap interval (low, high), resampling the rows of `values`; NaN for fewer than two rows.
 
     A row must be one independent cluster (a prompt, an image): average or sum within it first. The estimate is the mean
     of the rows, or a function of the column means when `statistic` is given, such as
-    `lambda m: 1 - m[..., 0] / m[..., 1]` for a ratio.
+    `lambda m: 1 - m[..., 0] / m[..., 1]` for a ratio. `level`, 0 to 1, is the share of the `samples` that lie within.
     """
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2:
@@ -229,6 +252,7 @@ class ReconstructionMetrics:
     """
 
     n_tokens: int = 0
+    """Tokens added so far."""
     _shift: Tensor = field(default_factory=lambda: torch.zeros(0))
     _sums: dict[str, Tensor] = field(default_factory=dict)
     _norm_ratio: float = 0.0
@@ -240,7 +264,7 @@ class ReconstructionMetrics:
         x_hat: Float[Tensor, "token d_in"],
         active: Tensor | None = None,
     ) -> ReconstructionMetrics:
-        """Add a batch; `active` holds each token's count of active latents when L0 is wanted. Returns itself."""
+        """Add a batch and return itself; `active` (token,) has each token's number of active latents, for L0."""
         x, x_hat = x.detach().double(), x_hat.detach().double()
         if not self.n_tokens:
             self._shift = x[0].clone()
@@ -269,17 +293,17 @@ class ReconstructionMetrics:
 
     @property
     def l0(self) -> float:
-        """Mean number of active latents per token; NaN when codes were not given."""
+        """Mean number of active latents per token; NaN when they were not given for every batch."""
         return self._active / self.n_tokens
 
     @property
     def relative_norm(self) -> float:
-        """Mean over tokens of ‖x̂‖ / ‖x‖."""
+        """Mean over tokens of ‖x̂‖ / ‖x‖, from 0; 1 where reconstructions are as long as the tokens."""
         return self._norm_ratio / self.n_tokens
 
     @property
     def gamma(self) -> float:
-        """‖mean(x)‖ / ‖std(x)‖: how much of the data is one constant vector."""
+        """‖mean(x)‖ / ‖std(x)‖, from 0: how much of the data is one constant vector."""
         mean = self._shift + self._sums["x"] / self.n_tokens
         variance = self._sums["x²"] / self.n_tokens - (self._sums["x"] / self.n_tokens).square()
         return _ratio(mean.norm(), variance.clamp_min(0).sum().sqrt())

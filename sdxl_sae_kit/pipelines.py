@@ -43,6 +43,7 @@ class Preset:
 
     num_inference_steps: int
     guidance_scale: float
+    """From 0; up to 1 is none."""
     variant: str | None = None
     """File name suffix of its half-precision weights on the hub, where it has them apart."""
 
@@ -65,7 +66,9 @@ class Model:
     """The hub's commit, or the beginning of the sha256 of the folder's weights and configurations."""
     num_inference_steps: int
     guidance_scale: float
+    """From 0; up to 1 is none."""
     height: int
+    """In pixels, as is the width."""
     width: int
 
 
@@ -153,15 +156,19 @@ def generate(
 ) -> Any:
     """Draw one image per prompt and seed in one batch; what is left out is as the model is meant to be used.
 
-    Each image has its own CPU generator, so it depends on its prompt and seed and not on what it is drawn with.
+    Each image has its own CPU generator, so it depends on its prompt and seed and not on what it is drawn with. Steps
+    are from 1, guidance from 0 (up to 1 is none), height and width in pixels, multiples of 8. Warns of prompts that are
+    longer than what the model reads.
 
     Returns:
         A list of PIL images; with `output_type` "np" or "pt" an array (B, H, W, 3) or tensor (B, 3, H, W) from 0 to 1,
         with "latent" the VAE latents.
 
     Raises:
-        PromptError: there are no prompts, or not as many seeds as prompts.
-        KitError: impossible steps, guidance or size.
+        PromptError: there are no prompts, not as many seeds as prompts, or a seed that is no integer.
+        KitError: impossible steps, guidance or size, or no such output type.
+
+    >>> generate(pipe, ["a red circle", "a blue star"], [0, 1])[1].save("star.png")                # doctest: +SKIP
     """
     if isinstance(prompts, str) or not hasattr(seeds, "__len__"):
         raise PromptError(

@@ -41,7 +41,7 @@ class CollectionPlan:
     nbytes_sampled: int
     """Bytes if only 32 tokens of every grid were kept."""
     seconds: float | None = None
-    """On this machine, as timed on a few batches; None if not timed."""
+    """Time it takes on this machine, as timed on a few batches; None if not timed."""
 
     @property
     def fits(self) -> bool:
@@ -64,7 +64,7 @@ class CollectionPlan:
         """Refuse to start what cannot end.
 
         Raises:
-            ArtifactError: less is free than this share of it takes.
+            ArtifactError: no more is free than this share of it (0 to 1) takes.
         """
         if share * self.nbytes >= self.free:
             advice = self.advice or "The disk is full: make room."
@@ -127,7 +127,7 @@ def plan(
         settings: those of `collect`.
 
     Raises:
-        HookpointError, KitError: what `collect` would refuse.
+        HookpointError, PromptError, KitError: what `collect` would refuse, or a name of no model that is known here.
 
     >>> print(plan("stabilityai/sdxl-turbo", 1_500_000, images=None).n_tokens)
     1536000000

@@ -39,6 +39,7 @@ class Prompts(Sequence[str]):
 
     texts: tuple[str, ...]
     seeds: tuple[int, ...]
+    """Of the noise of each one's image, 0 to 2⁶³ − 1."""
     factors: tuple[dict[str, str], ...]
     """Factor → value, such as {"colour": "red"}; an empty mapping where nothing is known."""
 
@@ -148,15 +149,20 @@ def load_prompts(
         source: `"world"`, `"scenes"`, a .txt, .jsonl or .csv file, `"hf:owner/name"` (a dataset of the Hugging Face
             hub, or `"hf:"` and a folder of one; it is streamed, and needs the extra `datasets`), strings, or rows such
             as a dataset gives. Files are UTF-8. JSON lines, CSV and rows may tell each prompt's `seed`, and JSON lines
-            and rows its `factors`, as the `prompts.jsonl` of a cache does.
+            and rows its `factors`, as the `prompts.jsonl` of a cache does. `Prompts` stay as they are.
         n: how many; needed for `"world"` and `"scenes"`, otherwise the first n.
-        seed: what the generated sources and the images' noise start from.
+        seed: what the generated sources and the images' noise start from, 0 to 2⁶³ − 1.
         column: which field of JSON lines, CSV or rows holds the prompts; by default `text`, `prompt` or `caption`.
         split: of a dataset.
 
     Raises:
         PromptError: unknown source, a missing or unreadable file or column, or no prompts at all. Rows without a text
             are left out with a warning; among strings they are an error.
+        KitError: n is no integer from 1 on.
+
+    >>> prompts = load_prompts("world", 500)
+    >>> len(prompts), prompts.seeds[:3], prompts.factors[0]["style"] in ("flat", "sketch", "neon")
+    (500, (0, 1, 2), True)
     """
     if n is not None:
         n = whole_number("load_prompts: n", n)

@@ -34,6 +34,7 @@ class Question(NamedTuple):
     values: list[str]
     asked: Bool[np.ndarray, "image"]
     shows: Bool[np.ndarray, "image value"]
+    """Which of them each image shows."""
 
 
 def ask_of(

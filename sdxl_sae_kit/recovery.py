@@ -37,7 +37,9 @@ class Estimate(NamedTuple):
     """A number, and what it is in every bootstrap sample; NaN where a sample cannot tell."""
 
     value: float
+    """An AUC or a share, 0 to 1."""
     samples: Float[np.ndarray, "sample"]
+    """The same in every sample."""
 
 
 class Choice(NamedTuple):

@@ -1,18 +1,4 @@
-"""Sparse autoencoders: three kinds behind one interface, their configuration, and the file they live in.
-
-x′ = (x − mean) / scale                  only where the input is normalised
-h  = (x′ − b_pre) W_enc + b_enc          pre-activations, signed; b_pre is b_dec (paper §3), or 0
-z  = act(h)
-x̂ = (z W_dec + b_dec) · scale + mean     rows of W_dec have unit norm; scale may be a matrix (whiten)
-
-topk        z = relu(h) where h is among the k largest of its token, else 0
-batchtopk   trained with z = relu(h) where h is among the k · n largest of a batch of n tokens; afterwards
-            z = h where h > θ, else 0, with one θ for all latents that leaves k active per training token on average
-jumprelu    z = h where h > θ, else 0, with a θ ≥ 0 for each latent, learnt
-
-Matryoshka prefixes change how the first two are trained (see `learning`), not what they compute. A kind of your own is
-a subclass of `kinds.SAEKind`.
-"""
+"""Sparse autoencoders: three kinds behind one interface, and the file they live in."""
 
 from __future__ import annotations
 
@@ -41,6 +27,19 @@ FIRES = 1e-3
 class SAE(nn.Module):
     """A sparse autoencoder for one hookpoint.
 
+        x′ = (x − mean) / scale                  only where the input is normalised
+        h  = (x′ − b_pre) W_enc + b_enc          pre-activations, signed; b_pre is b_dec (paper §3), or 0
+        z  = act(h)                              the code, from 0
+        x̂ = (z W_dec + b_dec) · scale + mean     rows of W_dec have unit norm; scale may be a matrix (whiten)
+
+        topk        z = relu(h) where h is among the k largest of its token, else 0
+        batchtopk   trained with z = relu(h) where h is among the k · n largest of a batch of n tokens; afterwards
+                    z = h where h > θ, else 0, with one θ for all that leaves k active per training token on average
+        jumprelu    z = h where h > θ, else 0, with a θ ≥ 0 for each latent, learnt
+
+    Matryoshka prefixes change how the first two are trained (see `learning`), not what they compute. A kind of your own
+    is a subclass of `SAEKind`. `SAE(config, d_in)` is untrained; what `train` and `SAE.load` give is ready for use.
+
     Attributes:
         W_enc (d_in, d_sae), b_enc (d_sae,), W_dec (d_sae, d_in), b_dec (d_in,): weights.
         threshold (d_sae,): θ of the equations; zeros for topk.
@@ -51,8 +50,11 @@ class SAE(nn.Module):
             fired. The unit of strengths in `steer`.
         site: where it belongs. None until it is trained.
         data: digest of the activations it was trained on.
-        metrics: held-out metrics, by name.
+        metrics: held-out metrics, as `evaluate` gives them.
         origin: for one that another tool trained, its format, path, hash and configuration.
+
+    Raises:
+        KitError: more active latents than d_sae, or prefixes of which one adds no latent.
     """
 
     W_enc: Tensor
@@ -96,7 +98,7 @@ class SAE(nn.Module):
 
     @property
     def d_in(self) -> int:
-        """Width of a token."""
+        """How many numbers a token has."""
         return self.W_enc.shape[0]
 
     @property
@@ -147,7 +149,7 @@ class SAE(nn.Module):
             )
 
     def normalised(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_in"]:
-        """x′ of the module's equations."""
+        """x′ of the equations."""
         if self.config.normalize == "none":
             return x
         mean, scale = self._statistics(x)
@@ -171,7 +173,7 @@ class SAE(nn.Module):
         return times(x_hat, scale) + mean
 
     def pre_activations(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_sae"]:
-        """h of the module's equations.
+        """h of the equations.
 
         Raises:
             KitError: tokens of another width.
@@ -201,7 +203,7 @@ class SAE(nn.Module):
         return indices.view(*x.shape[:-1], -1), values.view(*x.shape[:-1], -1)
 
     def encode(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_sae"]:
-        """The code z with its zeros."""
+        """The code z with its zeros; KitError for tokens of another width."""
         entries, values = self._code(x)
         z: Tensor = entries.matrix(values).view(*x.shape[:-1], self.d_sae)
         return z
@@ -209,7 +211,7 @@ class SAE(nn.Module):
     def decode(
         self, z: Float[Tensor, "*token d_sae"], x: Float[Tensor, "*token d_in"] | None = None
     ) -> Float[Tensor, "*token d_in"]:
-        """x̂ of a code; SAEs that normalise each token by itself need the tokens too."""
+        """x̂ of a code; SAEs that normalise each token by itself need the tokens too, or raise KitError."""
         return self._restored(z @ self.W_dec + self.b_dec, x)
 
     def forward(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, "*token d_in"]:
@@ -290,9 +292,10 @@ class SAE(nn.Module):
         return hashed.hexdigest()
 
     def save(self, path: Path | str, training: Mapping[str, Tensor] | None = None) -> None:
-        """Write one safetensors file, not a folder, with configuration, site, data digest and metrics in its header.
+        """Write one safetensors file with configuration, site, data digest and metrics in its header.
 
-        `training` makes it a checkpoint: what the next step of training needs beside the SAE, by name.
+        Where the path is a folder it raises ArtifactError. `training` makes it a checkpoint: what the next step of
+        training needs beside the SAE, by name.
         """
         header = {
             "name": self.name,

@@ -19,11 +19,13 @@ class Scale:
     source: str
     """Where prompts come from: see `load_prompts`."""
     n_images: int
+    """Images collected, one of each prompt."""
     configs: dict[str, SAEConfig]
     """The SAEs trained at every hookpoint."""
     batch_size: int
     """Tokens per training step."""
     epochs: int
+    """Passes over the training tokens."""
     sweep_epochs: int
     """The same where many SAEs are compared at one hookpoint."""
     n_features: int
@@ -69,6 +71,9 @@ def load_scale(model: str, scale: str = "demo") -> Scale:
 
     Raises:
         KitError: no such scale, or a name that no model can have; whether the hub has it shows when it is loaded.
+
+    >>> load_scale("tiny-turbo").n_images, load_scale("tiny-turbo", "smoke").n_images
+    (2048, 240)
     """
     local_folder(model)  # refuses a misspelt name, which would otherwise count as a real model
     sizes = SCALES["tiny" if model in NAMES else "real"]

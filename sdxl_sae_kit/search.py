@@ -201,6 +201,8 @@ def by_region(stats: FeatureStats, image: int, mask: ArrayLike) -> Results:
 
     Raises:
         KitError: the mask is no map of finite numbers from 0 on, or is zero everywhere; or there is no such image.
+
+    >>> by_region(stats, 3, np.eye(8))[0].score                                                    # doctest: +SKIP
     """
     check_stats("by_region", stats)
     inside = _token_shares(mask, stats.grid)
@@ -246,10 +248,12 @@ def _token_shares(mask: ArrayLike, grid: tuple[int, int]) -> Float[np.ndarray, "
 
 @checked
 def by_image(stats: FeatureStats, image: int, by: Ranking = "max") -> Results:
-    """Features strongest on one image of the cache: by maximum or mean over its tokens, or by how many it fires on.
+    """Features strongest on one image of the cache: by maximum or mean over tokens, or by the share they fire on.
 
     Raises:
-        KitError: there is no such image, or no such ranking.
+        KitError: there is no such image, or no such ranking ("max", "mean" or "area").
+
+    >>> by_image(stats, 3, "area")[0].latent                                                       # doctest: +SKIP
     """
     check_stats("by_image", stats)
     tokens = stats.heat_maps(image).reshape(stats.d_sae, -1)
@@ -278,10 +282,12 @@ def by_image(stats: FeatureStats, image: int, by: Ranking = "max") -> Results:
 def by_label(labels: LabelStore, text: str) -> Results:
     """Features whose label or tags hold every word of the text, or a word that it begins, in any order and case.
 
-    The score is the share of the label's words (tags included) that were asked for.
+    The score is the share of the label's words (tags included) that were asked for, 0 to 1.
 
     Raises:
         KitError: the text has no words.
+
+    >>> by_label(LabelStore.of(stats), "red circle").rows()                                        # doctest: +SKIP
     """
     asked = text.casefold().split()
     if not asked:

@@ -61,8 +61,8 @@ class WorldEmbed:
     """What the embedded judge says of pictures of the tiny world.
 
     The similarity of two is the mean over the world's factors of Σ √(p q), where p and q are the probabilities of the
-    factor's values in either (Bhattacharyya's coefficient): 1 where the judge says the same of both. Of what was tried
-    it tells best whether two pictures share a factor: mean AUC 0.70, against 0.63 for the judge's last layer.
+    factor's values in either (Bhattacharyya's coefficient): 0 to 1, which says that the judge says the same of both. Of
+    what was tried it tells best whether two pictures share a factor: mean AUC 0.70, the judge's last layer 0.63.
     """
 
     def __init__(self) -> None:
@@ -239,7 +239,7 @@ class Specificity:
     """How alike each feature's top images are: mean cosine similarity of all pairs of them, by a judge.
 
     Attributes:
-        value (d_sae,): NaN for features with fewer than 8 images.
+        value (d_sae,): −1 to 1; NaN for features with fewer than 8 images.
         low, high (d_sae,): 95 % bootstrap interval over a feature's images; an image is never paired with its own copy.
         n (d_sae,): images of each feature, all of different prompts.
         chance (d_sae,): what 97.5 % of 1,000 random sets of as many pictured images stay below.

@@ -35,7 +35,7 @@ _DENSE_FROM = {"cuda": 180 / 5120, "cuda tf32": 64 / 5120}
 
 @dataclass(frozen=True)
 class Active:
-    """Where codes are active: entry e is latent `latents[e]` of token `tokens[e]`, ordered by token."""
+    """Where codes (n_tokens, d_sae) are active: entry e is latent `latents[e]` of token `tokens[e]`, by token."""
 
     tokens: Int[Tensor, "entry"]
     latents: Int[Tensor, "entry"]

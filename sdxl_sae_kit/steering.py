@@ -52,6 +52,7 @@ class Hook:
     edit: Edit
     sae: SAE | None
     directions: Float[Tensor, "edited d_in"] | None
+    """What one unit of each edited latent adds; None where no latent is edited."""
     units: Float[Tensor, "edited"]
     """Mean activation of each edited latent."""
     plans: dict[Any, tuple[_Plan, Tensor | None]] = field(default_factory=dict)

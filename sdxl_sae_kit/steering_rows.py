@@ -19,7 +19,7 @@ N_ROWS = 8
 
 @dataclass(frozen=True)
 class Verb:
-    """How a latent can be changed: range and step of its strength, and where the slider begins."""
+    """How a latent can be changed: by strengths from `least` to `most` in steps of `step`, at first by `begin`."""
 
     least: float
     most: float

@@ -84,7 +84,7 @@ def stream(
         settings: those of `collect`, but for `images` (no picture is made) and `store`.
 
     Raises:
-        HookpointError, KitError: what `collect` would refuse.
+        HookpointError, PromptError, KitError: what `collect` would refuse.
 
     >>> batches = stream(pipe, prompts).batches(["mid.0"], 4096)            # doctest: +SKIP
     >>> next(batches)["mid.0"].shape                                        # doctest: +SKIP

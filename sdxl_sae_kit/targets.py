@@ -34,7 +34,7 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class FactorScore:
-    """The embedded judge's log-odds that a picture shows a value of a factor: ln p / (1 − p).
+    """The embedded judge's log-odds, in nats, that a picture shows a value of a factor: ln(p / (1 − p)).
 
     Where p is near 1 the logarithm of p itself has no slope left to tell latents apart by; that of the odds has.
 
@@ -67,7 +67,7 @@ class FactorScore:
         return f"log-odds of {self.factor} = {self.value}, world judge {hash_file(WEIGHTS / 'judge' / FILE)[:8]}"
 
     def __call__(self, pictures: Float[Tensor, "image 3 y x"]) -> Float[Tensor, " image"]:
-        """ln p / (1 − p) of each picture.
+        """ln(p / (1 − p)) of each picture, whose colours are 0 to 1.
 
         Raises:
             KitError: pictures of another size.
@@ -97,6 +97,7 @@ class RegionColour:
     """
 
     direction: tuple[float, float, float]
+    """Red, green, blue; any numbers, not all 0."""
     where: ArrayLike | None = field(default=None, repr=False)
     """2-D mask of any size, in proportion: it is fitted to the picture by area. By default the whole picture."""
 
@@ -129,7 +130,7 @@ class RegionColour:
         return f"colour along ({direction}), {region}"
 
     def __call__(self, pictures: Float[Tensor, "image 3 y x"]) -> Float[Tensor, " image"]:
-        """The mean of each picture, −√3 to √3."""
+        """The mean of each picture, −√3 to √3; colours are 0 to 1."""
         direction = F.normalize(torch.tensor(self.direction, dtype=torch.float32, device=pictures.device), dim=0)
         along = torch.einsum("icyx,c->iyx", pictures.float(), direction)
         if self.where is None:

@@ -18,6 +18,8 @@ Key = tuple[str, str]
 class TrainedSAEs(dict[Key, SAE]):
     """SAEs by (hookpoint, name of the configuration), with their held-out metrics and training curves.
 
+    `saes[key]` raises KitError for a key that is not there, and says why where its training stopped.
+
     Attributes:
         logs: per SAE, what each twentieth step saw (see `learning.StepLog`).
         failures: per SAE whose training stopped, why.
@@ -45,7 +47,7 @@ class TrainedSAEs(dict[Key, SAE]):
         return "\n".join([f"{counted(len(self), 'trained SAEs')} (measured on held-out tokens)", *lines])
 
     def explained(self) -> dict[Key, float | None]:
-        """Explained variance of each; None where it is not defined."""
+        """Explained variance of each on held-out tokens, at most 1; None where it is not defined."""
         return {key: sae.metrics["explained_variance"] for key, sae in self.items()}
 
     def rows(self) -> list[dict[str, Any]]:

@@ -83,13 +83,13 @@ def ablate(
         prompts: what `load_prompts` takes; of them each feature is measured on those on which it fires. By default the
             held-out images of `stats` on which it fires, at most `prompts_per_feature`, by highest spatial mean.
         doses: multiples of the activation; 0 and 1 (as it is) are always among them.
-        prompts_per_feature: at most so many images for each feature where no prompts are given.
+        prompts_per_feature: at most so many images for each feature where no prompts are given; from 4.
         by_step: also turn the feature off at each denoising step alone, beside the hardest control.
         judge: tells what pictures look like and show; by default the model's own (`judge_of`), None for pixels only.
         labels: what features are called; on the embedded model's world it is told whether what a label names changes.
             Pictures do not depend on it, so labels given later cost nothing.
         seed: of the random directions.
-        batch_size: pictures made at once.
+        batch_size: pictures made at once, from 2.
         store: folder of artifacts.
 
     Raises:

@@ -52,6 +52,7 @@ class Attributed:
     """Active latents of every token of some images, with activation and attribution, by hookpoint."""
 
     values: Float[np.ndarray, " image"]
+    """The target's number of each clean picture."""
     _entries: Mapping[str, Sequence[Mapping[str, NDArray[Any]]]]
     """By hookpoint, part by part: latents, activations and attributions, each (image, row, token, width)."""
     _d_sae: Mapping[str, int]

@@ -51,8 +51,8 @@ Function = Callable[[Tensor], Tensor]
 class Attribution:
     """What each latent contributes to a number of the picture, to first order, and how true that turned out to be.
 
-    The attribution of a latent at a token is gradient × activation: ∂value/∂z · z. Summed over tokens, steps and
-    guidance halves it is what the value would lose, to first order, if the latent were turned off.
+    The attribution of a latent at a token is gradient × activation: ∂value/∂z · z, in the value's unit. Summed over
+    tokens, steps and guidance halves it is what the value would lose, to first order, if the latent were turned off.
     """
 
     artifact: Artifact = field(repr=False)
@@ -86,7 +86,7 @@ class Attribution:
         return self._found["trained"].totals(hookpoint)
 
     def heat_map(self, hookpoint: str, latent: int, image: int) -> Float[np.ndarray, "height width"]:
-        """Where in an image a latent's attribution comes from, summed over steps and guidance halves."""
+        """A latent's attribution at every token of an image, summed over steps and halves; KitError for none."""
         return self._found["trained"].heat_map(hookpoint, latent, image)
 
     def rows(self, n: int = 10) -> list[dict[str, Any]]:
@@ -261,7 +261,7 @@ def attribute(
         target: ("colour", "red") for the embedded judge's log-odds (`FactorScore`); `RegionColour`; or any
             function from pictures (image, 3, y, x), colours 0 to 1, to (image,) numbers, made of torch operations.
         name: of a function that has none, which results are kept under: another function, another name.
-        checked: latents checked of each kind.
+        checked: latents checked of each kind, from 2.
         num_inference_steps, guidance_scale: as the model is meant to be used unless given.
         batch_size: pictures made at once.
         seed: of the random latents.

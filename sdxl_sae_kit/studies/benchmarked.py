@@ -34,10 +34,12 @@ _BY = ("reached", "target", "to edited", "image similarity")
 class RIEBench:
     """How far methods bring pictures to what an edited prompt shows, and what else they change, item by item.
 
-    Measures, of each item at each setting: `reached` (0 or 1: the judge's likeliest answer is the target), `target`
-    (the probability it gives it), `kept` (share of the other factors whose answer stays), `outside` (change outside
-    the masks), `pixel`, `to original` and `to edited` (distances), `image similarity` to the edited prompt's picture
-    and `text similarity` to its text. Items whose masks are empty are in `failed`, never dropped silently.
+    Measures, of each item at each setting: `reached` (0 or 1: the judge's likeliest answers are what the item wants),
+    `target` (the least probability it gives one of these), `kept` (share of the other factors whose answer stays),
+    `outside` (change outside the masks), `pixel` (mean |difference| of colours 0 to 1), `to original` and `to edited`
+    (the judge's distances, from 0), `image similarity` to the edited prompt's picture and `text similarity` to its
+    text, both at most 1. Items whose masks are empty are in `failed`, never dropped silently. What takes a measure
+    raises KitError for one that was not told, or where nothing was scored.
 
     >>> bench = RIEBench.open(folder)  # doctest: +SKIP
     >>> bench.compare("sae", "random")["difference interval"]  # doctest: +SKIP

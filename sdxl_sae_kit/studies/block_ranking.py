@@ -62,8 +62,9 @@ class BlockRanking:
     blocks: tuple[str, ...]
     """In the order of the forward pass."""
     measures: tuple[str, ...]
-    """The distances that could be told: see `distances.MEASURES`."""
+    """The distances that could be told, each from 0: see `distances.MEASURES`."""
     n_images: int
+    """Pictures in each condition, one of every prompt and seed."""
     _results: Mapping[str, Mapping[str, Any]] = field(repr=False)
 
     @classmethod
@@ -136,7 +137,8 @@ class BlockRanking:
     def stability(self) -> dict[str, Any]:
         """Kendall's τ-b between the rankings by two random halves of the prompts: mean and 95 % range of 200 splits.
 
-        The halves have half as many prompts as the ranking itself, so it is, if anything, more stable than this says.
+        `tau`, −1 to 1, and `tau interval`, both NaN of fewer than 4 prompts. The halves have half as many prompts as
+        the ranking itself, so it is, if anything, more stable than this says.
         """
         return self._stability
 
@@ -269,7 +271,8 @@ def rank_blocks(
 
     A transformer block's update becomes 0; of a resnet only its shortcut is left (`hooks.silence`); at every step, in
     both guidance halves. Prompts and noise are those of the clean picture. Beside it stands another seed's picture of
-    the same prompt. Killed at any moment, it goes on at the batch in hand.
+    the same prompt. Killed at any moment, it goes on at the batch in hand. After the paper's ranking of all 28 blocks
+    by image distance over 20 prompts (arXiv 2410.22366).
 
     Args:
         pipe: an SDXL pipeline of diffusers.

@@ -62,7 +62,7 @@ class Causes:
         values (feature, name): mean over a feature's prompts, differences below `FLOOR` taken as 0; NaN where it cannot
             be told: where the feature fires on no held-out image, or (outside) on every token.
         control (feature, name): the same of equal amounts at the same tokens along a random direction.
-        n_prompts (feature,): of each.
+        n_prompts (feature,): held-out images on which each was turned off.
     """
 
     artifact: Artifact = field(repr=False)
@@ -216,7 +216,7 @@ def measure_causes(
         prompts_per_feature: at most so many images for each.
         judge: tells what pictures show; by default the model's own (`judge_of`), None for pixels only.
         seed: of the random directions.
-        batch_size: pictures made at once.
+        batch_size: pictures made at once, from 2.
         store: folder of artifacts.
 
     Raises:

@@ -34,6 +34,7 @@ class Descriptors:
 
     hookpoint: str
     latents: Int[np.ndarray, "feature"] = field(repr=False)
+    """Which they are."""
     names: tuple[str, ...]
     kinds: tuple[Kind, ...] = field(repr=False)
     """One for each name."""

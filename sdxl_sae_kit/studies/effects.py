@@ -24,13 +24,14 @@ class FeatureEffects:
     """The effects of one feature and of its controls, image by image; all else is computed from them.
 
     An image on which the feature does not fire has none. `area` is the region's share of the picture, `overlap` the
-    share of it on which the control's other feature fires too.
+    share of it on which the control's other feature fires too, both at most 1.
     """
 
     feature: int
     other_feature: int
     """The one that is turned off as a control."""
     images: Sequence[int] = field(repr=False)
+    """Numbers of the images in this study."""
     prompts: Sequence[str] = field(repr=False)
     seeds: Sequence[int] = field(repr=False)
     lines: Sequence[Mapping[str, Any]] = field(repr=False)

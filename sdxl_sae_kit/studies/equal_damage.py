@@ -17,7 +17,9 @@ class Trade:
     """What settings of a method come to, item by item, beside no edit, which does no damage."""
 
     reached: Float[np.ndarray, "item setting"]
+    """What tells success, the greater the better."""
     damage: Float[np.ndarray, "item setting"]
+    """What else changes, from 0."""
     unedited: Float[np.ndarray, " item"]
     """What is reached without any edit."""
     merit: Callable[[Any, Any], Any]
@@ -88,6 +90,7 @@ class Reading:
     """What a method reaches, and the other at the same damage, draw by draw."""
 
     reached: Float[np.ndarray, " draw"]
+    """By the method that is not read off a hull, at its best; so is the damage."""
     damage: Float[np.ndarray, " draw"]
     more: Float[np.ndarray, " draw"]
     """How much more it reaches than the other at this damage."""

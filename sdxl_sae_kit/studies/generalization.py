@@ -57,7 +57,7 @@ def generalize(
       mean, k being the SAE's L0.
 
     Images of both caches are the same where text and seed are. Killed at any moment, it goes on at the hookpoint in
-    hand.
+    hand. After the paper's study of one-step SAEs at 4 steps of Turbo and 20 of SDXL base (arXiv 2410.22366).
 
     Args:
         saes: one for each hookpoint, trained on `cache`.

@@ -67,6 +67,7 @@ class Forecast:
     n_settings: int
     """`ENDS` included."""
     num_inference_steps: int
+    """Of each picture."""
     seconds: float | None = None
     """Of all pictures; None where that is not known."""
 
@@ -98,7 +99,7 @@ def forecast_riebench(
     Args:
         n_items, methods, by_block, num_inference_steps: as `riebench` takes them.
         hookpoints: of the SAEs.
-        seconds_per_picture: how long one takes in so many steps, judge and all; without it no time is told.
+        seconds_per_picture: above 0: how long one takes in so many steps, judge and all; without it no time is told.
 
     Raises:
         KitError: what `riebench` would refuse, no items or steps, or a time that is none.

@@ -44,6 +44,7 @@ class Labelled:
     factor: str
     value: str
     area: float
+    """The AUC, 0.75 to 1."""
 
 
 class Labels:

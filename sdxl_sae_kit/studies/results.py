@@ -43,8 +43,9 @@ _OPEN = 2
 class Ablation:
     """Effects of turning features off, one at a time, and of other doses, beside controls.
 
-    A `measure` is "pixel" (mean |difference| of colours 0 to 1), "perceptual" (the judge's map) or "semantic" (the
-    judge's distance of what whole pictures show); the last two are there where the judge has them.
+    A `measure` is "pixel" (mean |difference| of colours 0 to 1, so 0 to 1), "perceptual" (the judge's map, from 0) or
+    "semantic" (the judge's distance of what whole pictures show, from 0); the last two are there where the judge has
+    them. Methods that take one raise KitError for another.
     """
 
     artifact: Artifact
@@ -73,12 +74,12 @@ class Ablation:
 
     @property
     def steps(self) -> range:
-        """The denoising steps that were changed one by one."""
+        """The denoising steps that were changed one by one, from 0; none without `by_step`."""
         return range(self.artifact.recipe["steps_alone"])
 
     @property
     def judge(self) -> str | None:
-        """Name of the judge."""
+        """Name of the judge; None where there was none."""
         name: str | None = self.artifact.recipe["judge"]
         return name
 

@@ -97,7 +97,7 @@ def riebench(
             knows nothing of or that are not among those given, unknown methods, impossible k or strength (see
             `settings_of`), or a segmenter that refuses a whole batch for one reason.
 
-    The benchmark: RIEBench, of the paper on sparse autoencoders for SDXL Turbo.
+    The benchmark: RIEBench, of the paper on sparse autoencoders for SDXL Turbo (arXiv 2410.22366).
 
     Example:
         >>> riebench(pipe, saes_by_hookpoint, load_items("world", 20))                            # doctest: +SKIP

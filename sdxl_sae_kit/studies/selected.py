@@ -29,9 +29,10 @@ MOVED, KEPT = 0.7, 0.9
 class Outcome:
     """What an edit did, prompt by prompt.
 
-    `moved` is the change of the log-odds ln p / (1 − p) of the label's value, positive where it is as expected: up when
-    the feature is added, down when it is turned off; `flipped` whether the judge's likeliest answer came to be it, or
-    ceased to be; `changed`, by other factor, whether the likeliest answer is another than without the edit.
+    `moved` is the change of the log-odds ln(p / (1 − p)) of the label's value in nats, positive where it is as
+    expected: up when the feature is added, down when it is turned off; `flipped` whether the judge's likeliest answer
+    came to be it, or ceased to be; `changed`, by other factor, whether the likeliest answer is another than without
+    the edit.
     """
 
     moved: Sequence[float]
@@ -40,12 +41,12 @@ class Outcome:
 
     @property
     def share_moved(self) -> float:
-        """Of prompts: those that move as expected."""
+        """Share of prompts, 0 to 1, that move as expected by more than 0.01 nats."""
         return float((np.array(self.moved) > NOTHING).mean())
 
     @property
     def kept(self) -> Mapping[str, float]:
-        """By other factor, of prompts: those whose answer stays."""
+        """By other factor, the share of prompts, 0 to 1, whose answer stays."""
         return {factor: 1 - float(np.mean(changed)) for factor, changed in self.changed.items()}
 
     @property
@@ -62,9 +63,11 @@ class Confirmed:
     hookpoint: str
     sae: str
     verb: str
+    """"scale" or "add"."""
     dose: float
+    """What its activation is multiplied by, or how many times its mean activation is added."""
     outcomes: Mapping[str, Outcome]
-    """By condition."""
+    """By condition: "feature" and the three controls."""
 
     @property
     def name(self) -> str:
@@ -94,7 +97,7 @@ class Selectivity:
         return cls(artifact, tuple(found))
 
     def passing(self, condition: str = "feature") -> dict[str, Any]:
-        """Share of features that pass in a condition, with its 95 % interval (Wilson) over features."""
+        """Share of features that pass in one of `CONDITIONS`, with its 95 % interval (Wilson) over features."""
         return share([f.outcomes[condition].passes for f in self.features])
 
     def rows(self) -> list[dict[str, Any]]:

@@ -66,8 +66,8 @@ def screen(
         cache: their updates, of prompts that tell their factors; its split says which prompts are held out.
         n: features to confirm.
         per_value: features tried for each value of each factor.
-        trials: training prompts of each trial.
-        prompts: held-out prompts of each confirmation.
+        trials: training prompts of each trial, from 6.
+        prompts: held-out prompts of each confirmation, from 6: fewer where there are no more.
         judge: one that names factors; by default the embedded model's.
         seed: for the choice of prompts and the random directions.
         store: folder of artifacts.

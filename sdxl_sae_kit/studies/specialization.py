@@ -105,7 +105,7 @@ def specialize(
         judge: tells what pictures show; by default the model's own, None for pixels only.
         seed: of clustering, plane, shuffles and random directions.
         permutations: shuffles of the block labels.
-        batch_size: pictures made at once.
+        batch_size: pictures made at once, from 2.
         store: folder of artifacts.
 
     Raises:

@@ -44,9 +44,11 @@ class Specialization:
     """Rows that say what clusters tell of hookpoints, in bits: see `contrasts.association`. The first is the main one,
     the others are by those descriptors alone that controls have too, with the features' lead as `gap`."""
     effects: Sequence[Mapping[str, Any]] = field(repr=False)
+    """What `rows` gives."""
     claims: Sequence[Mapping[str, Any]] = field(repr=False)
     """The published claims with outcome and parts: see `claims.weigh_claims`."""
     robustness: Sequence[Mapping[str, Any]] = field(repr=False)
+    """The main row of `information` when the analysis is done in other ways: see `robustness.vary`."""
 
     @classmethod
     def open(cls, folder: Path | str) -> Specialization:

@@ -64,6 +64,7 @@ class Splicing:
     measures: tuple[str, ...]
     """The distances that could be told: see `distances.MEASURES`."""
     n_images: int
+    """Pictures in each condition."""
     _results: Mapping[str, Mapping[str, Any]] = field(repr=False)
 
     @classmethod
@@ -116,10 +117,10 @@ class Splicing:
         return self._adherence([result["clean"] for result in self._results.values()])
 
     def variances(self) -> list[dict[str, Any]]:
-        """Explained variance of the live updates of these very images, with intervals, a row per hookpoint.
+        """Explained variance, at most 1, of the live updates of these very images, a row per hookpoint.
 
-        Of x̂ when spliced there alone; when spliced at all at once, where blocks further on get changed inputs; and of
-        the untrained SAE's x̂ when spliced alone.
+        With intervals; of x̂ when spliced there alone; when spliced at all at once, where blocks further on get changed
+        inputs; and of the untrained SAE's x̂ when spliced alone.
         """
         columns = {"alone": ("x̂", None), ALL: ("x̂", ALL), "untrained, alone": ("untrained x̂", None)}
         rows = []
@@ -262,7 +263,7 @@ def splice(
 
     Raises:
         ArtifactError: SAEs or a cache of another model than the pipeline's.
-        KitError: there is nothing to draw, or no SAE.
+        HookpointError, KitError: a hookpoint that is not there, nothing to draw, or no SAE.
 
     Example:
         >>> chosen = [saes[h, "k20-white"] for h in cache.hookpoints]                    # doctest: +SKIP

@@ -75,6 +75,7 @@ class Codes:
 
     encoder: Encoder
     steps: Sequence[tuple[Tensor, Tensor]]
+    """Latents and their z, as `SAE.encode_sparse` gives them."""
 
     @property
     def n_features(self) -> int:

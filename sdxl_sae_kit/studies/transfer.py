@@ -45,6 +45,7 @@ class Change(NamedTuple):
     """One way to edit a latent: how much, in which steps, and along what if not its own direction, by prompt."""
 
     dose: float
+    """What the activation is multiplied by, or how many times the mean activation is added."""
     steps: tuple[float, float] | None = None
     along: Float[np.ndarray, "prompt d_in"] | None = None
 
@@ -108,7 +109,7 @@ def transfer_edits(
         num_inference_steps, guidance_scale: of the target; as it is meant to be used unless given.
         n: edits.
         prompts: held-out prompts for each edit; fewer where there are no more, and at least 2.
-        trials: training prompts on which edits are found.
+        trials: training prompts on which edits are found, from 2.
         windows: name → (start, end): the steps i of n_steps with start ≤ i / n_steps < end.
         judge: one that names the world's factors; by default the embedded model's. Real models have none.
         seed: for the choice of prompts and the random directions.

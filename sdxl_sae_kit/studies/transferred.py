@@ -31,17 +31,20 @@ _PLACES: tuple[Place, Place] = ("source", "target")
 
 @dataclass(frozen=True)
 class Tried:
-    """An edit and, by place, window and condition, what it did on each of its held-out prompts.
+    """An edit and what it did on each of its held-out prompts: `outcomes` by place, window and condition.
 
-    An outcome has `moved`, the change of the log-odds of the label's value, positive where it is as expected;
+    An outcome has `moved`, the change in nats of the log-odds of the label's value, positive where it is as expected;
     `follows`, whether the likeliest answer came to be the value or ceased to be; and every distance that can be told.
     """
 
     labelled: Labelled
     hookpoint: str
     verb: str
+    """"scale" or "add"."""
     dose: float
+    """What its activation is multiplied by, or how many times its mean activation is added."""
     texts: Sequence[str]
+    """Its prompts."""
     outcomes: Mapping[Place, Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]]
 
     @property

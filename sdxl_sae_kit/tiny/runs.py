@@ -37,9 +37,13 @@ class Recipe:
     half_size_samples: int = 60_000
     """The U-Net's first samples are pictures of 32 pixels: three times faster, and enough to learn words and layout."""
     vae_learning_rate: float = 1.5e-3
+    """Adam's at its highest; so are the next three."""
     learning_rate: float = 8e-4
+    """Of the base's U-Net and text encoders."""
     turbo_learning_rate: float = 4e-4
+    """Of turbo's, which goes on from the base."""
     judge_learning_rate: float = 2e-3
+    """Of the judge."""
     warmup_steps: int = 100
     decay_share: float = 0.25
     """The base's learning rate falls linearly over this last share of the samples, turbo's from the start."""
