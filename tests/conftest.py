@@ -1,6 +1,7 @@
 """Shapes and types are checked at run time, threads are few, and nothing reaches for the network."""
 
 import os
+import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,9 +15,13 @@ import hypothesis  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import tqdm  # noqa: E402
 
 checking.check_first_calls()
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# By default all forked processes share one lock: tests kill some, and one killed while it holds the lock stops the rest.
+tqdm.tqdm.set_lock(threading.RLock())
+os.register_at_fork(after_in_child=lambda: tqdm.tqdm.set_lock(threading.RLock()))
 # No deadline: how long an example takes depends on what else runs. `make test-all` asks for the thorough profile.
 hypothesis.settings.register_profile("quick", deadline=None, max_examples=25)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=200)
