@@ -30,10 +30,10 @@ $(READY): pyproject.toml constraints.txt
 report: $(READY)  ## run every notebook, write one offline HTML file, print its path (SCALE=smoke|demo, MODEL=tiny-turbo)
 	$(BIN)/python -m sdxl_sae_kit report --scale $(SCALE) --model $(MODEL)
 
-test: $(READY)  ## run the tests, without the slow ones, and say what share of the package's lines they run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal --cov
+test: $(READY)  ## run the tests, without the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal
 
-test-all: $(READY)  ## run all tests, with more examples of each property
+test-all: $(READY)  ## run all tests, with more examples of each property, and say what share of the lines they run
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --hypothesis-profile thorough
 
 mutate: $(READY)  ## change metrics and formats line by line and say which changes no test notices; takes hours

@@ -139,8 +139,14 @@ class Activations(ABC):
         return np.array_split(images, max(1, min(n_parts, len(images))))
 
     def by_image(self, hookpoint: str, split: Split, max_images: int) -> Iterator[Float[Tensor, "image token d_in"]]:
-        """Updates of at most so many images of a split, spread over all of it, in parts of about 64 MB in float32."""
+        """Updates of at most so many images of a split, spread over all of it, in parts of about 64 MB in float32.
+
+        Raises:
+            KitError: no such split, or none of the images is in it.
+        """
         images = self.images(split)
+        if not len(images):
+            raise KitError(f"{self.name} has no images in the split {split!r}. Ask another, or collect more prompts.")
         if len(images) > max_images:
             images = images[np.linspace(0, len(images) - 1, max_images).astype(int)]
         for part in self.parts(hookpoint, images):

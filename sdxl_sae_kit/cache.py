@@ -319,7 +319,9 @@ class ActivationCache(Activations):
         ]  # fmt: skip
 
     def _repr_html_(self) -> str:
-        facts = html.table([{"fact": key, "value": value} for key, value in self._facts()], f"Activation cache {self.name}")
+        facts = html.table(
+            [{"fact": key, "value": value} for key, value in self._facts()], f"Activation cache {self.name}"
+        )
         recipe = html.table([{"setting": key, "value": value} for key, value in self.recipe.items()], "Recipe")
         prompts = html.table(self.prompts.rows(5), f"The first of {self.n_images:,} prompts")
         return html.fragment(facts + html.folded("Recipe", recipe) + html.folded("Prompts", prompts))

@@ -43,7 +43,7 @@ def evaluate(
     Args:
         sae: an SAE.
         cache: updates of its hookpoint, or `Tokens`.
-        split: "held_out", "train" or "all"; of a cache at most 2,048 images, spread over all of the split.
+        split: "held_out", "train" or, of a cache, "all"; of a cache at most 2,048 images, spread over all of the split.
         hookpoint: by default the SAE's.
 
     Returns:
@@ -56,7 +56,7 @@ def evaluate(
     Raises:
         ArtifactError: the SAE was trained at another hookpoint, or on something else than updates.
         HookpointError: the cache does not have the hookpoint.
-        KitError: what is given is neither a cache nor `Tokens`, or a cache has no such split.
+        KitError: what is given is neither a cache nor `Tokens`, or has no such split, or no image in it.
 
     >>> evaluate(saes["up.0.1", "k10"], cache)["explained_variance"]                              # doctest: +SKIP
     """

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from sdxl_sae_kit.arguments import checked
+from sdxl_sae_kit.errors import KitError
 from sdxl_sae_kit.pictures import decode_picture, picture_size
 
 # The brighter six eighths of matplotlib's "inferno" (CC0): lightness only rises, so it reads with any colour blindness.
@@ -63,8 +64,7 @@ STYLE = """<style>
 .sae-live .sae-card, .sae-live [data-latent] { cursor: pointer; }
 .sae-live .sae-card:hover, .sae-live .sae-near [data-latent]:hover { border-color: var(--sae-quiet); }
 .sae-pair { display: flex; gap: 3px; align-items: flex-start; }
-.sae-pair img:first-child { width: 20%; }
-.sae-pair img:last-child { flex: 1; min-width: 0; }
+.sae-pair img:first-child { width: 20%; } .sae-pair img:last-child { flex: 1; min-width: 0; }
 .sae-near { display: flex; flex-wrap: wrap; gap: 4px 6px; }
 .sae-near > * { border: 1px solid var(--sae-line); border-radius: 5px; padding: 1px 7px; max-width: 22em;
   overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
@@ -208,9 +208,8 @@ def strip(
 @lru_cache(TILES)
 def _tile(thumbnail: bytes, size: int) -> Image.Image:
     """A thumbnail so wide and high, black if empty; kept, since many latents share images, and to open it is dear."""
-    if not thumbnail:
-        return Image.new("RGB", (size, size))
-    return decode_picture(thumbnail).resize((size, size), Image.Resampling.BILINEAR)
+    opened = decode_picture(thumbnail) if thumbnail else Image.new("RGB", (size, size))
+    return opened.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def to_webp(image: Image.Image) -> bytes:
@@ -275,11 +274,10 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str = "") -> str:
     if not rows:
         return quiet(caption) if caption else ""
     rows = _with_intervals(rows)
-    columns = list(rows[0])
-    numeric = {column for column in columns if all(_is_number(row[column]) for row in rows)}
-    kinds = {column: "sae-number" if column in numeric else "sae-text" for column in columns}
-    head = "".join(f'<th scope="col" class="{kinds[column]}">{escape(column)}</th>' for column in columns)
-    body = "".join("<tr>" + "".join(_cell(row[column], kinds[column]) for column in columns) + "</tr>" for row in rows)
+    numeric = {column for column in rows[0] if all(_is_number(row[column]) for row in rows)}
+    kinds = {column: "sae-number" if column in numeric else "sae-text" for column in rows[0]}
+    head = "".join(f'<th scope="col" class="{kind}">{escape(column)}</th>' for column, kind in kinds.items())
+    body = "".join("<tr>" + "".join(_cell(row[name], kind) for name, kind in kinds.items()) + "</tr>" for row in rows)
     titled = f"<caption>{escape(caption)}</caption>" if caption else ""
     grid = f"<table>{titled}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="sae-wide" tabindex="0" role="group" aria-label="{escape(caption or "table")}">{grid}</div>'
@@ -301,9 +299,8 @@ def _is_interval(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     """Whether it is a number, or the text of one, perhaps with a percent sign or an interval."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number):
-        return bool(NUMBER.fullmatch(str(value)))
-    return True
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool | np.bool_)
+    return number or bool(NUMBER.fullmatch(str(value)))
 
 
 def _cell(value: object, kind: str) -> str:
@@ -311,8 +308,7 @@ def _cell(value: object, kind: str) -> str:
         text = short(float(value))
     elif isinstance(value, int | np.integer) and not isinstance(value, bool):
         text = f"{value:,}"
-    else:
-        # an interval goes below its number, which keeps wide tables on the page
+    else:  # an interval goes below its number, which keeps wide tables on the page
         text = words(value).replace(" [", "<br>[") if kind == "sae-number" else words(value)
     if kind == "sae-text" and len(str(value)) <= UNBROKEN:
         kind = "sae-short"
@@ -381,8 +377,12 @@ class Shown:
 def show_images(images: Sequence[Image.Image], captions: Sequence[str], side: int = 192) -> Shown:
     """Pictures side by side, each over its caption, also its alt text; their longer side is made `side` pixels.
 
+    Raises KitError for more or fewer captions than pictures.
+
     >>> show_images(pipe(["a red circle", "a blue star"]).images, ["circle", "star"])     # doctest: +SKIP
     """
+    if len(images) != len(captions):
+        raise KitError(f"show_images needs one caption per picture; it got {len(images)} and {len(captions)} captions.")
     return Shown(fragment(figures((picture(_sized(i, side), c), "", c) for i, c in zip(images, captions, strict=True))))
 
 

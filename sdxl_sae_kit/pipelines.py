@@ -165,7 +165,7 @@ def generate(
         with "latent" the VAE latents.
 
     Raises:
-        PromptError: there are no prompts, not as many seeds as prompts, or a seed that is no integer.
+        PromptError: there are no prompts, not as many seeds as prompts, or a seed that is none.
         KitError: impossible steps, guidance or size, or no such output type.
 
     >>> generate(pipe, ["a red circle", "a blue star"], [0, 1])[1].save("star.png")                # doctest: +SKIP
@@ -174,7 +174,7 @@ def generate(
         raise PromptError(
             f'generate takes lists, such as ["a red circle"] and [0]; it got prompts {prompts!r} and seeds {seeds!r}.'
         )
-    if not prompts or len(prompts) != len(seeds):
+    if len(prompts) == 0 or len(prompts) != len(seeds):  # an array has no truth value
         raise PromptError(f"generate needs one seed per prompt; it got {len(prompts)} prompts and {len(seeds)} seeds.")
     model = describe(pipe)
     if output_type not in OUTPUT_TYPES:
@@ -206,9 +206,12 @@ def draw(pipe: StableDiffusionXLPipeline, prompts: Sequence[str], seeds: Sequenc
 
 def _seed(seed: Any) -> int:
     try:
-        return operator.index(seed)
+        number = operator.index(seed)
     except TypeError:
         raise PromptError(f"A seed is an integer, not {seed!r}.") from None
+    if not 0 <= number < 2**63:
+        raise PromptError(f"A seed is from 0 to 2⁶³ − 1, not {seed!r}.")
+    return number
 
 
 def count_long(pipe: StableDiffusionXLPipeline, prompts: Sequence[str]) -> int:

@@ -61,7 +61,9 @@ def numbers(differences: Mapping[str, Difference]) -> str:
     """A row for every number, a column for every picture, and the formula."""
     columns = {name: difference.numbers() for name, difference in differences.items()}
     names = next(iter(columns.values()))
-    rows = [{"measure": name} | {column: _written(name, told[name]) for column, told in columns.items()} for name in names]
+    rows = [
+        {"measure": name} | {column: _written(name, told[name]) for column, told in columns.items()} for name in names
+    ]
     return html.table(rows, "How much it changed") + html.quiet(FORMULA)
 
 

@@ -140,8 +140,14 @@ class Tokens:
         """Some tokens of a split; of the training tokens those of `sample`.
 
         Nobody knows which were of one image: 64 that came one after the other count as one, and a rest is left out.
+
+        Raises:
+            KitError: no such split.
         """
-        tokens = self._of(self._held_out if split == "held_out" else self._first, hookpoint)
+        splits = {"held_out": self._held_out, "train": self._first}
+        if split not in splits:
+            raise KitError(f"Tokens have no split {split!r}, but {' and '.join(splits)}.{did_you_mean(split, splits)}")
+        tokens = self._of(splits[split], hookpoint)
         together = min(_TOGETHER, max(1, len(tokens) // 2))
         images = tokens[: len(tokens) // together * together].unflatten(0, (-1, together))
         yield from images[:max_images].split(_PART)

@@ -19,7 +19,7 @@ import tqdm  # noqa: E402
 
 checking.check_first_calls()
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-# By default all forked processes share one lock: tests kill some, and one killed while it holds the lock stops the rest.
+# By default forked processes share one lock: tests kill some, and one killed while it holds the lock stops the rest.
 tqdm.tqdm.set_lock(threading.RLock())
 os.register_at_fork(after_in_child=lambda: tqdm.tqdm.set_lock(threading.RLock()))
 # No deadline: how long an example takes depends on what else runs. `make test-all` asks for the thorough profile.

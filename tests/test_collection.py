@@ -170,7 +170,7 @@ def same_files(one, other):
     return Artifact(one).digest == Artifact(other).digest
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_loses_nothing_and_ends_bit_identical(pipe, tmp_path, small_shards, whole, kills):
     rng = random.Random(0)
     expected = {(h, i): whole.read(h, [i]) for h in whole.hookpoints for i in range(len(MANY))}

@@ -10,9 +10,10 @@ import torch
 
 from sdxl_sae_kit.configs import SAEConfig, Site
 from sdxl_sae_kit.errors import KitError
-from sdxl_sae_kit.evaluation import controls, stability
+from sdxl_sae_kit.evaluation import controls, evaluate, stability
 from sdxl_sae_kit.html import show_table
 from sdxl_sae_kit.sae import SAE
+from sdxl_sae_kit.tokens import Tokens
 
 D_IN, D_SAE = 32, 64
 SITE = Site("a model", "a revision", "mid.0", 1, 0.0)
@@ -34,6 +35,21 @@ def noise(seed, *shape):
 def measured(*saes):
     """Rows by condition, of two SAEs."""
     return {row["condition"]: row for row in stability(saes)}
+
+
+def test_a_split_that_is_not_there_is_refused(small_cache, small_saes, monkeypatch, unchecked_types):
+    sae = small_saes["up.0.1", "k8"]
+    tokens = Tokens([noise(seed, 3000, D_IN) for seed in range(4)], SITE)
+    for data, split, told in (
+        (small_cache, "heldout", "No split 'heldout'.* Did you mean 'held_out'"),
+        (tokens, "heldout", "Tokens have no split 'heldout', but held_out and train. Did you mean 'held_out'"),
+        (tokens, "all", "Tokens have no split 'all'"),
+    ):
+        with pytest.raises(KitError, match=told):
+            evaluate(sae if data is small_cache else an_sae(0), data, split)
+    monkeypatch.setitem(vars(small_cache.prompts), "held_out", np.zeros(small_cache.n_images, dtype=bool))
+    with pytest.raises(KitError, match="has no images in the split 'held_out'"):
+        evaluate(sae, small_cache)
 
 
 def test_a_reordered_noisy_copy_agrees_far_above_both_controls():

@@ -14,6 +14,7 @@ from PIL import Image
 from reading_html import Reader, read_safely
 
 from sdxl_sae_kit import html
+from sdxl_sae_kit.errors import KitError
 
 NASTY = [*SCRIPTS, "a & b &lt; &#60;", "<!-- -->", "<?x?>", "\ud83d", "]]>", "$x$"]
 texts = st.one_of(
@@ -143,3 +144,11 @@ def test_an_interval_stands_below_its_number():
     assert written.count("<th") == 3 + 1  # thead begins so too
     assert rows[0]["interval"] == (0.4, 0.61)
     assert html.table([{"AUC": 0.5, "interval": None}]).count("<th ") == 2  # what is no interval keeps its column
+
+
+def test_pictures_and_captions_come_in_pairs():
+    picture = Image.new("RGB", (8, 4))
+    shown = html.show_images([picture, picture], ["one", "<b>two"], side=64)
+    assert read_safely(shown.markup).values("alt") == ["one", "<b>two"]
+    with pytest.raises(KitError, match="one caption per picture; it got 2 and 1 captions"):
+        html.show_images([picture, picture], ["one"])

@@ -94,8 +94,10 @@ def test_generate_returns_pil_images_of_the_models_size(turbo):
     assert [image.size for image in images] == [(64, 64)]
 
 
-@pytest.mark.parametrize(("prompts", "seeds"), [([], []), (["a star"], []), (["a star"], [1, 2])])
-def test_generate_needs_one_seed_per_prompt(turbo, prompts, seeds):
+@pytest.mark.parametrize(
+    ("prompts", "seeds"), [([], []), (["a star"], []), (["a star"], [1, 2]), (np.array(["a star", "a disc"]), [1])]
+)
+def test_generate_needs_one_seed_per_prompt(turbo, prompts, seeds, unchecked_types):
     with pytest.raises(PromptError, match=f"{len(prompts)} prompts and {len(seeds)} seeds"):
         generate(turbo, prompts, seeds)
 
@@ -113,6 +115,8 @@ def test_long_prompts_are_told_of_in_one_line(turbo, caplog):
         ({"guidance_scale": -1}, "guidance_scale must be a finite number from 0 on, not -1"),
         ({"output_type": "pill"}, "not 'pill'. Did you mean 'pil'"),
         ({"seeds": [1.5]}, "A seed is an integer, not 1.5"),
+        ({"seeds": [2**63]}, f"A seed is from 0 to 2⁶³ − 1, not {2**63}"),
+        ({"seeds": [-1]}, "A seed is from 0 to 2⁶³ − 1, not -1"),
     ],
 )
 def test_impossible_settings_are_refused(turbo, settings, complaint, unchecked_types):

@@ -41,7 +41,9 @@ CELLS = (
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reports")
-    title = nbformat.v4.new_markdown_cell(f"# Title {RAW}\n## Heading\nText with [a link](#Heading) in it.\n\n| a | b |\n|---|---|\n| {'x ' * 200} | y |")
+    title = nbformat.v4.new_markdown_cell(
+        f"# Title {RAW}\n## Heading\nText with [a link](#Heading) in it.\n\n| a | b |\n|---|---|\n| {'x ' * 200} | y |"
+    )
     book = nbformat.v4.new_notebook(cells=[title, *map(nbformat.v4.new_code_cell, CELLS)])
     book.cells[1].metadata["tags"] = ["parameters"]
     path = folder / "'\"><img src=x onerror=alert(1)>.ipynb"

@@ -73,6 +73,8 @@ def test_what_a_break_leaves_is_gone_on_with_and_gives_the_same(
     counted, counting = Breaking(10_000), Breaking(10_000)
     whole = screen(pipe, small_saes, small_cache, **FEW, judge=counted, store=tmp_path / "whole")
     assert whole.features and whole.rows()
+    with pytest.raises(KitError, match="condition is feature, .*, not 'others'"):
+        whole.passing("others")
     with pytest.raises(KeyboardInterrupt):
         screen(pipe, small_saes, small_cache, **FEW, judge=Breaking(14), store=tmp_path / "broken")
     again = screen(pipe, small_saes, small_cache, **FEW, judge=counting, store=tmp_path / "broken")

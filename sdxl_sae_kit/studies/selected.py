@@ -12,6 +12,7 @@ import numpy as np
 
 from sdxl_sae_kit import html
 from sdxl_sae_kit.artifacts import Artifact
+from sdxl_sae_kit.errors import KitError, did_you_mean
 from sdxl_sae_kit.maps import selectivity_map
 from sdxl_sae_kit.studies.distances import written
 from sdxl_sae_kit.studies.labelled import NOTHING, Labelled
@@ -97,7 +98,14 @@ class Selectivity:
         return cls(artifact, tuple(found))
 
     def passing(self, condition: str = "feature") -> dict[str, Any]:
-        """Share of features that pass in one of `CONDITIONS`, with its 95 % interval (Wilson) over features."""
+        """Share of features that pass in one of `CONDITIONS`, with its 95 % interval (Wilson) over features.
+
+        Raises:
+            KitError: no such condition.
+        """
+        if condition not in CONDITIONS:
+            hint = did_you_mean(condition, CONDITIONS)
+            raise KitError(f"condition is {', '.join(CONDITIONS)}, not {condition!r}.{hint}")
         return share([f.outcomes[condition].passes for f in self.features])
 
     def rows(self) -> list[dict[str, Any]]:
