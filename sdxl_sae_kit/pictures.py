@@ -41,6 +41,23 @@ def decode_picture(data: bytes) -> Image.Image:
         raise _refusal(cause) from None
 
 
+def as_jpeg(data: bytes) -> bytes:
+    """The picture of WebP or PNG bytes, on white, as JPEG bytes.
+
+    Raises:
+        ArtifactError: as `decode_picture`.
+    """
+    picture = _open(data)
+    try:
+        seen = picture.convert("RGBA")
+    except Exception as cause:
+        raise _refusal(cause) from None
+    paper, buffer = Image.new("RGBA", seen.size, "white"), io.BytesIO()
+    paper.alpha_composite(seen)
+    paper.convert("RGB").save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
 def picture_size(data: bytes) -> tuple[int, int]:
     """Width and height of the picture of WebP or PNG bytes, which is not unpacked for it.
 

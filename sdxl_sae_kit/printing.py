@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
+from base64 import b64decode, b64encode
 from pathlib import Path
 
-from sdxl_sae_kit.errors import KitError
+from sdxl_sae_kit.errors import ArtifactError, KitError
+from sdxl_sae_kit.pictures import as_jpeg
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 MAC = (
@@ -19,6 +22,8 @@ SECONDS = 600
 """What printing may take before it is given up."""
 WIDTH = 744
 """Pixels of the window: figures are as wide as it lets them be, and must fit on a page of A4."""
+
+_PICTURE = re.compile(rb'(<img\b[^>]*?\ssrc=")data:image/(?:webp|png);base64,([A-Za-z0-9+/=\s]+)"')
 
 
 def find_browser() -> str:
@@ -46,7 +51,8 @@ def print_pdf(page: Path, target: Path) -> None:
     browser = find_browser()
     # Beside the target: a Chromium from a snap has a /tmp of its own, and sees no hidden folders.
     with tempfile.TemporaryDirectory(prefix="printing-", dir=target.resolve().parent) as folder:
-        made = Path(folder) / "report.pdf"
+        made, printed = Path(folder) / "report.pdf", Path(folder) / page.name
+        printed.write_bytes(_PICTURE.sub(_as_jpeg, page.read_bytes()))
         options = [
             *("--headless", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage", "--no-first-run"),
             *(
@@ -65,10 +71,18 @@ def print_pdf(page: Path, target: Path) -> None:
             *("--virtual-time-budget=20000", f"--print-to-pdf={made}"),
         ]
         try:
-            done = subprocess.run([browser, *options, page.resolve().as_uri()], capture_output=True, timeout=SECONDS)
+            done = subprocess.run([browser, *options, printed.as_uri()], capture_output=True, timeout=SECONDS)
         except (OSError, subprocess.TimeoutExpired) as cause:
             raise KitError(f"{browser} could not print {page.name}: {cause}. Print it from a browser.") from None
         if done.returncode or not made.exists():
             said = done.stderr.decode(errors="replace").strip().splitlines()
             raise KitError(f"{browser} could not print {page.name}: {said[-1] if said else 'it said nothing'}.")
         made.replace(target)
+
+
+def _as_jpeg(found: re.Match[bytes]) -> bytes:
+    """The picture as JPEG, which Chromium lays into the PDF as it is: any other it unpacks, to many times its size."""
+    try:
+        return found[1] + b"data:image/jpeg;base64," + b64encode(as_jpeg(b64decode(found[2]))) + b'"'
+    except (ArtifactError, ValueError):  # no picture: the page shows its text instead
+        return found[0]

@@ -123,6 +123,7 @@ def test_without_scripts_every_number_and_picture_is_there(chromium, written):
 def test_the_pdf_is_tagged_and_has_an_outline(written):
     content = written.with_suffix(".pdf").read_bytes()
     assert content.startswith(b"%PDF") and b"/StructTreeRoot" in content and b"/Outlines" in content
+    assert b"/DCTDecode" in content, "pictures are kept as small as they came"
 
 
 def test_on_paper_nothing_is_cut_off(chromium, written):
