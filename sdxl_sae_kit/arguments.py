@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard, TypeVar
@@ -45,8 +44,6 @@ _PLAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 _SAES = "SAEs, such as train gives, or one or several of them"
 _PIPELINE = "a pipeline, such as load_pipeline('tiny-turbo') gives"
-_SPELLED = reprlib.Repr()  # what lies in a list may be huge, or may not be able to say what it is
-_SPELLED.maxstring = _SPELLED.maxother = 60
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -130,6 +127,10 @@ def _is_a(given: object, kind: str) -> bool:
 def _told(given: object) -> str:
     """How a message names what was given: plain values as they are, things by their class."""
     plain = isinstance(given, str | int | float | bool | list | tuple | dict | None)
-    if plain and len(text := _SPELLED.repr(given)) < 60:
+    try:
+        text = repr(given) if plain else ""
+    except Exception:  # what lies in a list may not be able to say what it is
+        text = ""
+    if text and len(text) < 60:
         return text
     return f"{'an' if type(given).__name__[0] in 'AEIO' else 'a'} {type(given).__name__}"

@@ -87,7 +87,7 @@ class Store:
         return [Artifact(folder) for folder in folders]
 
     def unused(self) -> list[Artifact]:
-        """Those of which no call can make anything any more, or only by starting again: see `Artifact.why_unused`."""
+        """Those that are only in the way unless a call is to go on with them: see `Artifact.why_unused`."""
         return [artifact for artifact in self.artifacts() if artifact.why_unused]
 
     def __repr__(self) -> str:

@@ -135,7 +135,7 @@ class Site:
     model: str
     """Name as `load_pipeline` takes it."""
     revision: str
-    """Which weights of it: the hub's commit, or the beginning of a sha256; empty where it is not known."""
+    """Which weights of it: the hub's commit, or the beginning of a sha256; "unknown" or empty where it is not known."""
     hookpoint: str
     """Short name, such as "mid.0"."""
     num_inference_steps: int

@@ -38,12 +38,13 @@ _SAMPLE = 40_960
 def evaluate(
     sae: SAE, cache: Activations | Tokens, split: Split = "held_out", *, hookpoint: str | None = None
 ) -> dict[str, Any]:
-    """Measure how well an SAE reconstructs tokens that it was not trained on.
+    """Measure how well an SAE reconstructs tokens, by default such as it was not trained on.
 
     Args:
         sae: an SAE.
         cache: updates of its hookpoint, or `Tokens`.
-        split: "held_out", "train" or, of a cache, "all"; of a cache at most 2,048 images, spread over all of the split.
+        split: "held_out", "train" or, of a cache, "all"; of a cache at most 2,048 images, spread over all of the split;
+            of `Tokens` the first 131,072, of which 64 that came one after the other count as an image.
         hookpoint: by default the SAE's.
 
     Returns:

@@ -57,6 +57,6 @@ class Neighbour(NamedTuple):
 
     latent: int
     value: float
-    """The Jaccard index (0 to 1) of the tokens on which both fire, or the cosine (−1 to 1) of the decoder rows."""
+    """Tokens on which both fire per token on which either does (Jaccard, 0 to 1), or the rows' cosine (−1 to 1)."""
     n: int | None = None
     """Tokens counted; None for a cosine, which is no estimate."""

@@ -6,6 +6,7 @@ blocks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -310,4 +311,4 @@ class ReconstructionMetrics:
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> float:
-    return cast(float, (numerator / denominator).item())
+    return cast(float, (numerator / denominator).item()) if denominator else math.nan

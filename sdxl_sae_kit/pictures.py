@@ -45,16 +45,15 @@ def as_jpeg(data: bytes) -> bytes:
     """The picture of WebP or PNG bytes, on white, as JPEG bytes.
 
     Raises:
-        ArtifactError: as `decode_picture`.
+        ArtifactError: as `decode_picture`, or it is wider or higher than JPEG can hold, 65,500 pixels.
     """
-    picture = _open(data)
+    picture, buffer = _open(data), io.BytesIO()
     try:
-        seen = picture.convert("RGBA")
+        paper = Image.new("RGBA", picture.size, "white")
+        paper.alpha_composite(picture.convert("RGBA"))
+        paper.convert("RGB").save(buffer, "JPEG", quality=90)
     except Exception as cause:
         raise _refusal(cause) from None
-    paper, buffer = Image.new("RGBA", seen.size, "white"), io.BytesIO()
-    paper.alpha_composite(seen)
-    paper.convert("RGB").save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 

@@ -23,7 +23,10 @@ SECONDS = 600
 WIDTH = 744
 """Pixels of the window: figures are as wide as it lets them be, and must fit on a page of A4."""
 
-_PICTURE = re.compile(rb'(<img\b[^>]*?\ssrc=")data:image/(?:webp|png);base64,([A-Za-z0-9+/=\s]+)"')
+_PICTURE = re.compile(
+    rb'<script\b.*?</script|(<img\b[^<>]*?\ssrc=")data:image/(?:webp|png);base64,([A-Za-z0-9+/=\s]+)"', re.DOTALL
+)
+"""A picture, or a script: that stays as it is, or it is not the one that the page's policy lets run."""
 
 
 def find_browser() -> str:
@@ -82,6 +85,8 @@ def print_pdf(page: Path, target: Path) -> None:
 
 def _as_jpeg(found: re.Match[bytes]) -> bytes:
     """The picture as JPEG, which Chromium lays into the PDF as it is: any other it unpacks, to many times its size."""
+    if found[1] is None:
+        return found[0]
     try:
         return found[1] + b"data:image/jpeg;base64," + b64encode(as_jpeg(b64decode(found[2]))) + b'"'
     except (ArtifactError, ValueError):  # no picture: the page shows its text instead

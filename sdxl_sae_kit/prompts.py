@@ -151,13 +151,13 @@ def load_prompts(
             as a dataset gives. Files are UTF-8. JSON lines, CSV and rows may tell each prompt's `seed`, and JSON lines
             and rows its `factors`, as the `prompts.jsonl` of a cache does. `Prompts` stay as they are.
         n: how many; needed for `"world"` and `"scenes"`, otherwise the first n.
-        seed: what the generated sources and the images' noise start from, 0 to 2⁶³ − 1.
+        seed: what the generated sources (0 to 2³² − 1) and the images' noise (0 to 2⁶³ − 1) start from.
         column: which field of JSON lines, CSV or rows holds the prompts; by default `text`, `prompt` or `caption`.
         split: of a dataset.
 
     Raises:
-        PromptError: unknown source, a missing or unreadable file or column, or no prompts at all. Rows without a text
-            are left out with a warning; among strings they are an error.
+        PromptError: unknown source, a missing or unreadable file or column, an impossible seed, or no prompts. Rows
+            without a text are left out with a warning; among strings they are an error.
         KitError: n is no integer from 1 on.
 
     >>> prompts = load_prompts("world", 500)
@@ -172,6 +172,8 @@ def load_prompts(
     if isinstance(source, str) and source in ("world", "scenes"):
         if n is None:
             raise PromptError(f"load_prompts({source!r}) makes as many prompts as you want: say n=.")
+        if seed >= 2**32:
+            raise PromptError(f"load_prompts({source!r}) starts from a seed of 0 to 2³² − 1, not {seed}.")
         made = (_world if source == "world" else _scenes)(n, seed)
         rows: list[dict[str, Any]] = [{"text": text, "factors": known} for text, known in zip(*made, strict=True)]
     else:
@@ -179,6 +181,8 @@ def load_prompts(
     if not rows:
         raise PromptError(f"No prompts in {_describe(source)}. Give at least one.")
     seeds = [row.get("seed", seed + i) for i, row in enumerate(rows)]
+    if max(seeds) >= 2**63:
+        raise PromptError(f"load_prompts: {len(rows)} prompts from the seed {seed} on need seeds of more than 2⁶³ − 1.")
     texts = [row["text"] for row in rows]
     return Prompts(tuple(texts), tuple(seeds), tuple(row.get("factors", {}) for row in rows))
 

@@ -318,13 +318,35 @@ def test_names_that_begin_alike_are_told_apart_by_what_made_them(tmp_path):
         find("saes", "tiny", tmp_path)
     lines = str(refused.value).split("\n  ")
     assert lines[0].endswith("Give more of one:")
-    assert set(lines[1:]) == {f"{sae.name}  seed {seed}" for seed, sae in enumerate(saes)}, (
+    assert set(lines[1:]) == {f"saes/{sae.name}  config.seed {seed}" for seed, sae in enumerate(saes)}, (
         "a hash tells nobody anything"
     )
     made_of(tmp_path, "saes", "tiny_k5", cache=cache.digest, config={"seed": 0, "lr": 0.1})
     saes[1].file("stamp.json").write_text("{}")
-    with pytest.raises(ArtifactError, match=rf"\n  {saes[1].name}(\n|$)"):  # a damaged one is still named
+    with pytest.raises(ArtifactError, match=rf"\n  saes/{saes[1].name}(\n|$)"):  # a damaged one is still named
         find("saes", "tiny", tmp_path)
+
+
+def test_settings_that_only_one_has_or_that_have_one_name_tell_apart_and_long_ones_do_not(tmp_path):
+    digest = made_of(tmp_path, "activations", "scenes").digest
+    common = {"features": list(range(999)), "saes": [["mid.0", "k5", digest]], "target": {"steps": 1}}
+    made_of(tmp_path, "studies", "transfer", **common, source={"steps": 1})
+    made_of(tmp_path, "studies", "transfer", **common | {"saes": []}, source={"steps": 4})
+    made_of(tmp_path, "studies", "transfer", **common | {"features": []}, source={"steps": 4}, lora="x")
+    with pytest.raises(ArtifactError) as refused:
+        find("studies", "transfer", tmp_path)
+    told = sorted(line.partition("  ")[2] for line in str(refused.value).split("\n  ")[1:])
+    assert told == ["lora x, source.steps 4", "source.steps 1", "source.steps 4"]
+
+
+def test_what_is_of_another_kind_is_said_to_be(tmp_path):
+    for kind in ("saes", "features"):
+        made_of(tmp_path, kind, "tiny_k5")
+    with pytest.raises(ArtifactError, match="'tiny_k5' names what is in features and saes; .* is in activations"):
+        find("activations", "tiny_k5", tmp_path)
+    with pytest.raises(ArtifactError, match=r"(?s)\n  saes/tiny_k5-.*\n  features/tiny_k5-"):
+        anything("tiny_k5", tmp_path)
+    assert anything("features/tiny_k5", tmp_path).parent.name == "features"
 
 
 def test_many_names_that_begin_alike_are_not_all_listed(tmp_path):
@@ -374,6 +396,8 @@ def test_what_was_finished_since_it_was_listed_is_kept(tmp_path, capsys, monkeyp
     with pytest.raises(ArtifactError, match="was finished meanwhile"):
         listed.remove()
     monkeypatch.setattr(Store, "unused", lambda _: [listed])
+    assert cli.main(["artifacts", "gc", "--store", str(tmp_path), "--delete"]) == 0
+    assert "0 artifacts, 0 B. 0 deleted.\n" in capsys.readouterr().out
     monkeypatch.setattr(Artifact, "why_unused", "unfinished")
     assert cli.main(["artifacts", "gc", "--store", str(tmp_path), "--delete", "--unfinished"]) == 1
     assert "1 artifact stayed." in capsys.readouterr().err and artifact.finished

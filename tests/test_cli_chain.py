@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from sdxl_sae_kit import __main__ as cli
@@ -52,7 +53,11 @@ def test_from_prompts_to_causes(said, place):
     measured = json.loads(said("measure", "--json"))
     stats = FeatureStats.open(measured["folder"])
     assert stats.sae == saes["saes"][1]["name"] and measured["alive"] == len(stats.alive)
-    assert measured["tokens"] == stats.n_tokens == 60 * 64
+    assert measured["tokens"] == stats.n_tokens == 60 * 64 and measured["latents"] == stats.d_sae
+    low, high = measured["mean_moran_interval"]
+    assert low < measured["mean_moran"] == pytest.approx(np.nanmean(stats.moran)) < high
+    assert measured["median_density"] == pytest.approx(np.median(stats.density[stats.density > 0]))
+    assert measured["on_5_images"] == (np.round(stats.image_density * 60) >= 5).sum()
 
     page = Path(said("gallery").strip())
     text = page.read_text(encoding="utf-8")
@@ -81,7 +86,7 @@ WRONG = [
     (["measure", "small_up.0.1_k9", "tiny"], "Did you mean 'small_up.0.1_k8'?"),
     (
         ["measure", "tiny", "small_up.0.1_k8"],
-        "'tiny' is one of the activations; what is needed here is one of the saes.",
+        "'tiny' names what is in activations; what is needed here is in saes.",
     ),
     (["measure", "{cache}", "{cache}"], "is one of the activations; what is needed here is one of the saes."),
     (["gallery", "export", "nothing"], "; nothing is there."),

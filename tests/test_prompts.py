@@ -96,6 +96,20 @@ def test_files_that_cannot_be_prompts_are_refused(tmp_path, content, name, compl
         load_prompts(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("source", "seed", "told"),
+    [
+        ("world", 2**32, "from a seed of 0 to 2³² − 1, not 4294967296"),
+        ("scenes", 2**32, "from a seed of 0 to 2³² − 1"),
+        (["a", "b"], 2**63 - 1, "2 prompts from the seed 9223372036854775807 on need seeds of more than 2⁶³ − 1"),
+    ],
+)
+def test_seeds_that_no_generator_takes_are_refused(source, seed, told):
+    with pytest.raises(PromptError, match=told):
+        load_prompts(source, 2, seed=seed)
+    assert load_prompts(source, 2, seed=seed - 1).seeds == (seed - 1, seed)
+
+
 def test_seeds_and_factors_that_a_file_tells_are_kept(tmp_path):
     made = load_prompts("world", 5, seed=30)
     (tmp_path / "p.jsonl").write_text(made.to_jsonl(), encoding="utf-8")

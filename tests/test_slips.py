@@ -103,11 +103,7 @@ def test_what_cannot_say_what_it_is_is_still_named(pipe, sae, unchecked_types):
         def __repr__(self):
             raise RuntimeError("no words")
 
-    for given, told in (
-        ([Mute()], r"\[<Mute instance"),
-        (["long"] * 99, r"\['long', .*, \.\.\.\]"),
-        ("a" * 99, "a str"),
-    ):
+    for given, told in (([Mute()], "a list"), (["long"] * 99, "a list"), ("a" * 99, "a str"), (10**5000, "an int")):
         with pytest.raises(KitError, match=f"explore takes a pipeline, .* as pipe, not {told}"):
             explore(given, sae)
 

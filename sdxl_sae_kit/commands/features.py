@@ -15,8 +15,17 @@ MEASURE = """
 Of every latent: density, mean, spread, histogram, Moran's I of its heat maps, its strongest images and a sample of all.
 The cache is read once: 1.1 to 1.3 times what encoding it takes. Killed, it goes on after the last 512 images.
 """
-SUMMARY = ("sae", "latents", "alive", "often", "median_density", "mean_moran", "mean_moran_interval", "tokens")
-"""The keys in JSON of what `FeatureStats.summary` calls by sentences."""
+SUMMARY = {
+    "sae": "of",
+    "latents": "latents",
+    "alive": "fire at all",
+    "on_5_images": "on ≥ 5 images",
+    "median_density": "median density",
+    "mean_moran": "mean Moran's I",
+    "mean_moran_interval": "interval",
+    "tokens": "tokens",
+}
+"""Keys in JSON, and what `FeatureStats.summary` calls them."""
 EXPORT = """
 One HTML file with all in it, which asks for nothing from anywhere and can be filtered and sorted where scripts run. A
 card of the small model takes about 6 kB. Labels are those of the SAE in the store, unless a file is named.
@@ -61,7 +70,7 @@ def _measure(options: argparse.Namespace) -> Answer:
     settings = taken(options, FeatureStats.measure, "sae", "cache")
     stats = FeatureStats.measure(sae.to(device), cache, **settings)
     summary = stats.summary()
-    told = dict(zip(SUMMARY, summary.values(), strict=True))
+    told = {key: summary[name] for key, name in SUMMARY.items()}
     return of_artifact(stats.artifact, table([summary]), **told, images=stats.n_images)
 
 

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from sdxl_sae_kit.labels import LabelStore
     from sdxl_sae_kit.sae import SAE
 
-NAMING = "folder, name in the store, or the beginning of one"
-_SHOWN, _DIFFERENCES = 8, 3
+NAMING = "folder, name in the store with or without its hash, or the beginning of one"
+_SHOWN, _DIFFERENCES, _SHORT = 8, 3, 48
 _HASH = re.compile("[0-9a-f]{64}")
 
 
 def find(kind: str, given: str, store: Path | None) -> Path:
-    """The folder of an artifact of this kind, given by itself, or by its name or a beginning that only it has.
+    """The folder of an artifact of this kind: given itself, by name (without its hash, too) or by how only it begins.
 
     Raises:
         ArtifactError: there is none, or several begin so.
@@ -48,15 +48,19 @@ def _named(kinds: list[str], given: str, store: Store) -> Path:
         return known[found[0]].folder
     what = f"in {' or '.join(kinds)} of {store.root}"
     if found:
-        shown = _told_apart([known[name] for name in found[:_SHOWN]], stored)
+        differ = _differences([known[name] for name in found[:_SHOWN]], stored)
+        shown = [
+            f"{known[name].kind}/{name}  {told}".rstrip() for name, told in zip(found[:_SHOWN], differ, strict=True)
+        ]
         more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
         raise ArtifactError(
             f"{given!r} begins the names of {counted(len(found), 'artifacts')} {what}. Give more of one:\n  "
             + "\n  ".join([*shown, *more])
         )
-    if given and (others := [artifact for artifact in stored if _meant(given, [artifact.name])]):
+    if elsewhere := {artifact.kind for artifact in stored if _meant(given, [artifact.name])}:
         raise ArtifactError(
-            f"{given!r} is one of the {others[0].kind}; what is needed here is one of the {' or '.join(kinds)}."
+            f"{given!r} names what is in {' and '.join(sorted(elsewhere))}; what is needed here is in "
+            f"{' or '.join(kinds)}."
         )
     there = f"it has {_some(list(known))}" if known else "nothing is there"
     alone = [name for name in map(_readable, known) if len(_meant(name, known)) == 1]
@@ -83,18 +87,18 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def _told_apart(artifacts: list[Artifact], stored: list[Artifact]) -> list[str]:
-    """Each one's name, and what of its recipe is not the same in all: inputs by name where the store has them."""
+def _differences(artifacts: list[Artifact], stored: list[Artifact]) -> list[str]:
+    """What of each one's recipe is not the same in all: inputs by name where the store has them."""
     names = {digest: artifact.name for artifact in stored if (digest := _stamped(artifact).get("digest"))}
     recipes = [dict(_leaves(_stamped(artifact).get("recipe", {}), names)) for artifact in artifacts]
     known = [recipe for recipe in recipes if recipe]  # nothing is known of what is unfinished or damaged
+    values = {key: {recipe.get(key, "") for recipe in known} for recipe in known for key in recipe}
     telling = [
         key
-        for key in (known[0] if known else ())
-        if len(values := {recipe.get(key, "") for recipe in known}) > 1 and not any(map(_HASH.fullmatch, values))
+        for key, told in values.items()
+        if len(told) > 1 and not any(len(text) > _SHORT or _HASH.search(text) for text in told)
     ]
-    lines = (", ".join(f"{key} {each[key]}" for key in telling[:_DIFFERENCES] if key in each) for each in recipes)
-    return [f"{artifact.name}  {line}".rstrip() for artifact, line in zip(artifacts, lines, strict=True)]
+    return [", ".join(f"{key} {each[key]}" for key in telling[:_DIFFERENCES] if key in each) for each in recipes]
 
 
 def _stamped(artifact: Artifact) -> Mapping[str, Any]:
@@ -104,10 +108,13 @@ def _stamped(artifact: Artifact) -> Mapping[str, Any]:
     return {}
 
 
-def _leaves(recipe: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Every setting, however deep, as text; a digest as the name of what has it."""
+def _leaves(recipe: Mapping[str, Any], names: Mapping[str, str], within: str = "") -> Iterator[tuple[str, str]]:
+    """Every setting, however deep, by its path, as text; a digest as the name of what has it."""
     for key, value in recipe.items():
-        yield from _leaves(value, names) if isinstance(value, Mapping) else [(key, names.get(str(value), str(value)))]
+        if isinstance(value, Mapping):
+            yield from _leaves(value, names, f"{within}{key}.")
+        else:
+            yield f"{within}{key}", names.get(str(value), str(value))
 
 
 def open_cache(given: str, store: Path | None) -> ActivationCache:

@@ -17,8 +17,8 @@ from sdxl_sae_kit.errors import ArtifactError
 VERIFY = "Every byte of the store is read. Exit code 1 if anything has changed."
 GC = """
 Lists what is only in the way, with its size, and deletes it with --delete only. That is: what is of an older format
-than this kit reads; and what was left unfinished and no process is writing. The same call would go on there, so that is
-deleted with --unfinished only.
+than this kit reads; and what was left unfinished and no process is writing. The same call of the same kit would go on
+there, so that is deleted with --delete --unfinished only.
 
 A finished result that this kit reads is never listed, whether or not another was made from it: a study or a report is
 the end of a line, and a cache or an SAE without users may be asked for again. Nor is anything of a newer format,
@@ -96,8 +96,10 @@ def _gc(options: argparse.Namespace) -> Answer:
         for halfway in store.root.glob(f"*/*{DELETING}"):  # of a process that was killed over it
             shutil.rmtree(halfway, ignore_errors=True)
     for artifact in store.unused():
-        row = _told(artifact, why=artifact.why_unused, bytes=_all_bytes(artifact.folder), deleted=False)
-        if options.delete and (artifact.finished or options.unfinished):
+        if not (why := artifact.why_unused):  # somebody has finished it, or goes on with it, since it was listed
+            continue
+        row = _told(artifact, why=why, bytes=_all_bytes(artifact.folder), deleted=False)
+        if options.delete and (why != UNFINISHED or options.unfinished):
             try:
                 artifact.remove()
                 row["deleted"] = True

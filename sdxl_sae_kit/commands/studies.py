@@ -81,14 +81,14 @@ def _ablate(options: argparse.Namespace) -> Answer:
 
 
 def _effects(found: Ablation) -> list[dict[str, Any]]:
-    """A line for what was done by each measure: its effect inside the region, over features."""
+    """A line for what was done by each measure: its effect inside the region, semantic ones on the whole picture."""
     from sdxl_sae_kit.studies.controls import CONDITIONS
 
     overall = {measure: found.overall(measure) for measure in found.measures if found.measured}
     return [
-        {"measure": measure, "done": condition, "effect inside": row[condition],
+        {"measure": measure, "done": condition, "effect": row[condition],
          "95 % interval": row[f"{condition} interval"], "inside / outside": row[f"{condition} locality"],
-         "features": row["features"]}
+         "over": row["over"]}
         for measure, row in overall.items()
         for condition in CONDITIONS
     ]  # fmt: skip
