@@ -133,4 +133,4 @@ def _told(given: object) -> str:
         text = ""
     if text and len(text) < 60:
         return text
-    return f"{'an' if type(given).__name__[0] in 'AEIO' else 'a'} {type(given).__name__}"
+    return f"{'an' if type(given).__name__[0] in 'AEIOaeio' else 'a'} {type(given).__name__}"

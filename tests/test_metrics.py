@@ -97,12 +97,12 @@ def test_participation_ratio_counts_equal_directions(seed, directions):
     assert participation_ratio(coordinates @ axes * 7 + 3) == pytest.approx(directions)
 
 
-@given(seeds)
 def test_of_what_does_not_vary_no_share_is_explained():
     still = torch.full((5, 3), 2.0)
     assert np.isnan(explained_variance(still, still)) and np.isnan(explained_variance(still, still + 1))
 
 
+@given(seeds)
 def test_constant_share_is_the_between_group_share_of_variance(seed):
     x = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     assert constant_share(x.mean(1, keepdim=True).expand_as(x)) == pytest.approx(1)

@@ -29,8 +29,7 @@ def unexplained(tree: ast.Module) -> Iterator[str]:
     """Fields of public classes that hold numbers and are told of neither below nor in the class's docstring."""
     for made in tree.body:
         if isinstance(made, ast.ClassDef) and not made.name.startswith("_"):
-            told = set(re.findall(r"`(\w+)`|^ *(\w+): ", ast.get_docstring(made) or "", re.MULTILINE))
-            told = {name for pair in told for name in pair}
+            told = set(re.findall(r"\w+", ast.get_docstring(made) or ""))
             for field, below in zip(made.body, [*made.body[1:], None], strict=True):
                 if isinstance(field, ast.AnnAssign) and NUMBERS.search(ast.unparse(field.annotation)):
                     name = field.target.id

@@ -49,13 +49,12 @@ def _named(kinds: list[str], given: str, store: Store) -> Path:
     what = f"in {' or '.join(kinds)} of {store.root}"
     if found:
         differ = _differences([known[name] for name in found[:_SHOWN]], stored)
-        shown = [
+        lines = [
             f"{known[name].kind}/{name}  {told}".rstrip() for name, told in zip(found[:_SHOWN], differ, strict=True)
-        ]
-        more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        ] + ([f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else [])
+        listed = "\n  ".join(lines)
         raise ArtifactError(
-            f"{given!r} begins the names of {counted(len(found), 'artifacts')} {what}. Give more of one:\n  "
-            + "\n  ".join([*shown, *more])
+            f"{given!r} begins the names of {counted(len(found), 'artifacts')} {what}. Give more of one:\n  {listed}"
         )
     if elsewhere := {artifact.kind for artifact in stored if _meant(given, [artifact.name])}:
         raise ArtifactError(
