@@ -165,5 +165,6 @@ def test_a_browser_that_fails_is_named_with_what_it_said(tmp_path, monkeypatch):
     failing.write_text("#!/bin/sh\necho no display >&2\nexit 3\n")
     failing.chmod(0o755)
     monkeypatch.setattr(printing, "find_browser", lambda: str(failing))
+    (tmp_path / "page.html").write_text("<p>")
     with pytest.raises(KitError, match=r"could not print page\.html: no display"):
         printing.print_pdf(tmp_path / "page.html", tmp_path / "page.pdf")
