@@ -67,7 +67,7 @@ SCALES = {
 
 @checked
 def load_scale(model: str, scale: str = "demo") -> Scale:
-    """The numbers for a model and a scale: `smoke` shows in a minute that everything runs, `demo` is worth looking at.
+    """The numbers for a model and a scale: `smoke` shows in minutes that everything runs, `demo` is worth looking at.
 
     Raises:
         KitError: no such scale, or a name that no model can have; whether the hub has it shows when it is loaded.
